@@ -1,0 +1,1 @@
+"""Profiles, engine builds and the bundle on disk."""

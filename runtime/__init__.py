@@ -1,0 +1,1 @@
+"""Selection, schedule, step engines, the drop-in for diffusers pipelines, and the CLI `cat-generate`."""

@@ -1,0 +1,43 @@
+"""Every error that cat-pruning raises on purpose.
+
+    CatError
+    ├── SettingsError     an argument or setting outside its domain (also a ValueError)
+    ├── ShapeError        a resolution, batch or token count that the model cannot take (also a ValueError)
+    ├── CheckpointError   a checkpoint that is missing, gated, unreachable or of no supported family
+    ├── BundleError       a bundle that is missing, truncated, edited or of another format version
+    ├── EngineError       a target that cannot be built here, or an engine that cannot run here
+    └── OutputError       an output path that exists, cannot be written, or a disk that is full
+
+A message says what came, what was expected and what to do. The command-line tools
+print it as one line and exit with code 2.
+"""
+
+from __future__ import annotations
+
+
+class CatError(Exception):
+    """Base of every error that cat-pruning raises on purpose."""
+
+
+class SettingsError(CatError, ValueError):
+    """An argument or setting is outside its domain."""
+
+
+class ShapeError(CatError, ValueError):
+    """A resolution, batch or token count does not fit the model."""
+
+
+class CheckpointError(CatError):
+    """A checkpoint is missing, gated, unreachable or of no supported family."""
+
+
+class BundleError(CatError):
+    """A bundle is missing, truncated, edited or of another format version."""
+
+
+class EngineError(CatError):
+    """A target cannot be built here, or an engine cannot run here."""
+
+
+class OutputError(CatError):
+    """An output path exists, cannot be written, or its disk is full."""
