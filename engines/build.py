@@ -1,0 +1,77 @@
+"""Engine plans from `step.onnx`.
+
+A plan is built in a process of its own (`cat_pruning.engines.plan_builder`): the builder's memory goes back to the
+system, the weights are not held twice, and a crash inside the builder is an error here and not the end of the process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cat_pruning.engines.manifest import PlanSpec
+from cat_pruning.errors import EngineError
+from cat_pruning.step_io import Shape
+
+# What a plan of TensorRT-RTX runs on unless it is built for something else: these "and later".
+_RTX_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
+
+
+def can_build_rtx() -> bool:
+    """Whether TensorRT-RTX and Polygraphy are installed; a GPU is not needed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("tensorrt_rtx", "polygraphy"))
+
+
+def rtx_plan_spec() -> PlanSpec:
+    """What the installed TensorRT-RTX builds, and where in the bundle it goes.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    if not can_build_rtx():
+        raise EngineError("--target rtx: TensorRT-RTX is not installed here; pip install 'cat-pruning[rtx]'")
+    version = importlib.metadata.version("tensorrt_rtx_cu13")
+    return PlanSpec(
+        flavour="tensorrt_rtx",
+        version=version,
+        architectures=_RTX_ARCHITECTURES,
+        file=f"plans/tensorrt_rtx-{version}-{_RTX_ARCHITECTURES[0]}-and-later.plan",
+    )
+
+
+def build_rtx_plan(step_onnx: Path, plan: Path, profiles: Sequence[Mapping[str, Shape]]) -> None:
+    """Build `plan` with one static profile per entry of `profiles` (input shapes by name). Needs no GPU.
+
+    Raises:
+        EngineError: the builder refused the graph, or its process died.
+        OSError: the plan cannot be written.
+    """
+    plan.parent.mkdir(exist_ok=True)
+    job = {"step_onnx": str(step_onnx), "plan": str(plan), "profiles": list(profiles)}
+    result = subprocess.run(
+        [sys.executable, "-m", "cat_pruning.engines.plan_builder"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode == 0:
+        return
+    report = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 1 and result.stdout.strip() else {}
+    if "errno" in report:
+        raise OSError(report["errno"], report["problem"], str(plan))
+    problem = report.get("problem") or _last_words(result)
+    raise EngineError(f"TensorRT-RTX cannot build {step_onnx.name}: {problem}")
+
+
+def _last_words(result: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    died = f"its process ended with {result.returncode}"
+    if result.returncode == -9:
+        died += " (killed: probably out of memory; it needs about three times the weights)"
+    return f"{died}: {lines[-1]}" if lines else died

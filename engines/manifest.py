@@ -1,0 +1,299 @@
+"""The manifest of a bundle: what was exported, from what, for which shapes, and the hash of every file.
+
+    Manifest
+    ├── Source, transformer_class, transformer_config, dtype, guidance, PruneSettings    what was exported
+    ├── Geometry, CacheSpec*, ProfileSpec*                                               its shapes
+    ├── MacsSpec*                                                                        what a step costs
+    ├── PlanSpec*, PipelineSpec                                                          what lies beside step.onnx
+    └── versions, FileSpec*                                                              what made it, what to check
+
+Every model is frozen, strict and refuses unknown fields, and the shapes are checked against each
+other, so that an edited or mistyped manifest is caught when it is read and not by an engine.
+A change of these fields, or of those of `PruneSettings`, is a new `FORMAT_VERSION`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, Strict, model_validator
+
+from cat_pruning.dtype import DType
+from cat_pruning.errors import BundleError
+from cat_pruning.settings import PruneSettings
+
+FORMAT_VERSION: Final = 1
+MANIFEST_NAME: Final = "manifest.json"
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+_TARGETS: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # as cat-export spells them
+
+
+def _inside(path: str) -> str:
+    if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r} is not a path inside the bundle: expected relative, with '/', without '..'")
+    return path
+
+
+def _as_json(config: dict[str, Any]) -> dict[str, Any]:
+    # diffusers' configs hold tuples; as JSON types, what is written equals what is read back.
+    try:
+        return dict(json.loads(json.dumps(config, allow_nan=False)))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _settings(value: object) -> PruneSettings:
+    if isinstance(value, PruneSettings):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected an object, got {value!r}")
+    # `from_dict` fills in defaults; in a manifest a default would hide that a line was lost.
+    if missing := [field.name for field in dataclasses.fields(PruneSettings) if field.name not in value]:
+        raise ValueError(f"missing {', '.join(missing)}")
+    return PruneSettings.from_dict(value)
+
+
+BundlePath = Annotated[str, AfterValidator(_inside)]
+_Settings = Annotated[
+    PruneSettings, pydantic.PlainValidator(_settings), pydantic.PlainSerializer(PruneSettings.to_dict)
+]
+
+
+class _Record(BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Source(_Record):
+    """Where the weights came from; `seed` belongs to random ones, `revision` to the hub's."""
+
+    kind: Literal["directory", "hub", "packaged", "random"]
+    location: str
+    revision: str | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "random" and self.seed is None:
+            raise ValueError("random weights need a seed, or nobody can make them again")
+        return self
+
+
+class Geometry(_Record):
+    """How pixels become tokens. `max_latent_size` is the side of the position table, None where there is none."""
+
+    pixels_per_latent: PositiveInt
+    patch_size: PositiveInt
+    latent_channels: PositiveInt
+    max_latent_size: PositiveInt | None
+    text_length: PositiveInt
+
+
+class ProfileSpec(_Record):
+    """One set of shapes that the engine runs at; `height` and `width` in pixels, `batch` in rows."""
+
+    name: Annotated[str, Field(min_length=1)]
+    height: PositiveInt
+    width: PositiveInt
+    prompts: PositiveInt
+    batch: PositiveInt
+    latent_height: PositiveInt
+    latent_width: PositiveInt
+    num_tokens: PositiveInt
+    num_kept: PositiveInt
+    text_length: PositiveInt
+
+    @property
+    def resolution(self) -> str:
+        """WIDTHxHEIGHT in pixels, as on the command line."""
+        return f"{self.width}x{self.height}"
+
+
+class CacheSpec(_Record):
+    """One K or V cache, (B, rows, width): the image's rows, or the image's and then the text's."""
+
+    name: Annotated[str, Field(min_length=1)]
+    rows: Literal["joint", "image"]
+    width: PositiveInt
+
+    def num_rows(self, profile: ProfileSpec) -> int:
+        """Rows at a profile: N, or N + T."""
+        return profile.num_tokens + (profile.text_length if self.rows == "joint" else 0)
+
+
+class MacsSpec(_Record):
+    """Multiply-accumulates of one step at a profile: linear and convolution layers, and apart from them QKᵀ and PV."""
+
+    profile: str
+    full_linear: NonNegativeInt
+    full_attention: NonNegativeInt
+    pruned_linear: NonNegativeInt
+    pruned_attention: NonNegativeInt
+
+    @property
+    def full_total(self) -> int:
+        """A full step, attention included."""
+        return self.full_linear + self.full_attention
+
+    @property
+    def pruned_total(self) -> int:
+        """A pruned step, attention included."""
+        return self.pruned_linear + self.pruned_attention
+
+
+class PlanSpec(_Record):
+    """A built engine: the builder and its version, and the GPU architectures that it runs on."""
+
+    flavour: Flavour
+    version: str
+    architectures: Annotated[tuple[str, ...], Strict(False)]
+    file: BundlePath
+
+
+class PipelineSpec(_Record):
+    """The pipeline's other parts: copied below `path`, or on the hub under `hub_id` at `revision`."""
+
+    kind: Literal["copied", "hub"]
+    path: BundlePath | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        needed = "path" if self.kind == "copied" else "hub_id"
+        if getattr(self, needed) is None:
+            raise ValueError(f"a pipeline of kind {self.kind!r} needs {needed}")
+        return self
+
+
+class FileSpec(_Record):
+    """What a file of the bundle must be; `sha256` in lower-case hexadecimal."""
+
+    size: NonNegativeInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(_Record):
+    """All that a bundle says about itself. `files` maps each file's path in the bundle to its size and hash."""
+
+    format_version: int = FORMAT_VERSION
+    family: Annotated[str, Field(min_length=1)]
+    source: Source
+    transformer_class: str
+    transformer_config: Annotated[dict[str, Any], AfterValidator(_as_json)]
+    dtype: DType
+    guidance: bool
+    settings: _Settings
+    geometry: Geometry
+    caches: Annotated[tuple[CacheSpec, ...], Strict(False)]
+    profiles: Annotated[tuple[ProfileSpec, ...], Strict(False), Field(min_length=1)]
+    macs: Annotated[tuple[MacsSpec, ...], Strict(False)] = ()
+    plans: Annotated[tuple[PlanSpec, ...], Strict(False)] = ()
+    pipeline: PipelineSpec | None = None
+    versions: dict[str, str]
+    files: dict[BundlePath, FileSpec] = {}  # pydantic copies it for every instance
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        names = [profile.name for profile in self.profiles]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two profiles of one name: {', '.join(names)}")
+        if unknown := {entry.profile for entry in self.macs} - set(names):
+            raise ValueError(f"macs of unknown profiles {', '.join(sorted(unknown))}; known are {', '.join(names)}")
+        for profile in self.profiles:
+            for field, expected in self._expected(profile).items():
+                if (value := getattr(profile, field)) != expected:
+                    raise ValueError(f"profile {profile.name}: {field} is {value}, the other fields make it {expected}")
+        return self
+
+    def _expected(self, profile: ProfileSpec) -> dict[str, int]:
+        scale, patch, limit = self.geometry.pixels_per_latent, self.geometry.patch_size, self.geometry.max_latent_size
+        return {
+            "height": profile.latent_height * scale,
+            "width": profile.latent_width * scale,
+            "latent_height": min(profile.latent_height, limit or profile.latent_height),
+            "latent_width": min(profile.latent_width, limit or profile.latent_width),
+            "num_tokens": (profile.latent_height // patch) * (profile.latent_width // patch),
+            "num_kept": self.settings.num_kept(profile.num_tokens),
+            "batch": profile.prompts * (2 if self.guidance else 1),
+        }
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if not self.files:  # not yet: the writer of the bundle fills them in
+            return self
+        if missing := [plan.file for plan in self.plans if plan.file not in self.files]:
+            raise ValueError(f"plans that are not among the files: {', '.join(missing)}")
+        folder = self.pipeline.path if self.pipeline else None
+        if folder and not any(name.startswith(f"{folder}/") for name in self.files):
+            raise ValueError(f"no files below the pipeline's {folder}/")
+        return self
+
+    def with_files(self, files: Mapping[str, FileSpec]) -> Self:
+        """A copy with other files; validated like a new one."""
+        return type(self).model_validate(dict(self) | {"files": dict(files)})
+
+    def export_command(self, out: Path, *flavours: Flavour) -> str:
+        """The shell command that makes this bundle again at `out`, with plans for `flavours` besides those it has."""
+        paper, prompts = PruneSettings().to_dict(), {profile.prompts for profile in self.profiles}
+        targets = dict.fromkeys((*(plan.flavour for plan in self.plans), *flavours))
+        flags: dict[str, tuple[object, ...]] = {
+            "model": (self.source.location,),
+            "revision": (self.source.revision,) if self.source.revision is not None else (),
+            "seed": (self.source.seed,) if self.source.seed is not None else (),
+            "dtype": (self.dtype,),
+            "resolution": tuple(dict.fromkeys(profile.resolution for profile in self.profiles)),
+            "prompts": tuple(sorted(prompts)) if prompts != {1} else (),
+        }
+        for name, value in self.settings.to_dict().items():
+            if value != paper[name]:
+                flags[name.replace("_", "-")] = value if isinstance(value, tuple) else (value,)
+        flags |= {"target": tuple(_TARGETS[flavour] for flavour in targets), "out": (out,)}
+        words = [word for name, values in flags.items() if values for word in (f"--{name}", *map(str, values))]
+        return shlex.join(["cat-export", *words, *([] if self.guidance else ["--no-guidance"]), "--force"])
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a bundle's directory.
+
+    Raises:
+        BundleError: there is none, it is not JSON, of another format version, or breaks the schema.
+        OSError: it cannot be read.
+    """
+    path, fields = directory / MANIFEST_NAME, None
+    try:
+        fields = json.loads(text := path.read_text(encoding="utf-8"))
+        # Before the schema, which is this version's and would only complain about fields.
+        if (version := fields.get("format_version") if isinstance(fields, dict) else None) != FORMAT_VERSION:
+            raise BundleError(f"has format version {version!r}, this cat-pruning reads version {FORMAT_VERSION}")
+        manifest = Manifest.model_validate_json(text)
+        if not manifest.files:
+            raise BundleError("was edited or is damaged: files: it lists none")
+        return manifest
+    except FileNotFoundError:
+        problem = "is missing: not a bundle, or an export that was interrupted"
+    except BundleError as error:
+        problem = str(error)
+    except pydantic.ValidationError as error:
+        faults = (
+            (".".join(map(str, fault["loc"])) or "manifest") + f": {fault['msg']}"
+            for fault in error.errors(include_url=False)
+        )
+        problem = f"was edited or is damaged: {'; '.join(itertools.islice(faults, 3))}"
+    except ValueError as error:  # also a UnicodeDecodeError
+        problem = f"is not JSON ({error}): damaged or edited"
+    raise BundleError(f"{path} {problem}; run cat-export again: {_salvaged_command(directory, fields)}")
+
+
+def _salvaged_command(out: Path, fields: object) -> str:
+    """What can be said of the command when the manifest cannot be trusted to follow the schema."""
+    source = fields.get("source") if isinstance(fields, dict) else None
+    location = source.get("location") if isinstance(source, dict) else None
+    return shlex.join(["cat-export", "--model", str(location or "MODEL"), "--out", str(out), "--force"])

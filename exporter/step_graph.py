@@ -1,0 +1,197 @@
+"""The intercepted transformer as one ONNX file: `step.onnx` and its external data.
+
+Every dimension that a request may change is dynamic: batch, height, width, text length, kept tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch import Tensor
+
+from cat_pruning import step_io
+from cat_pruning.exporter.interception import StepModule
+from cat_pruning.plugins import onnx_ops
+from cat_pruning.step_io import SYMBOLIC, StepDims
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+
+
+def export_step_graph(step: StepModule, path: Path, advance: Callable[[int, int], None] | None = None) -> None:
+    """Trace one step into `path` and its external data `path`.data.
+
+    The model has opset 23, its token operators are nodes of the domain `cat`, and its inputs and outputs are named
+    and shaped as `cat_pruning.step_io` says. The weights are never held twice: the model's initializers refer to the
+    module's parameters, and the transposes that linear layers need are done one tensor at a time as they are written.
+
+    Args:
+        step: an intercepted transformer, built with the functional `token_scatter`.
+        path: the ONNX file.
+        advance: called with (done, total) weights written.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    model = _trace(step)
+
+    def report(tensor: ir.TensorProtocol, info: Any) -> None:
+        if advance is not None:
+            advance(info.index + 1, info.total)
+
+    ir.save(model, path, external_data=f"{path.name}.data", callback=report)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewriter keeps the last graph it saw; not its weights, please
+
+
+def _trace(step: StepModule) -> ir.Model:
+    config = step.transformer.config
+    shapes = step.family.step_shapes(config, SYMBOLIC)
+    num_caches = len(step.family.caches(config))
+    arguments = _as_arguments(example_inputs(step, _example_dims(config["patch_size"])), num_caches)
+    dynamic = {
+        name: {axis: torch.export.Dim.AUTO for axis, dim in enumerate(shape) if isinstance(dim, str)}
+        for name, shape in shapes.items()
+    }
+    with warnings.catch_warnings(), _quiet_exporter():
+        warnings.simplefilter("ignore")  # torch's own deprecations; nothing that a user could act on
+        program = torch.onnx.export(
+            step,
+            kwargs=arguments,
+            dynamo=True,
+            opset_version=onnx_ops.OPSET_VERSION,
+            input_names=list(shapes),
+            output_names=step_io.output_names(num_caches),
+            dynamic_shapes=_as_arguments(dynamic, num_caches),
+            custom_translation_table=onnx_ops.translation_table(),
+            optimize=False,  # it would transpose every weight at once
+            verbose=False,
+        )
+    assert program is not None
+    return _finish(program.model, shapes)
+
+
+def example_inputs(step: StepModule, dims: StepDims, seed: int = 0) -> Tensors:
+    """Random inputs of one step at `dims`, by name and in graph order, in the transformer's dtype.
+
+    Indices are distinct within a row; timesteps lie in [0, 1000).
+    """
+    config, family = step.transformer.config, step.family
+    dtype = next(step.transformer.parameters()).dtype
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Tensors = {}
+    for name, shape in family.step_shapes(config, dims).items():
+        numbers = [int(dim) for dim in shape]
+        if name == step_io.KEEP_INDICES:
+            batch, num_kept = numbers
+            order = torch.rand(batch, int(dims.num_tokens), generator=generator).argsort(dim=1)
+            tensors[name] = order[:, :num_kept].to(torch.int32).contiguous()
+        elif name == "timestep":
+            tensors[name] = torch.rand(1, generator=generator).expand(numbers).contiguous() * 1000
+        else:
+            values = torch.randn(numbers, generator=generator)
+            tensors[name] = values.to(family.input_dtype(name, dtype))
+    return tensors
+
+
+def run_step(step: StepModule, inputs: Tensors) -> Tensors:
+    """Run the intercepted transformer on inputs by name; outputs by the graph's names."""
+    num_caches = len(step.family.caches(step.transformer.config))
+    with torch.inference_mode():
+        noise, caches = step(**_as_arguments(inputs, num_caches))
+    return dict(zip(step_io.output_names(num_caches), [noise, *caches], strict=True))
+
+
+def _as_arguments(by_name: dict[str, Any], num_caches: int) -> dict[str, Any]:
+    """The arguments of `StepModule.forward` from values by input name."""
+    caches = step_io.cache_names(num_caches)
+    own = {step_io.KEEP_INDICES, step_io.NOISE, *caches}
+    return {
+        "keep_indices": by_name[step_io.KEEP_INDICES],
+        "noise": by_name[step_io.NOISE],
+        "caches": [by_name[name] for name in caches],
+        "model_inputs": {name: value for name, value in by_name.items() if name not in own},
+    }
+
+
+def _example_dims(patch_size: int) -> StepDims:
+    # Small, and no two dimensions alike, so that the tracer cannot take one for another.
+    return StepDims.of(
+        batch=2,
+        latent_height=patch_size * 6,
+        latent_width=patch_size * 5,
+        patch_size=patch_size,
+        text_length=7,
+        num_kept=11,
+    )
+
+
+def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
+    optimizer.optimize_ir(model, inline=True, should_fold=lambda node: False if _is_weight_transpose(node) else None)
+    _transpose_weights_lazily(model)
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(shapes[value.name or ""])
+    for value in model.graph.outputs:
+        value.shape = ir.Shape(shapes[(value.name or "").removesuffix("_out")])
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces with this machine's paths
+        for value in node.outputs:
+            if value.name not in step_io.output_names(len(shapes)):
+                value.shape = None  # the tracer's names for sizes; every runtime infers its own
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    onnx_ops.attach_functions(model)
+    return model
+
+
+def _is_weight_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+
+
+def _transpose_weights_lazily(model: ir.Model) -> None:
+    """Replace Transpose(weight) by an initializer that is transposed when it is written, one at a time."""
+    for node in [node for node in model.graph if _is_weight_transpose(node)]:
+        weight, output = node.inputs[0], node.outputs[0]
+        assert weight is not None
+        tensor = weight.const_value
+        assert tensor is not None
+        assert tuple(node.attributes["perm"].as_ints()) == (1, 0)
+        name = f"{weight.name}.T"
+        if name not in model.graph.initializers:
+            rows, columns = tensor.shape.numpy()
+            lazy = ir.LazyTensor(
+                lambda source=tensor, name=name: ir.tensor(source.numpy().T.copy(), dtype=source.dtype, name=name),
+                dtype=tensor.dtype,
+                shape=ir.Shape((columns, rows)),
+                name=name,
+            )
+            model.graph.register_initializer(
+                ir.Value(name=name, type=weight.type, shape=ir.Shape((columns, rows)), const_value=lazy)
+            )
+        output.replace_all_uses_with(model.graph.initializers[name])
+        model.graph.remove(node, safe=True)
+        if not weight.uses():
+            del model.graph.initializers[weight.name or ""]
+
+
+class _quiet_exporter:  # noqa: N801  (a context manager, used like a function)
+    """Torch's exporter logs what it lacks (torchvision) at every export; nothing that a user could act on."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("torch.onnx")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc: object) -> None:
+        self.logger.setLevel(self.level)

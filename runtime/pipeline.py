@@ -1,0 +1,73 @@
+"""A bundle as a ready diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.errors import BundleError
+from cat_pruning.exporter.checkpoint import pipeline_snapshot, quiet_diffusers
+from cat_pruning.exporter.families import family_named
+from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.transformer import CatTransformer
+from cat_pruning.settings import PruneSettings
+
+
+def load_pipeline(
+    path: str | Path,
+    engine: str = "auto",
+    *,
+    settings: PruneSettings | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Load a bundle that `cat-export` wrote as the diffusers pipeline of its family.
+
+    Other pipelines over the same parts come from it as always in diffusers:
+    `StableDiffusion3Img2ImgPipeline(**pipe.components)`.
+
+    Args:
+        path: the bundle's directory.
+        engine: see `CatTransformer.from_bundle`.
+        settings: instead of those that the bundle was exported with.
+        dtype: of the pipeline's other parts; by default the engine's.
+
+    Raises:
+        BundleError: no bundle, one that is truncated, edited or of another version, or one without a pipeline.
+        EngineError: the engine cannot run here.
+        CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
+    """
+    bundle = Bundle.open(path)
+    parts = _pipeline_directory(bundle)
+    transformer = CatTransformer(engine_from_bundle(bundle, engine), settings or bundle.manifest.settings)
+    pipeline_class = getattr(diffusers, family_named(bundle.manifest.family).pipeline_class)
+    with quiet_diffusers():
+        loaded = pipeline_class.from_pretrained(
+            parts, **_absent(parts), dtype=dtype or transformer.dtype, use_safetensors=True
+        )
+    # Made anew, because a pipeline reads sizes off its transformer when it is made.
+    return pipeline_class(**{**loaded.components, "transformer": transformer})
+
+
+def _absent(parts: Path) -> dict[str, None]:
+    """The transformer, and the parts that the checkpoint itself leaves out (SD3 without T5, say)."""
+    index = json.loads((parts / "model_index.json").read_text(encoding="utf-8"))
+    return {name: None for name, value in index.items() if value == [None, None]} | {"transformer": None}
+
+
+def _pipeline_directory(bundle: Bundle) -> Path:
+    spec = bundle.manifest.pipeline
+    if spec is None:
+        raise BundleError(
+            f"{bundle.path} was exported with random weights and has no text encoders, VAE or scheduler; "
+            "use CatTransformer.from_bundle in a pipeline of your own"
+        )
+    if spec.kind == "copied":
+        assert spec.path is not None
+        return bundle.verified_tree(spec.path)
+    assert spec.hub_id is not None
+    return pipeline_snapshot(spec.hub_id, spec.revision)

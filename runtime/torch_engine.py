@@ -1,0 +1,66 @@
+"""The intercepted diffusers module as a step engine: the reference for parity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cat_pruning.exporter.families import family_of_class
+from cat_pruning.exporter.interception import StepModule
+from cat_pruning.plugins.token_ops import token_scatter_
+from cat_pruning.runtime.step_engine import StepEngine, StepSession
+from cat_pruning.step_io import StepDims
+
+
+class TorchStepEngine(StepEngine):
+    """Runs a diffusers transformer where its weights are. The given module is not changed.
+
+    Raises:
+        CheckpointError: a transformer of no supported class.
+    """
+
+    name = "torch"
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self.family = family_of_class(type(transformer).__name__)
+        self.config = transformer.config
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]  # follows the module when it moves
+        """Where the module's weights are."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype of the module's weights."""
+        return next(self.transformer.parameters()).dtype
+
+    def session(self) -> TorchSession:
+        """See `StepEngine.session`."""
+        return TorchSession(self)
+
+
+class TorchSession(StepSession):
+    """Caches updated in place by an intercepted copy of the module, which shares its weights."""
+
+    engine: TorchStepEngine
+
+    def __init__(self, engine: TorchStepEngine) -> None:
+        super().__init__(engine)
+        self._step = StepModule(engine.transformer, engine.family, token_scatter_)
+        self._caches: list[Tensor] = []
+
+    def _allocate(self, dims: StepDims) -> None:
+        engine = self.engine
+        self._caches = [
+            torch.zeros([int(dim) for dim in spec.shape(dims)], dtype=engine.dtype, device=engine.device)
+            for spec in engine.family.caches(engine.config)
+            for _ in range(2)
+        ]
+
+    def _run(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad():  # and not inference_mode: schedulers may write to what they are given
+            return self._step(keep_indices, noise, self._caches, dict(model_inputs))[0]

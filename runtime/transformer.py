@@ -1,0 +1,142 @@
+"""`CatTransformer` stands in for `pipe.transformer` of a diffusers pipeline."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.sampling import Sampling
+from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.torch_engine import TorchStepEngine
+from cat_pruning.settings import PruneSettings
+
+
+class CatTransformer(nn.Module):
+    """A diffusers transformer that computes only the tokens worth computing (Cheng, Chen, Jia 2025).
+
+    Put it in the place of `pipe.transformer`; the pipeline and its scheduler stay as they are. Every thread that
+    calls it has an image of its own in progress; the weights are shared.
+
+        pipe.transformer = CatTransformer.from_model(pipe.transformer, PruneSettings(keep_ratio=0.3))
+
+    Attributes:
+        engine: the step engine.
+        settings: what to compute on which step; may be replaced between two images.
+    """
+
+    def __init__(self, engine: StepEngine, settings: PruneSettings | None = None) -> None:
+        super().__init__()
+        self.engine = engine
+        self.settings = settings or PruneSettings()
+        self.config = FrozenDict(engine.config)
+        self._threads = threading.local()
+
+    @classmethod
+    def from_bundle(
+        cls, path: str | Path, engine: str = "auto", *, settings: PruneSettings | None = None
+    ) -> Self:
+        """Load a bundle that `cat-export` wrote.
+
+        Args:
+            path: the bundle's directory.
+            engine: "auto", "onnxruntime" or "torch"; "auto" is ONNX Runtime where there is no GPU.
+            settings: instead of those the bundle was exported with.
+
+        Raises:
+            BundleError: no bundle, or one that is truncated, edited or of another version.
+            EngineError: the engine cannot run here.
+        """
+        bundle = Bundle.open(path)
+        return cls(engine_from_bundle(bundle, engine), settings or bundle.manifest.settings)
+
+    @classmethod
+    def from_model(cls, transformer: nn.Module, settings: PruneSettings | None = None) -> Self:
+        """Wrap a diffusers transformer, where its weights are. The transformer itself is not changed.
+
+        Raises:
+            CheckpointError: a transformer of no supported class.
+        """
+        return cls(TorchStepEngine(transformer), settings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the engine computes in."""
+        return self.engine.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes."""
+        return self.engine.device
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """What this thread's last call computed; None before the first."""
+        return self._sampling().record
+
+    def reset(self) -> None:
+        """Forget this thread's image in progress. Pipelines need not call it: a new image is recognised."""
+        self._sampling().reset()
+
+    def forward(self, hidden_states: Tensor, return_dict: bool = True, **arguments: Any) -> Any:
+        """The call that a diffusers pipeline makes; see the transformer's own `forward` for its arguments.
+
+        Returns:
+            `Transformer2DModelOutput`, or a tuple without `return_dict`: the noise prediction (B, C, H, W) before
+            guidance, in the dtype of `hidden_states`. Do not change it in place: the next step reads it again.
+
+        Raises:
+            SettingsError: an argument that pruned steps do not support, or one that is missing.
+            ShapeError: a size that the patch size does not divide, that the position table does not hold, or
+                with fewer tokens than clusters.
+        """
+        self._check_size(hidden_states)
+        inputs = self._model_inputs({"hidden_states": hidden_states, **arguments})
+        sampling = self._sampling()
+        if sampling.settings != self.settings:
+            sampling.settings = self.settings
+            sampling.reset()
+        noise = sampling.call(inputs).to(hidden_states.dtype)
+        return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
+
+    def _sampling(self) -> Sampling:
+        if not hasattr(self._threads, "sampling"):
+            self._threads.sampling = Sampling(self.engine.session(), self.settings)
+        return self._threads.sampling  # type: ignore[no-any-return]
+
+    def _model_inputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+        for name in self.engine.family.input_names:
+            tensor = arguments.pop(name, None)
+            if not isinstance(tensor, Tensor):
+                raise SettingsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            inputs[name] = tensor
+        if unsupported := sorted(name for name, value in arguments.items() if value):
+            raise SettingsError(
+                f"{', '.join(unsupported)}: not supported by pruned steps; leave it out, or use the original transformer"
+            )
+        if inputs["timestep"].dim() == 0:
+            inputs["timestep"] = inputs["timestep"].expand(inputs["hidden_states"].shape[0])
+        return inputs
+
+    def _check_size(self, hidden_states: Tensor) -> None:
+        if hidden_states.dim() != 4:
+            raise ShapeError(f"hidden_states: expected latents (B, C, H, W), got shape {tuple(hidden_states.shape)}")
+        self.engine.family.check_latent_size(self.engine.config, *hidden_states.shape[-2:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CatTransformer:
+        """A transformer with an image of its own in progress, over the same weights."""
+        return type(self)(self.engine, self.settings)
+
+    def extra_repr(self) -> str:
+        """What `print(pipe.transformer)` says."""
+        return f"engine={self.engine.name}, device={self.device}, dtype={self.dtype}, settings={self.settings}"

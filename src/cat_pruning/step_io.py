@@ -1,0 +1,108 @@
+"""The inputs and outputs of one sampling step: their names, their order and their shapes.
+
+One graph serves full and pruned steps; `keep_indices` says which tokens it computes.
+Exporter, engine builds and step engines all read the names and shapes from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+Dim = int | str  # a number, or the name of a dynamic dimension
+Shape = tuple[Dim, ...]
+
+KEEP_INDICES = "keep_indices"
+NOISE = "noise"
+
+
+class CacheRows(StrEnum):
+    """Which rows the key and value caches of an attention hold."""
+
+    JOINT = "joint"  # N image rows, then T text rows
+    IMAGE = "image"  # N image rows
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """The key and value caches of one attention, each (B, S, width) with S = N + T or N."""
+
+    rows: CacheRows
+    width: int
+
+    def shape(self, dims: StepDims) -> Shape:
+        """(B, S, width)."""
+        return (dims.batch, dims.joint_rows if self.rows is CacheRows.JOINT else dims.num_tokens, self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDims:
+    """The dynamic dimensions of a step, as numbers or as the names they have in the ONNX file.
+
+    batch: B, rows; with guidance 2 x prompts. latent_height, latent_width: of the latents, in latent pixels.
+    num_tokens: N, image tokens. joint_rows: N + T. text_length: T. num_kept: n, the tokens that the step computes.
+    """
+
+    batch: Dim
+    latent_height: Dim
+    latent_width: Dim
+    num_tokens: Dim
+    joint_rows: Dim
+    text_length: Dim
+    num_kept: Dim
+
+    @classmethod
+    def of(
+        cls, *, batch: int, latent_height: int, latent_width: int, patch_size: int, text_length: int, num_kept: int
+    ) -> StepDims:
+        """The dimensions of a step as numbers, with the derived ones filled in."""
+        num_tokens = (latent_height // patch_size) * (latent_width // patch_size)
+        return cls(
+            batch=batch,
+            latent_height=latent_height,
+            latent_width=latent_width,
+            num_tokens=num_tokens,
+            joint_rows=num_tokens + text_length,
+            text_length=text_length,
+            num_kept=num_kept,
+        )
+
+
+SYMBOLIC = StepDims(
+    batch="batch",
+    latent_height="latent_height",
+    latent_width="latent_width",
+    num_tokens="num_tokens",
+    joint_rows="joint_rows",
+    text_length="text_length",
+    num_kept="num_kept",
+)
+
+
+def cache_names(num_caches: int) -> list[str]:
+    """The caches' input names in graph order: key_cache_0, value_cache_0, key_cache_1, ..."""
+    return [f"{part}_cache_{layer}" for layer in range(num_caches) for part in ("key", "value")]
+
+
+def output_name(name: str) -> str:
+    """The output that updates the input `name`."""
+    return f"{name}_out"
+
+
+def output_names(num_caches: int) -> list[str]:
+    """Every output in graph order: the noise, then the caches."""
+    return [output_name(name) for name in (NOISE, *cache_names(num_caches))]
+
+
+def input_shapes(
+    dims: StepDims, out_channels: int, caches: Sequence[CacheSpec], model_inputs: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """Every input's shape, by name and in graph order: keep_indices, noise, the caches, the transformer's own."""
+    shapes: dict[str, Shape] = {
+        KEEP_INDICES: (dims.batch, dims.num_kept),
+        NOISE: (dims.batch, out_channels, dims.latent_height, dims.latent_width),
+    }
+    for name, spec in zip(cache_names(len(caches)), (spec for spec in caches for _ in range(2)), strict=True):
+        shapes[name] = spec.shape(dims)
+    return {**shapes, **model_inputs}

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from cat_pruning.dtype import DType
+from cat_pruning.engines.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileSpec,
+    Manifest,
+    PipelineSpec,
+    PlanSpec,
+    Source,
+    read_manifest,
+)
+from cat_pruning.errors import BundleError
+from cat_pruning.settings import Pooling, PruneSettings
+
+# As it lies on disk: a small SD3, 256 tokens at 256 x 256, 76 of them kept.
+FIELDS: dict[str, Any] = {
+    "format_version": 1,
+    "family": "sd3",
+    "source": {"kind": "hub", "location": "some/sd3", "revision": "0123abcd", "seed": None},
+    "transformer_class": "SD3Transformer2DModel",
+    "transformer_config": {"num_layers": 2, "dual_attention_layers": [0, 1], "qk_norm": None},
+    "dtype": "fp16",
+    "guidance": True,
+    "settings": PruneSettings().to_dict() | {"fresh_quotas": [0.15, 0.1, 0.05], "extra_full_steps": []},
+    "geometry": {
+        "pixels_per_latent": 8,
+        "patch_size": 2,
+        "latent_channels": 16,
+        "max_latent_size": 32,
+        "text_length": 13,
+    },
+    "caches": [
+        {"name": "key_cache_0", "rows": "joint", "width": 64},
+        {"name": "value_cache_1", "rows": "image", "width": 64},
+    ],
+    "profiles": [
+        {
+            "name": "256x256",
+            "height": 256,
+            "width": 256,
+            "prompts": 1,
+            "batch": 2,
+            "latent_height": 32,
+            "latent_width": 32,
+            "num_tokens": 256,
+            "num_kept": 76,
+            "text_length": 13,
+        }
+    ],
+    "macs": [
+        {
+            "profile": "256x256",
+            "full_linear": 600,
+            "full_attention": 290,
+            "pruned_linear": 210,
+            "pruned_attention": 100,
+        }
+    ],
+    "plans": [{"flavour": "tensorrt_rtx", "version": "1.7.0", "architectures": ["sm_90"], "file": "rtx.plan"}],
+    "pipeline": {"kind": "copied", "path": "pipeline", "hub_id": None, "revision": None},
+    "versions": {"torch": "2.13.0"},
+    "files": {
+        "step.onnx": {"size": 3, "sha256": "0" * 64},
+        "rtx.plan": {"size": 4, "sha256": "1" * 64},
+        "pipeline/vae/config.json": {"size": 5, "sha256": "2" * 64},
+    },
+}
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """FIELDS with one value replaced, found by its dotted path."""
+    fields = copy.deepcopy(FIELDS)
+    *parents, last = path.split("/")
+    place: Any = fields
+    for key in parents:
+        place = place[int(key) if isinstance(place, list) else key]
+    place[int(last) if isinstance(place, list) else last] = value
+    return fields
+
+
+def write(directory: Path, fields: object) -> Path:
+    (directory / MANIFEST_NAME).write_text(json.dumps(fields), encoding="utf-8")
+    return directory
+
+
+def test_round_trip_through_disk(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, FIELDS))
+    assert json.loads(manifest.model_dump_json()) == FIELDS
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+    assert manifest.dtype is DType.FP16
+    assert manifest.settings == PruneSettings()
+    assert manifest.settings.pooling is Pooling.MAX
+
+
+def test_round_trip_of_settings_that_are_not_the_papers(tmp_path: Path) -> None:
+    settings = PruneSettings(
+        keep_ratio=0.5, pooling=Pooling.MEAN, fresh_quotas=(0.2, 1 / 3), extra_full_steps=(12, 20), num_clusters=7
+    )
+    manifest = read_manifest(write(tmp_path, FIELDS | {"settings": settings.to_dict(), "macs": [], "profiles": [
+        FIELDS["profiles"][0] | {"num_kept": settings.num_kept(256)}
+    ]}))  # fmt: skip
+    assert manifest.settings == settings
+    assert Manifest.model_validate_json(manifest.model_dump_json()).settings == settings
+
+
+def test_a_manifest_built_in_python_equals_what_is_read_back() -> None:
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS))
+    fields = dict(manifest) | {"transformer_config": {"dual_attention_layers": (0, 1)}, "plans": list(manifest.plans)}
+    built = Manifest(**fields)
+    assert built.transformer_config == {"dual_attention_layers": [0, 1]}
+    assert Manifest.model_validate_json(built.model_dump_json()) == built
+
+
+@pytest.mark.parametrize("value", [float("nan"), Path("x"), object()])
+def test_a_config_that_json_cannot_hold_is_refused(value: object) -> None:
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS))
+    with pytest.raises(ValidationError, match="transformer_config"):
+        Manifest(**(dict(manifest) | {"transformer_config": {"value": value}}))
+
+
+def test_it_is_frozen() -> None:
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS))
+    with pytest.raises(ValidationError, match="frozen"):
+        manifest.family = "pixart"
+
+
+def test_derived_values() -> None:
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS))
+    profile, macs = manifest.profiles[0], manifest.macs[0]
+    assert (macs.full_total, macs.pruned_total) == (890, 310)
+    assert [cache.num_rows(profile) for cache in manifest.caches] == [256 + 13, 256]
+    assert profile.model_copy(update={"width": 512}).resolution == "512x256"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected", "num_bytes"),
+    [(DType.FP32, torch.float32, 4), (DType.FP16, torch.float16, 2), (DType.BF16, torch.bfloat16, 2)],
+)
+def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
+    assert dtype.torch is expected
+    assert dtype.num_bytes == num_bytes == expected.itemsize
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("guidence", True, "guidence: Extra inputs"),
+        ("profiles/0/heigth", 256, r"profiles\.0\.heigth: Extra inputs"),
+        ("dtype", "fp8", "dtype: Input should be 'fp32', 'fp16' or 'bf16'"),
+        ("dtype", None, "dtype:"),
+        ("guidance", "yes", "guidance: Input should be a valid boolean"),
+        ("family", "", "family:"),
+        ("source/kind", "ftp", r"source\.kind: Input should be 'directory'"),
+        ("source/kind", "random", "source: .*need a seed"),
+        ("settings", [], "settings: .*expected an object"),
+        ("settings/keep_ratio", 1.5, r"settings: .*keep_ratio=1\.5: expected a number in \(0, 1\]"),
+        ("settings/keep_ratio", "0.3", "settings: .*wrong type"),
+        ("settings/keep_ration", 0.3, "settings: .*unknown settings keep_ration"),
+        ("geometry/patch_size", 0, r"geometry\.patch_size: .*greater than 0"),
+        ("caches/0/rows", "text", r"caches\.0\.rows: Input should be 'joint' or 'image'"),
+        ("profiles", [], "profiles:"),
+        ("profiles/0/height", "256", r"profiles\.0\.height: Input should be a valid integer"),
+        ("profiles/0/height", 512, "profile 256x256: height is 512, the other fields make it 256"),
+        ("profiles/0/latent_width", 31, "profile 256x256: width is 256, the other fields make it 248"),
+        ("profiles/0/num_tokens", 255, "profile 256x256: num_tokens is 255, the other fields make it 256"),
+        ("profiles/0/num_kept", 77, "profile 256x256: num_kept is 77, the other fields make it 76"),
+        ("profiles/0/batch", 1, "profile 256x256: batch is 1, the other fields make it 2"),
+        ("geometry/max_latent_size", 16, "latent_height is 32, the other fields make it 16"),
+        ("profiles", FIELDS["profiles"] * 2, "two profiles of one name"),
+        ("macs/0/profile", "512x512", "macs of unknown profiles 512x512; known are 256x256"),
+        ("plans/0/flavour", "openvino", r"plans\.0\.flavour"),
+        ("plans/0/file", "other.plan", r"not among the files: other\.plan"),
+        ("plans/0/file", "/etc/passwd", r"plans\.0\.file: .*not a path inside the bundle"),
+        ("pipeline/path", None, "pipeline: .*'copied' needs path"),
+        ("pipeline/path", "pipelin", "no files below the pipeline's pipelin/"),
+        ("files", {}, "files: it lists none"),
+        ("files/step.onnx/size", -1, r"files\.step\.onnx\.size"),
+        ("files/step.onnx/sha256", "00", r"files\.step\.onnx\.sha256"),
+    ],
+)
+def test_an_edited_manifest_is_refused_by_field(tmp_path: Path, path: str, value: object, message: str) -> None:
+    with pytest.raises(BundleError, match=message) as caught:
+        read_manifest(write(tmp_path, changed(path, value)))
+    assert "was edited or is damaged" in str(caught.value)
+    assert str(tmp_path / MANIFEST_NAME) in str(caught.value)
+    assert f"cat-export --model some/sd3 --out {tmp_path} --force" in str(caught.value)
+
+
+@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"format_version", "macs", "plans", "pipeline", "files"}))
+def test_a_missing_field_is_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(BundleError, match=f"{field}: Field required"):
+        read_manifest(write(tmp_path, {key: value for key, value in FIELDS.items() if key != field}))
+
+
+def test_a_missing_setting_is_not_replaced_by_the_default(tmp_path: Path) -> None:
+    settings = {key: value for key, value in FIELDS["settings"].items() if key != "keep_ratio"}
+    with pytest.raises(BundleError, match=r"settings: .*missing keep_ratio"):
+        read_manifest(write(tmp_path, FIELDS | {"settings": settings}))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a//b", "./a", "a/", "", "..\\x", "a\0b"])
+def test_a_path_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> None:
+    files = FIELDS["files"] | {name: {"size": 1, "sha256": "0" * 64}}
+    with pytest.raises(BundleError, match="not a path inside the bundle"):
+        read_manifest(write(tmp_path, FIELDS | {"files": files}))
+
+
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, "1", None])
+def test_another_format_version_is_told_before_the_schema(tmp_path: Path, version: object) -> None:
+    fields = {"format_version": version, "source": {"location": "my models/sd3"}, "something": "new"}
+    with pytest.raises(BundleError) as caught:
+        read_manifest(write(tmp_path, fields))
+    message = str(caught.value)
+    assert f"format version {version!r}, this cat-pruning reads version {FORMAT_VERSION}" in message
+    assert f"cat-export --model 'my models/sd3' --out {tmp_path} --force" in message
+    assert "something" not in message
+
+
+@pytest.mark.parametrize("fields", [[], "x", 1, {}, {"source": "x"}, {"source": {"location": 1}}])
+def test_json_that_is_no_manifest(tmp_path: Path, fields: object) -> None:
+    with pytest.raises(BundleError, match=r"format version None.*cat-export --model"):
+        read_manifest(write(tmp_path, fields))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"not json"])
+def test_not_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(
+        BundleError, match=r"manifest\.json is not JSON.*run cat-export again: cat-export --model MODEL"
+    ):
+        read_manifest(tmp_path)
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json is missing: not a bundle, or an export.*cat-export again"):
+        read_manifest(tmp_path)
+
+
+def test_export_command_makes_the_bundle_again() -> None:
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS))
+    assert manifest.export_command(Path("/b/sd3")) == (
+        "cat-export --model some/sd3 --revision 0123abcd --dtype fp16 --resolution 256x256 --target rtx "
+        "--out /b/sd3 --force"
+    )
+    assert "--target rtx tensorrt " in manifest.export_command(Path("/b"), "tensorrt", "tensorrt_rtx")
+
+
+def test_export_command_tells_what_is_not_the_default() -> None:
+    settings = PruneSettings(keep_ratio=0.5, fresh_quotas=(0.2, 0.1), pooling=Pooling.MEAN)
+    square = FIELDS["profiles"][0] | {"num_kept": 128, "prompts": 2}
+    wide = square | {"name": "wide", "height": 128, "latent_height": 16, "num_tokens": 128, "num_kept": 64}
+    fields = FIELDS | {
+        "source": {"kind": "random", "location": "my configs/sd3", "seed": 7},
+        "guidance": False,
+        "settings": settings.to_dict(),
+        "profiles": [square, wide],
+        "plans": [],
+    }
+    command = Manifest.model_validate_json(json.dumps(fields)).export_command(Path("out"))
+    assert shlex.split(command) == shlex.split(
+        "cat-export --model 'my configs/sd3' --seed 7 --dtype fp16 --resolution 256x256 256x128 --prompts 2 "
+        "--keep-ratio 0.5 --pooling mean --fresh-quotas 0.2 0.1 --out out --no-guidance --force"
+    )
+
+
+def test_with_files_is_validated() -> None:
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"files": {}}))
+    file = FileSpec(size=1, sha256="0" * 64)
+    with pytest.raises(ValidationError, match=r"not among the files: rtx\.plan"):
+        manifest.with_files({"step.onnx": file})
+    files = {"step.onnx": file, "rtx.plan": file, "pipeline/model_index.json": file}
+    assert manifest.with_files(files).files == files
+    assert manifest.files == {}
+
+
+def test_parts_say_what_they_lack() -> None:
+    with pytest.raises(ValidationError, match="needs hub_id"):
+        PipelineSpec(kind="hub")
+    with pytest.raises(ValidationError, match="seed"):
+        Source(kind="random", location="x")
+    with pytest.raises(ValidationError, match="not a path inside"):
+        PlanSpec(flavour="tensorrt", version="10.15", architectures=("sm_90",), file="../x.plan")

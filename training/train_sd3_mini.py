@@ -1,0 +1,291 @@
+"""Train sd3-mini, or continue an existing one; a killed run resumes with the same command.
+
+    python training/train_sd3_mini.py build/training --steps 4000
+    python training/train_sd3_mini.py build/training --steps 2000 --init models/sd3-mini --peak-lr 4e-4
+
+Writes into the folder: `checkpoint.pt`, `sd3-mini-latest/` at each checkpoint, `sd3-mini/` at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPTokenizer
+
+from mini_models import (
+    TEXT_LENGTH,
+    Denoiser,
+    ModelSize,
+    load_pipeline,
+    new_denoiser,
+    new_tokenizer,
+    quiet_libraries,
+    save_pipeline,
+)
+from mini_stages import encode_round, sample_round, trained_autoencoder
+from scenes import vocabulary
+
+logger = logging.getLogger("train_sd3_mini")
+
+LOG_EVERY = 25  # steps
+LR_FLOOR = 0.02  # of the peak, where the cosine ends
+
+
+class Precision(StrEnum):
+    """What the denoiser computes in; its weights are fp32 either way."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"  # faster where the processor has avx512_bf16 or AMX, more than ten times slower where not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    The ones that matter:
+        out: the folder of the run.
+        init: a pipeline to continue from: transformer and text encoders; its autoencoder stays as it is.
+        steps: optimizer steps. Exactly one of `steps` and `seconds`.
+        seconds: time on `threads` processors, by the process's own clock: a paused run does not age.
+
+    The ones to tinker with:
+        batch_size: images of a step.
+        peak_lr: learning rate after `warmup_steps`, from where a cosine leads to nearly zero.
+        ema_decay: of the average of the weights that is saved.
+        caption_dropout: share of the captions replaced by the empty one, for guidance.
+        round_scenes: fresh scenes drawn and encoded at a time.
+        round_epochs: times that each is used.
+        autoencoder_steps: for a new autoencoder.
+        checkpoint_every_s: seconds by the clock on the wall.
+        precision: what the denoiser computes in.
+        threads: of torch.
+        seed: of everything random.
+        size: of a new miniature.
+
+    Raises:
+        ValueError: not exactly one budget, or a number outside its domain.
+    """
+
+    out: Path
+    init: Path | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    batch_size: int = 32
+    peak_lr: float = 1e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    ema_decay: float = 0.9995
+    caption_dropout: float = 0.1
+    round_scenes: int = 1024
+    round_epochs: int = 4
+    autoencoder_steps: int = 2500
+    checkpoint_every_s: float = 300.0
+    precision: Precision = Precision.FP32
+    threads: int = 2
+    seed: int = 0
+    size: ModelSize = field(default_factory=ModelSize)
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(f"steps={self.steps}, seconds={self.seconds}: expected exactly one of them")
+        if not 1 <= self.batch_size <= self.round_scenes:
+            raise ValueError(f"batch_size={self.batch_size}: expected 1 to round_scenes={self.round_scenes}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps from one pass over a round's scenes; what is left over waits for the next pass."""
+        return self.round_scenes // self.batch_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it: all but the budget and the place."""
+        free = {"out", "init", "steps", "seconds", "checkpoint_every_s", "threads", "precision"}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the budget that is used, in [0, 1]."""
+        used = step / self.steps if self.steps is not None else seconds / self.seconds
+        return min(1.0, used)
+
+    def learning_rate(self, step: int, seconds: float) -> float:
+        """Linear warmup times a cosine over the budget."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds)))
+        return self.peak_lr * min(1.0, (step + 1) / self.warmup_steps) * (LR_FLOOR + (1 - LR_FLOOR) * cosine)
+
+    def ema_weight(self, step: int) -> float:
+        """The average's decay after `step` steps; a new model's first weights are forgotten sooner."""
+        return self.ema_decay if self.init else min(self.ema_decay, (1 + step) / (20 + step))
+
+
+class Run:
+    """The state of a training run: what a checkpoint holds."""
+
+    def __init__(self, config: TrainConfig, denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> None:
+        self.config = config
+        self.denoiser = denoiser.float().train().requires_grad_(True)
+        self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self.vae = vae.float().eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._tokenize = copy.deepcopy(tokenizer)  # a call changes what a tokenizer saves as its padding
+        self.optimizer = torch.optim.AdamW(
+            self.denoiser.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+        self.seconds_before = 0.0
+        self._clock_start = time.process_time()
+        self._round: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of `threads` processors used so far, by all processes of this run."""
+        return self.seconds_before + (time.process_time() - self._clock_start) / self.config.threads
+
+    def advance(self) -> float:
+        """One optimizer step; returns its loss."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        latents, input_ids = self._batch()
+        dropped = torch.rand(len(input_ids), generator=generator) < self.config.caption_dropout
+        input_ids = torch.where(dropped[:, None], self._input_ids([""]), input_ids)
+        sigmas = torch.sigmoid(torch.randn(len(latents), generator=generator))
+        noise = torch.randn(latents.shape, generator=generator)
+        weight = sigmas[:, None, None, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision is Precision.BF16):
+            velocity = self.denoiser((1 - weight) * latents + weight * noise, sigmas, input_ids)
+        loss = functional.mse_loss(velocity.float(), noise - latents)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate(self.step, self.seconds)
+        self.optimizer.step()
+        self.step += 1
+        decay = self.config.ema_weight(self.step)
+        with torch.no_grad():
+            for average, current in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
+                average.lerp_(current, 1 - decay)
+        return loss.item()
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all, and the averaged weights as a pipeline."""
+        state = {
+            "identity": self.config.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "denoiser": self.denoiser.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        staging = self.config.out / ".checkpoint.pt.new"
+        torch.save(state, staging)
+        staging.replace(self.config.out / "checkpoint.pt")
+        self.export("sd3-mini-latest")
+
+    def export(self, name: str) -> None:
+        """Write the averaged weights as the pipeline `name`."""
+        save_pipeline(self.config.out / name, self.average, self.vae, self.tokenizer)
+
+    def resume(self) -> bool:
+        """Take up the run's checkpoint, if there is one.
+
+        Raises:
+            ValueError: the checkpoint belongs to a run with other settings.
+        """
+        file = self.config.out / "checkpoint.pt"
+        if not file.exists():
+            return False
+        state = torch.load(file, weights_only=True)
+        if state["identity"] != self.config.identity:
+            raise ValueError(f"{file} has {state['identity']}, not {self.config.identity}; use another folder")
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds_before = state["step"], state["seconds"]
+        return True
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """The step's latents (B, C, h, w) and token ids (B, T): a function of the seed and the step."""
+        epoch, position = divmod(self.step, self.config.steps_per_epoch)
+        index = epoch // self.config.round_epochs
+        if self._round is None or self._round[0] != index:
+            images, captions = sample_round(self.config.seed, index, self.config.round_scenes, self.config.size.side)
+            self._round = index, encode_round(self.vae, images), self._input_ids(captions)
+        _, latents, input_ids = self._round
+        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(self.config.seed + epoch))
+        picked = order[position * self.config.batch_size :][: self.config.batch_size]
+        return latents[picked], input_ids[picked]
+
+    def _input_ids(self, captions: list[str]) -> Tensor:
+        options = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
+        return self._tokenize(captions, **options).input_ids
+
+
+def prepare(config: TrainConfig) -> Run:
+    """The models of the run: those of `config.init`, or new ones with a newly trained autoencoder."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if config.init is not None:
+        pipeline = load_pipeline(config.init)
+        if (side := pipeline.default_sample_size * pipeline.vae_scale_factor) != config.size.side:
+            raise ValueError(f"{config.init} makes images of {side} pixels; expected size.side={config.size.side}")
+        denoiser = Denoiser(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
+        return Run(config, denoiser, pipeline.vae, pipeline.tokenizer)
+    tokenizer = new_tokenizer(vocabulary())
+    denoiser = new_denoiser(config.size, tokenizer)
+    vae = trained_autoencoder(config.out / "vae", config.size, config.autoencoder_steps, config.seed)
+    return Run(config, denoiser, vae, tokenizer)
+
+
+def train(config: TrainConfig) -> Run:
+    """Train until the budget is used; resumes from the folder's checkpoint."""
+    run = prepare(config)
+    if run.resume():
+        logger.info("resumed at step %d after %.0f s", run.step, run.seconds)
+    saved_at, losses = time.monotonic(), []
+    while config.progress(run.step, run.seconds) < 1.0:
+        losses.append(run.advance())
+        if run.step % LOG_EVERY == 0:
+            mean = sum(losses) / len(losses)
+            logger.info("step %d  loss %.4f  %.0f s of its own", run.step, mean, run.seconds)
+            losses.clear()
+        if time.monotonic() - saved_at > config.checkpoint_every_s:
+            run.save()
+            saved_at = time.monotonic()
+    run.save()
+    run.export("sd3-mini")
+    logger.info("done: step %d, %s", run.step, config.out / "sd3-mini")
+    return run
+
+
+def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
+    """The command line as a config."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("--init", type=Path, help="pipeline to continue from")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--steps", type=int, help="optimizer steps")
+    budget.add_argument("--seconds", type=float, help="active seconds on all threads")
+    for name in ("batch_size", "peak_lr", "warmup_steps", "ema_decay", "checkpoint_every_s", "threads", "seed"):
+        default = TrainConfig.__dataclass_fields__[name].default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
+    parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
+    return TrainConfig(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    quiet_libraries()
+    train(parse_arguments())
