@@ -183,7 +183,7 @@ def save_pipeline(folder: Path, denoiser: Denoiser, vae: AutoencoderKL, tokenize
         tokenizer_3=None,
     )
     pipeline.save_pretrained(str(staging))
-    _drop_origin(staging)
+    _tidy_configs(staging)
     if folder.exists():
         folder.rename(previous)
     staging.rename(folder)
@@ -229,9 +229,12 @@ def _half_copy(model: nn.Module) -> nn.Module:
     return copy.half().eval()
 
 
-def _drop_origin(folder: Path) -> None:
-    # diffusers notes where a model was loaded from: a path of the machine that trained it.
+def _tidy_configs(folder: Path) -> None:
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(file.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(config, indent=2) + "\n")
+        # diffusers notes where a model was loaded from: a path of the machine that trained it.
+        config.pop("_name_or_path", None)
+        # transformers loads in the dtype of the config, diffusers in fp32: without this, a pipeline of both cannot run.
+        if "dtype" in config:
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")

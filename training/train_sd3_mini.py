@@ -9,15 +9,13 @@ Writes into the folder: `checkpoint.pt`, `sd3-mini-latest/` at each checkpoint, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import dataclasses
 import logging
-import math
+import signal
 import time
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -28,7 +26,6 @@ from transformers import CLIPTokenizer
 from mini_models import (
     TEXT_LENGTH,
     Denoiser,
-    ModelSize,
     load_pipeline,
     new_denoiser,
     new_tokenizer,
@@ -37,97 +34,11 @@ from mini_models import (
 )
 from mini_stages import encode_round, sample_round, trained_autoencoder
 from scenes import vocabulary
+from train_config import Precision, TrainConfig
 
 logger = logging.getLogger("train_sd3_mini")
 
 LOG_EVERY = 25  # steps
-LR_FLOOR = 0.02  # of the peak, where the cosine ends
-
-
-class Precision(StrEnum):
-    """What the denoiser computes in; its weights are fp32 either way."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"  # faster where the processor has avx512_bf16 or AMX, more than ten times slower where not
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """One training run.
-
-    The ones that matter:
-        out: the folder of the run.
-        init: a pipeline to continue from: transformer and text encoders; its autoencoder stays as it is.
-        steps: optimizer steps. Exactly one of `steps` and `seconds`.
-        seconds: time on `threads` processors, by the process's own clock: a paused run does not age.
-
-    The ones to tinker with:
-        batch_size: images of a step.
-        peak_lr: learning rate after `warmup_steps`, from where a cosine leads to nearly zero.
-        ema_decay: of the average of the weights that is saved.
-        caption_dropout: share of the captions replaced by the empty one, for guidance.
-        round_scenes: fresh scenes drawn and encoded at a time.
-        round_epochs: times that each is used.
-        autoencoder_steps: for a new autoencoder.
-        checkpoint_every_s: seconds by the clock on the wall.
-        precision: what the denoiser computes in.
-        threads: of torch.
-        seed: of everything random.
-        size: of a new miniature.
-
-    Raises:
-        ValueError: not exactly one budget, or a number outside its domain.
-    """
-
-    out: Path
-    init: Path | None = None
-    steps: int | None = None
-    seconds: float | None = None
-    batch_size: int = 32
-    peak_lr: float = 1e-3
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    ema_decay: float = 0.9995
-    caption_dropout: float = 0.1
-    round_scenes: int = 1024
-    round_epochs: int = 4
-    autoencoder_steps: int = 2500
-    checkpoint_every_s: float = 300.0
-    precision: Precision = Precision.FP32
-    threads: int = 2
-    seed: int = 0
-    size: ModelSize = field(default_factory=ModelSize)
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.seconds is None):
-            raise ValueError(f"steps={self.steps}, seconds={self.seconds}: expected exactly one of them")
-        if not 1 <= self.batch_size <= self.round_scenes:
-            raise ValueError(f"batch_size={self.batch_size}: expected 1 to round_scenes={self.round_scenes}")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps from one pass over a round's scenes; what is left over waits for the next pass."""
-        return self.round_scenes // self.batch_size
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it: all but the budget and the place."""
-        free = {"out", "init", "steps", "seconds", "checkpoint_every_s", "threads", "precision"}
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
-
-    def progress(self, step: int, seconds: float) -> float:
-        """Share of the budget that is used, in [0, 1]."""
-        used = step / self.steps if self.steps is not None else seconds / self.seconds
-        return min(1.0, used)
-
-    def learning_rate(self, step: int, seconds: float) -> float:
-        """Linear warmup times a cosine over the budget."""
-        cosine = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds)))
-        return self.peak_lr * min(1.0, (step + 1) / self.warmup_steps) * (LR_FLOOR + (1 - LR_FLOOR) * cosine)
-
-    def ema_weight(self, step: int) -> float:
-        """The average's decay after `step` steps; a new model's first weights are forgotten sooner."""
-        return self.ema_decay if self.init else min(self.ema_decay, (1 + step) / (20 + step))
 
 
 class Run:
@@ -250,24 +161,39 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def train(config: TrainConfig) -> Run:
-    """Train until the budget is used; resumes from the folder's checkpoint."""
+    """Train until the budget is used; resumes from the folder's checkpoint, and leaves one on SIGTERM."""
     run = prepare(config)
     if run.resume():
         logger.info("resumed at step %d after %.0f s", run.step, run.seconds)
     saved_at, losses = time.monotonic(), []
-    while config.progress(run.step, run.seconds) < 1.0:
-        losses.append(run.advance())
-        if run.step % LOG_EVERY == 0:
-            mean = sum(losses) / len(losses)
-            logger.info("step %d  loss %.4f  %.0f s of its own", run.step, mean, run.seconds)
-            losses.clear()
-        if time.monotonic() - saved_at > config.checkpoint_every_s:
-            run.save()
-            saved_at = time.monotonic()
-    run.save()
-    run.export("sd3-mini")
-    logger.info("done: step %d, %s", run.step, config.out / "sd3-mini")
+    with sigterm_requests() as terminated:
+        while config.progress(run.step, run.seconds) < 1.0 and not terminated:
+            losses.append(run.advance())
+            if run.step % LOG_EVERY == 0:
+                mean = sum(losses) / len(losses)
+                logger.info("step %d  loss %.4f  %.0f s of its own", run.step, mean, run.seconds)
+                losses.clear()
+            if time.monotonic() - saved_at > config.checkpoint_every_s:
+                run.save()
+                saved_at = time.monotonic()
+        run.save()
+    if terminated:
+        logger.info("terminated at step %d; the same command resumes", run.step)
+    else:
+        run.export("sd3-mini")
+        logger.info("done: step %d, %s", run.step, config.out / "sd3-mini")
     return run
+
+
+@contextlib.contextmanager
+def sigterm_requests() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGTERM came; outside of this, the signal ends the process as always."""
+    requests: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
+    try:
+        yield requests
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:

@@ -1,13 +1,16 @@
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from mini_models import ModelSize, load_pipeline, new_tokenizer
 from mini_stages import sample_round
 from scenes import vocabulary
-from train_sd3_mini import TrainConfig, parse_arguments, train
+from train_config import TrainConfig
+from train_sd3_mini import parse_arguments, train
 
 TINY = ModelSize(side=32, width=24, num_layers=1, num_heads=2, text_width=8, text_layers=(1, 2))
 
@@ -60,6 +63,17 @@ def test_saved_configs_name_no_path(finished):
         assert "_name_or_path" not in json.loads(file.read_text()), file
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_saved_pipeline_loads_in_one_dtype(finished, dtype):
+    config, _ = finished
+    options = {} if dtype is None else {"dtype": dtype}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        str(config.out / "sd3-mini"), text_encoder_3=None, tokenizer_3=None, **options
+    )
+    models = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    assert {model.dtype for model in models} == {dtype or torch.float32}
+
+
 def test_a_killed_run_resumes_where_it_was(finished, tmp_path, monkeypatch):
     config, whole = finished
     # The first autoencoder is shared, so that the two runs see the same latents.
@@ -81,6 +95,22 @@ def test_a_killed_run_resumes_where_it_was(finished, tmp_path, monkeypatch):
     # One thread and the same operations: only the order of a reduction could differ.
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(averaged(resumed), averaged(whole), rtol=1e-5, atol=1e-7)
+
+
+def test_sigterm_leaves_a_checkpoint(finished, tmp_path, monkeypatch):
+    config, whole = finished
+    (tmp_path / "vae").symlink_to(config.out / "vae")
+    advance = type(whole).advance
+
+    def advance_and_terminate(run):
+        signal.raise_signal(signal.SIGTERM)
+        return advance(run)
+
+    monkeypatch.setattr(type(whole), "advance", advance_and_terminate)
+    assert train(dataclasses.replace(config, out=tmp_path)).step == 1
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "sd3-mini").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_checkpoint_of_other_settings_is_refused(finished):
