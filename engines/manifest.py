@@ -112,8 +112,8 @@ class ProfileSpec(_Record):
 
     @property
     def resolution(self) -> str:
-        """WIDTHxHEIGHT in pixels, as on the command line."""
-        return f"{self.width}x{self.height}"
+        """HEIGHTxWIDTH in pixels, as on the command line."""
+        return f"{self.height}x{self.width}"
 
 
 class CacheSpec(_Record):
@@ -242,22 +242,19 @@ class Manifest(_Record):
 
     def export_command(self, out: Path, *flavours: Flavour) -> str:
         """The shell command that makes this bundle again at `out`, with plans for `flavours` besides those it has."""
-        paper, prompts = PruneSettings().to_dict(), {profile.prompts for profile in self.profiles}
         targets = dict.fromkeys((*(plan.flavour for plan in self.plans), *flavours))
-        flags: dict[str, tuple[object, ...]] = {
-            "model": (self.source.location,),
-            "revision": (self.source.revision,) if self.source.revision is not None else (),
-            "seed": (self.source.seed,) if self.source.seed is not None else (),
-            "dtype": (self.dtype,),
-            "resolution": tuple(dict.fromkeys(profile.resolution for profile in self.profiles)),
-            "prompts": tuple(sorted(prompts)) if prompts != {1} else (),
-        }
-        for name, value in self.settings.to_dict().items():
-            if value != paper[name]:
-                flags[name.replace("_", "-")] = value if isinstance(value, tuple) else (value,)
-        flags |= {"target": tuple(_TARGETS[flavour] for flavour in targets), "out": (out,)}
-        words = [word for name, values in flags.items() if values for word in (f"--{name}", *map(str, values))]
-        return shlex.join(["cat-export", *words, *([] if self.guidance else ["--no-guidance"]), "--force"])
+        words = ["cat-export", "--model", self.source.location, "--dtype", self.dtype]
+        words += ["--revision", self.source.revision] if self.source.revision is not None else []
+        words += ["--random-weights"] if self.source.kind == "random" else []
+        for resolution in dict.fromkeys(profile.resolution for profile in self.profiles):
+            words += ["--resolution", resolution]
+        for prompts in dict.fromkeys(profile.prompts for profile in self.profiles):
+            words += ["--batch", str(prompts)]
+        words += ["--text-length", str(self.geometry.text_length), "--keep-ratio", str(self.settings.keep_ratio)]
+        words += [] if self.guidance else ["--no-guidance"]
+        for flavour in targets:
+            words += ["--target", _TARGETS[flavour]]
+        return shlex.join([*words, "--out", str(out), "--force"])
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -27,8 +27,6 @@ def build(step_onnx: Path, plan: Path, profiles: list[dict[str, list[int]]]) -> 
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR
-    errors = trt.ErrorRecorder() if hasattr(trt, "ErrorRecorder") else None
-    del errors  # Python cannot read what it records before 1.8; the log on standard error can
     builder, network, parser = network_from_onnx_path(str(step_onnx), strongly_typed=True)
     shapes = [Profile() for _ in profiles]
     for profile, inputs in zip(shapes, profiles, strict=True):

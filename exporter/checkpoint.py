@@ -1,7 +1,7 @@
 """Where weights come from: a packaged miniature, a local diffusers directory, the hub, or random ones.
 
-    find_checkpoint    `--model` -> Checkpoint: its family and configs, without its weights
-    load_transformer   its weights, as a diffusers module
+find_checkpoint    `--model` -> Checkpoint: its family and configs, without its weights
+load_transformer   its weights, as a diffusers module
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 
@@ -87,9 +88,9 @@ def find_checkpoint(model: str, *, revision: str | None = None, random_weights: 
     if local is not None:
         if revision is not None:
             raise CheckpointError(f"--revision {revision!r}: {model!r} is a local directory, which has no revisions")
-        kind = "packaged" if model in miniatures() else "directory"
-        location = model if kind == "packaged" else str(local.resolve())
-        return _local(local, Source(kind=kind, location=location))
+        if model in miniatures():
+            return _local(local, Source(kind="packaged", location=model))
+        return _local(local, Source(kind="directory", location=str(local.resolve())))
     if model not in published and not _is_hub_id(model):
         raise CheckpointError(
             f"--model {model!r}: no such directory, and neither a hub id (owner/name) nor a known name "
@@ -137,7 +138,9 @@ def pipeline_snapshot(hub_id: str, revision: str | None) -> Path:
     Raises:
         CheckpointError: no access, or no network.
     """
-    return _download(hub_id, revision, ignore_patterns=["transformer/*.safetensors", "*.bin", "*.msgpack", "*.onnx*"])[0]
+    return _download(hub_id, revision, ignore_patterns=["transformer/*.safetensors", "*.bin", "*.msgpack", "*.onnx*"])[
+        0
+    ]
 
 
 def random_transformer(transformer_class: str, config: dict[str, Any], dtype: DType, seed: int) -> nn.Module:
@@ -198,7 +201,7 @@ def _local(directory: Path, source: Source) -> Checkpoint:
         directory=directory,
         components=tuple(name for name, value in index.items() if isinstance(value, list) and value[-1]),
         pixels_per_latent=2 ** (len(vae["block_out_channels"]) - 1),
-        text_length=family.pipeline_text_length(directory, index),
+        text_length=family.pipeline_text_length(directory),
     )
 
 
@@ -226,17 +229,23 @@ def _read_json(directory: Path, name: str, problem: str) -> dict[str, Any]:
 
 def _is_hub_id(model: str) -> bool:
     try:
-        huggingface_hub.utils.validate_repo_id(model)
+        validate_repo_id(model)
     except hub_errors.HFValidationError:
         return False
     return model.count("/") == 1
 
 
-def _download(hub_id: str, revision: str | None, **patterns: list[str]) -> tuple[Path, str]:
-    """The snapshot's directory and its commit; `patterns` say which files, as in `snapshot_download`."""
+def _download(
+    hub_id: str, revision: str | None, allow_patterns: list[str] | None = None, ignore_patterns: list[str] | None = None
+) -> tuple[Path, str]:
+    """The snapshot's directory and its commit; the patterns are those of `snapshot_download`."""
     at = f"{hub_id} at {revision}" if revision else hub_id
     try:
-        directory = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, **patterns))
+        directory = Path(
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
     except hub_errors.GatedRepoError as error:
         raise CheckpointError(
             f"{at} is gated: accept its licence on its page on the hub, then log in with `hf auth login`"

@@ -68,6 +68,7 @@ class ExportConfig:
 
     model, revision, random_weights: see `find_checkpoint`. out: the bundle's directory; force replaces a bundle there.
     resolutions: (height, width) in pixels; empty for the model's own. prompts: numbers of prompts in a batch.
+    text_length: text rows of the profiles; None for what the pipeline passes at its defaults.
     guidance: classifier-free guidance doubles the rows of a batch. verify: compare ONNX Runtime with torch.
     """
 
@@ -78,6 +79,7 @@ class ExportConfig:
     dtype: DType = DType.FP32
     resolutions: tuple[tuple[int, int], ...] = ()
     prompts: tuple[int, ...] = (1,)
+    text_length: int | None = None
     guidance: bool = True
     settings: PruneSettings = field(default_factory=PruneSettings)
     targets: tuple[Target, ...] = field(default_factory=default_targets)
@@ -87,22 +89,27 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.prompts or any(prompts < 1 for prompts in self.prompts):
             raise SettingsError(f"--batch {' '.join(map(str, self.prompts))}: expected numbers of prompts >= 1")
+        if self.text_length is not None and self.text_length < 1:
+            raise SettingsError(f"--text-length {self.text_length}: expected a number of text tokens >= 1")
         if Target.TENSORRT in self.targets:
             raise EngineError(
                 "--target tensorrt: this version builds no TensorRT plans yet; "
                 "--target rtx builds a TensorRT-RTX plan on any machine"
             )
         if self.verify and self.dtype is DType.BF16:
-            raise EngineError("--verify: ONNX Runtime's CPU provider does not compute in bf16; verify with --dtype fp32")
+            raise EngineError(
+                "--verify: ONNX Runtime's CPU provider does not compute in bf16; verify with --dtype fp32"
+            )
 
 
 @contextmanager
-def _logged_stage(title: str) -> Iterator[Advance]:
+def logged_stage(title: str) -> Iterator[Advance]:
+    """Stages as lines of the log."""
     logger.info(title)
     yield lambda done, total: None
 
 
-def export(config: ExportConfig, stage: Stage = _logged_stage) -> Bundle:
+def export(config: ExportConfig, stage: Stage = logged_stage) -> Bundle:
     """Write the bundle that `config` asks for: whole, or not at all.
 
     Args:
@@ -113,12 +120,10 @@ def export(config: ExportConfig, stage: Stage = _logged_stage) -> Bundle:
         CheckpointError, ShapeError, SettingsError, EngineError, OutputError: see `cat_pruning.errors`.
     """
     checkpoint = find_checkpoint(config.model, revision=config.revision, random_weights=config.random_weights)
-    geometry = _geometry(checkpoint)
+    geometry = _geometry(checkpoint, config.text_length)
     side = checkpoint.default_resolution
     profiles = tuple(
-        profile_spec(
-            height, width, prompts, geometry=geometry, settings=config.settings, guidance=config.guidance
-        )
+        profile_spec(height, width, prompts, geometry=geometry, settings=config.settings, guidance=config.guidance)
         for height, width in config.resolutions or ((side, side),)
         for prompts in config.prompts
     )
@@ -154,13 +159,13 @@ def export(config: ExportConfig, stage: Stage = _logged_stage) -> Bundle:
             )
 
 
-def _geometry(checkpoint: Checkpoint) -> Geometry:
+def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
     return Geometry(
         pixels_per_latent=checkpoint.pixels_per_latent,
         patch_size=checkpoint.config["patch_size"],
         latent_channels=checkpoint.config["in_channels"],
         max_latent_size=checkpoint.family.max_latent_size(checkpoint.config),
-        text_length=checkpoint.text_length,
+        text_length=text_length or checkpoint.text_length,
     )
 
 

@@ -60,7 +60,8 @@ class TokenReuse:
     def gather(self, tokens: Tensor) -> Tensor:
         """Interception 1: (B, N, D) -> (B, n, D)."""
         assert self.keep_indices is not None
-        return token_gather(tokens, self.keep_indices)
+        gathered: Tensor = token_gather(tokens, self.keep_indices)
+        return gathered
 
     def update(self, layer: int, rows: CacheRows, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Interception 2: scatter new rows (B, n (+ T), D) into the layer's caches; return both whole, (B, S, D)."""
@@ -125,4 +126,4 @@ class StepModule(nn.Module):
 def share_parameters(module: nn.Module) -> Any:
     """A structural copy of `module` that shares its parameters and buffers; `module` itself is not changed."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
+    return copy.deepcopy(module, dict(shared))

@@ -68,7 +68,7 @@ def _matmul(node: ir.Node) -> tuple[int, bool]:
     left, right = node.inputs[0], node.inputs[1]
     assert right is not None
     inner = _size(left)[-1]
-    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+    if node.op_type == "Gemm" and node.attributes.get_int("transA", default=False):
         inner = _size(left)[0]
     return math.prod(_size(node.outputs[0])) * inner, right.is_initializer()
 

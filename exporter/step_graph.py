@@ -5,6 +5,7 @@ Every dimension that a request may change is dynamic: batch, height, width, text
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -171,7 +172,7 @@ def _transpose_weights_lazily(model: ir.Model) -> None:
         if name not in model.graph.initializers:
             rows, columns = tensor.shape.numpy()
             lazy = ir.LazyTensor(
-                lambda source=tensor, name=name: ir.tensor(source.numpy().T.copy(), dtype=source.dtype, name=name),
+                functools.partial(_transposed, tensor, name),
                 dtype=tensor.dtype,
                 shape=ir.Shape((columns, rows)),
                 name=name,
@@ -185,7 +186,11 @@ def _transpose_weights_lazily(model: ir.Model) -> None:
             del model.graph.initializers[weight.name or ""]
 
 
-class _quiet_exporter:  # noqa: N801  (a context manager, used like a function)
+def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().T.copy(), dtype=tensor.dtype, name=name)
+
+
+class _quiet_exporter:
     """Torch's exporter logs what it lacks (torchvision) at every export; nothing that a user could act on."""
 
     def __enter__(self) -> None:

@@ -28,7 +28,7 @@ def verify_step_graph(step: StepModule, step_onnx: Path, dtype: DType) -> float:
     patch = step.transformer.config["patch_size"]
     try:
         session = onnxruntime.InferenceSession(step_onnx, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  (ONNX Runtime's exceptions have no other base)
+    except Exception as error:
         raise EngineError(f"--verify: ONNX Runtime cannot load {step_onnx.name}: {error}") from error
     worst = 0.0
     for batch, kept in ((1, 0.3), (3, 1.0)):
@@ -45,11 +45,11 @@ def verify_step_graph(step: StepModule, step_onnx: Path, dtype: DType) -> float:
         results = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         for (name, expected), result in zip(run_step(step, inputs).items(), results, strict=True):
             difference = (torch.from_numpy(result).float() - expected.float()).abs().max()
-            error = float(difference / expected.float().abs().max().clamp_min(1e-6))
-            if not error <= _TOLERANCE[dtype]:
+            deviation = float(difference / expected.float().abs().max().clamp_min(1e-6))
+            if not deviation <= _TOLERANCE[dtype]:
                 raise EngineError(
-                    f"--verify: {name} of a step with {dims.num_kept} of {dims.num_tokens} tokens differs from torch by "
-                    f"{error:.1e} of its largest value; at most {_TOLERANCE[dtype]:.0e} is rounding in {dtype}"
+                    f"--verify: {name} of a step with {dims.num_kept} of {dims.num_tokens} tokens is off torch's by "
+                    f"{deviation:.1e} of its largest value; at most {_TOLERANCE[dtype]:.0e} is rounding in {dtype}"
                 )
-            worst = max(worst, error)
+            worst = max(worst, deviation)
     return worst

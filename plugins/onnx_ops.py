@@ -85,7 +85,7 @@ def attach_functions(model: ir.Model) -> None:
     After the export and not during it: the exporter's optimizer inlines the functions that it sees.
     """
     for text in _BODIES:
-        function = ir.from_proto(onnx.parser.parse_function(text))
+        function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = DOMAIN_VERSION
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cat_pruning.runtime import kmeans, selection
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.runtime.step_engine import StepSession
 from cat_pruning.runtime.timesteps import TimestepReader, version_of
+from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.settings import PruneSettings
 
 logger = logging.getLogger(__name__)

@@ -87,9 +87,7 @@ class StepSession(ABC):
                     "nothing is cached yet; run a full step first"
                 )
             shape = (dims.batch, self.engine.config["out_channels"], dims.latent_height, dims.latent_width)
-            self._noise = torch.zeros(
-                [int(dim) for dim in shape], dtype=self.engine.dtype, device=self.engine.device
-            )
+            self._noise = torch.zeros([int(dim) for dim in shape], dtype=self.engine.dtype, device=self.engine.device)
         try:
             self._noise = self._run(model_inputs, keep_indices, self._noise)
         except BaseException:

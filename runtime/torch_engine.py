@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
@@ -23,7 +24,7 @@ class TorchStepEngine(StepEngine):
 
     name = "torch"
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
         self.family = family_of_class(type(transformer).__name__)
         self.config = transformer.config
@@ -31,12 +32,14 @@ class TorchStepEngine(StepEngine):
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # follows the module when it moves
         """Where the module's weights are."""
-        return next(self.transformer.parameters()).device
+        device: torch.device = next(self.transformer.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype of the module's weights."""
-        return next(self.transformer.parameters()).dtype
+        dtype: torch.dtype = next(self.transformer.parameters()).dtype
+        return dtype
 
     def session(self) -> TorchSession:
         """See `StepEngine.session`."""
@@ -63,4 +66,5 @@ class TorchSession(StepSession):
 
     def _run(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():  # and not inference_mode: schedulers may write to what they are given
-            return self._step(keep_indices, noise, self._caches, dict(model_inputs))[0]
+            result: Tensor = self._step(keep_indices, noise, self._caches, dict(model_inputs))[0]
+            return result

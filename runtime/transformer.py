@@ -42,9 +42,7 @@ class CatTransformer(nn.Module):
         self._threads = threading.local()
 
     @classmethod
-    def from_bundle(
-        cls, path: str | Path, engine: str = "auto", *, settings: PruneSettings | None = None
-    ) -> Self:
+    def from_bundle(cls, path: str | Path, engine: str = "auto", *, settings: PruneSettings | None = None) -> Self:
         """Load a bundle that `cat-export` wrote.
 
         Args:
@@ -122,7 +120,7 @@ class CatTransformer(nn.Module):
             inputs[name] = tensor
         if unsupported := sorted(name for name, value in arguments.items() if value):
             raise SettingsError(
-                f"{', '.join(unsupported)}: not supported by pruned steps; leave it out, or use the original transformer"
+                f"{', '.join(unsupported)}: not supported by pruned steps; leave it out or use the original transformer"
             )
         if inputs["timestep"].dim() == 0:
             inputs["timestep"] = inputs["timestep"].expand(inputs["hidden_states"].shape[0])

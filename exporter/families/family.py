@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cat_pruning import step_io
 from cat_pruning.errors import ShapeError
@@ -36,7 +36,7 @@ class Family(ABC):
     input_names: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def intercept(self, transformer: nn.Module, reuse: TokenReuse) -> None:
+    def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
         """Install the three interception points on `transformer`, in place."""
 
     @abstractmethod
@@ -60,11 +60,12 @@ class Family(ABC):
         return step_io.input_shapes(dims, config["out_channels"], self.caches(config), self.input_shapes(config, dims))
 
     @abstractmethod
-    def pipeline_text_length(self, directory: Path, index: Mapping[str, Any]) -> int:
-        """T as the family's pipeline passes it at its defaults, for a checkpoint in the diffusers layout.
+    def pipeline_text_length(self, directory: Path) -> int:
+        """T as the family's pipeline passes it at its defaults, for a checkpoint in the diffusers layout."""
 
-        `index` is its model_index.json.
-        """
+    @abstractmethod
+    def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
+        """What to pass to the family's pipeline so that it makes `text_length` text rows."""
 
     @abstractmethod
     def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
@@ -80,7 +81,9 @@ class Family(ABC):
         if height % patch or width % patch or not height or not width:
             raise ShapeError(f"latents of {height}x{width}: both sides must be multiples of the patch size {patch}")
         if largest is not None and max(height, width) > largest:
-            raise ShapeError(f"latents of {height}x{width}: the model's position table holds {largest}x{largest} at most")
+            raise ShapeError(
+                f"latents of {height}x{width}: the model's position table holds {largest}x{largest} at most"
+            )
 
     def input_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of one input of a model of `dtype`: timesteps stay fp32, as schedulers give them."""

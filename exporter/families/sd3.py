@@ -28,7 +28,7 @@ class StableDiffusion3(Family):
     published_config = "sd3-medium.json"
     input_names = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections")
 
-    def intercept(self, transformer: nn.Module, reuse: TokenReuse) -> None:
+    def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
         """See `Family.intercept`."""
         transformer.pos_embed.register_forward_hook(lambda module, args, tokens: reuse.gather(tokens))
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows))
@@ -72,16 +72,18 @@ class StableDiffusion3(Family):
             "pooled_projections": (dims.batch, config["pooled_projection_dim"]),
         }
 
-    def pipeline_text_length(self, directory: Path, index: Mapping[str, Any]) -> int:
+    def pipeline_text_length(self, directory: Path) -> int:
         """See `Family.pipeline_text_length`: CLIP's tokens, then T5's, or as many empty ones where there is no T5."""
         tokenizer = json.loads((directory / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
-        clip_length = int(tokenizer["model_max_length"])
-        has_t5 = bool((index.get("text_encoder_3") or [None])[-1])
-        return clip_length + (T5_LENGTH if has_t5 else clip_length)
+        return int(tokenizer["model_max_length"]) + T5_LENGTH
+
+    def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
+        """See `Family.pipeline_arguments`."""
+        return {"max_sequence_length": text_length - pipeline.tokenizer_max_length}
 
     def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
         """See `Family.max_latent_size`."""
-        return config["pos_embed_max_size"] * config["patch_size"]
+        return int(config["pos_embed_max_size"] * config["patch_size"])
 
 
 class CachedJointAttention:
@@ -102,6 +104,7 @@ class CachedJointAttention:
         encoder_hidden_states: Tensor | None = None,  # (B, T, D)
         attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """The attention of one block; called by diffusers' `Attention`."""
         num_kept = hidden_states.shape[1]
         rows = CacheRows.IMAGE
         query = _normed(attn.to_q(hidden_states), attn.norm_q, attn.heads)
@@ -121,7 +124,7 @@ class CachedJointAttention:
         )
         hidden_states = hidden_states.transpose(1, 2).flatten(2)  # (B, n + T, D)
 
-        image_states = attn.to_out[1](attn.to_out[0](hidden_states[:, :num_kept]))
+        image_states: Tensor = attn.to_out[1](attn.to_out[0](hidden_states[:, :num_kept]))
         if encoder_hidden_states is None:
             return image_states
         text_states = hidden_states[:, num_kept:]
@@ -134,4 +137,7 @@ def _split_heads(rows: Tensor, heads: int) -> Tensor:
 
 def _normed(rows: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
     """The per-head norm of queries and keys (SD3.5); SD3 has none."""
-    return rows if norm is None else norm(rows.unflatten(-1, (heads, -1))).flatten(2)
+    if norm is None:
+        return rows
+    normed: Tensor = norm(rows.unflatten(-1, (heads, -1)))
+    return normed.flatten(2)

@@ -61,7 +61,10 @@ class PruneSettings:
             _is_int(self.num_clusters) and self.num_clusters >= 1, "num_clusters", self.num_clusters, "an integer >= 1"
         )
         _check(
-            math.isfinite(self.noise_scale) and self.noise_scale >= 0.0, "noise_scale", self.noise_scale, "a number >= 0"
+            math.isfinite(self.noise_scale) and self.noise_scale >= 0.0,
+            "noise_scale",
+            self.noise_scale,
+            "a number >= 0",
         )
         _check(0.0 <= self.fresh_fraction <= 1.0, "fresh_fraction", self.fresh_fraction, "a number in [0, 1]")
         _check(0.0 <= self.staleness_decay < 1.0, "staleness_decay", self.staleness_decay, "a number in [0, 1)")

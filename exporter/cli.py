@@ -1,0 +1,191 @@
+"""`cat-export`: a diffusers checkpoint as a bundle of ONNX and engine plans."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from cat_pruning import console
+from cat_pruning.dtype import DType
+from cat_pruning.settings import PruneSettings
+
+if TYPE_CHECKING:
+    from cat_pruning.engines.bundle import Bundle
+    from cat_pruning.exporter.export import Advance, ExportConfig
+
+_DESCRIPTION = """\
+Turn a diffusers checkpoint into a bundle: step.onnx (one graph for full and pruned steps, with dynamic batch, height,
+width, text length and kept tokens), engine plans built from it, the pipeline's other parts, and a manifest with the
+hash of every file. The bundle is written whole or not at all."""
+_EXAMPLES = """\
+examples:
+  cat-export --model sd3-mini --text-length 48 --out build/sd3-mini        the packaged miniature, in seconds
+  cat-export --model sd3 --dtype bf16 --out sd3                            SD3-medium from the hub (gated: log in first)
+  cat-export --model ./my-finetune --dtype bf16 --out tuned                a local directory in the diffusers layout
+  cat-export --model sd3 --random-weights --dtype bf16 --target rtx --out random    the architecture alone, no network
+  cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
+                                                                           plans for two resolutions, 1 and 4 prompts
+then:
+  cat-generate build/sd3-mini "a large red circle above a small blue star on a plain black background" -o out.png
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `cat-export`."""
+    arguments = _parser().parse_args(argv)
+    return console.run("cat-export", lambda: _export(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = console.Parser(
+        prog="cat-export",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    checkpoint = parser.add_argument_group("checkpoint")
+    checkpoint.add_argument(
+        "--model", required=True, help="sd3, sd3-mini, a local diffusers directory, or a hub id (owner/name)"
+    )
+    checkpoint.add_argument("--revision", help="branch, tag or commit on the hub")
+    checkpoint.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="the published architecture with random weights: no network, no pipeline, for sizes and speeds",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, help="the bundle's directory (default: the model's last name)")
+    output.add_argument("--force", action="store_true", help="replace a bundle that is there")
+    output.add_argument(
+        "--target",
+        action="append",
+        choices=["onnx", "rtx", "tensorrt"],
+        help="what to build; repeatable. step.onnx always is; rtx (TensorRT-RTX) needs no GPU "
+        "(default: onnx, and rtx where it is installed)",
+    )
+    output.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare step.onnx under ONNX Runtime with torch before the plans are built",
+    )
+    shape = parser.add_argument_group("shapes and precision")
+    shape.add_argument(
+        "--dtype", type=DType, choices=list(DType), default=DType.FP32, help="of the weights (default: fp32)"
+    )
+    shape.add_argument(
+        "--resolution",
+        type=console.resolution,
+        action="append",
+        metavar="HxW",
+        help="pixels that the plans are built for; repeatable (default: what the model was trained on)",
+    )
+    shape.add_argument(
+        "--batch",
+        type=int,
+        action="append",
+        metavar="N",
+        help="prompts per batch that the plans are built for; repeatable (default: 1)",
+    )
+    shape.add_argument(
+        "--text-length",
+        type=int,
+        metavar="T",
+        help="text tokens that the plans are built for (default: the pipeline's own)",
+    )
+    shape.add_argument(
+        "--no-guidance",
+        action="store_true",
+        help="plans without classifier-free guidance: N rows per batch instead of 2 N",
+    )
+    shape.add_argument(
+        "--keep-ratio",
+        type=float,
+        default=PruneSettings().keep_ratio,
+        metavar="R",
+        help="fraction of the image tokens that a pruned step computes, in (0, 1] (default: 0.3)",
+    )
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    # A wrong setting is told before the seconds that torch takes to import.
+    settings = PruneSettings(keep_ratio=arguments.keep_ratio)
+    from cat_pruning.exporter.export import ExportConfig, Target, default_targets, export
+
+    console.quiet_libraries()
+    config = ExportConfig(
+        model=arguments.model,
+        out=arguments.out or Path(Path(arguments.model).name),
+        revision=arguments.revision,
+        random_weights=arguments.random_weights,
+        dtype=arguments.dtype,
+        resolutions=tuple(arguments.resolution or ()),
+        prompts=tuple(arguments.batch or (1,)),
+        text_length=arguments.text_length,
+        guidance=not arguments.no_guidance,
+        settings=settings,
+        targets=tuple(map(Target, arguments.target)) if arguments.target else default_targets(),
+        verify=arguments.verify,
+        force=arguments.force,
+    )
+    terminal = Console(stderr=True)
+    bundle = export(config, lambda title: _stage(terminal, title))
+    _summarise(Console(), config, bundle, time.perf_counter() - started)
+
+
+@contextmanager
+def _stage(terminal: Console, title: str) -> Iterator[Advance]:
+    """A spinner while the stage runs, a line with its time when it is done."""
+    started = time.perf_counter()
+    with terminal.status(f"{title} …") as status:
+
+        def advance(done: int, total: int) -> None:
+            status.update(f"{title} … {done}/{total}")
+
+        yield advance
+    terminal.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
+
+
+def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds: float) -> None:
+    manifest = bundle.manifest
+    files = Table(title=f"{bundle.path}  ({seconds:.0f} s)", title_justify="left", title_style="bold")
+    files.add_column("file")
+    files.add_column("size", justify="right")
+    parts = {name: spec.size for name, spec in manifest.files.items() if not name.startswith("pipeline/")}
+    if others := sum(spec.size for name, spec in manifest.files.items() if name.startswith("pipeline/")):
+        parts["pipeline/"] = others
+    for name, size in parts.items():
+        files.add_row(name, console.file_size(size))
+    terminal.print(files)
+
+    costs = Table(title="MACs of a step", title_justify="left", title_style="bold")
+    for column in ("profile", "tokens", "kept", "full\nlinear", "pruned\nlinear", "full\nall", "pruned\nall", "bound"):
+        costs.add_column(column, justify="left" if column == "profile" else "right", no_wrap=column == "profile")
+    for profile, cost in zip(manifest.profiles, manifest.macs, strict=True):
+        costs.add_row(
+            profile.name,
+            str(profile.num_tokens),
+            str(profile.num_kept),
+            *map(console.macs, (cost.full_linear, cost.pruned_linear, cost.full_total, cost.pruned_total)),
+            f"{cost.full_total / cost.pruned_total:.2f}×",
+        )
+    terminal.print(costs)
+    terminal.print(
+        "linear: linear and convolution layers only, as in the paper; all: attention scores too.\n"
+        "bound: no pruned step can be faster against a full one than its MACs (all) are fewer.",
+        style="dim",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

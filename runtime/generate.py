@@ -1,0 +1,111 @@
+"""Images from a pipeline with a `CatTransformer`, with the time and the record of every step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.transformer import CatTransformer
+from cat_pruning.schedule import StepKind
+from cat_pruning.settings import PruneSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """What to generate; sizes in pixels. `text_arguments` go to the pipeline as they are."""
+
+    prompts: tuple[str, ...]
+    height: int
+    width: int
+    steps: int = 28
+    guidance_scale: float = 7.0
+    seed: int = 0
+    text_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One generation: its images, its wall time, and for every step what it computed and how long it took."""
+
+    images: list[Image.Image]
+    seconds: float
+    records: list[StepRecord]
+    step_ms: list[float]
+
+    def median_ms(self, kind: StepKind) -> float | None:
+        """Median time of the steps of one kind, selection included; None where there are none."""
+        times = [ms for record, ms in zip(self.records, self.step_ms, strict=True) if record.kind is kind]
+        return statistics.median(times) if times else None
+
+
+def generate(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Run:
+    """Generate with `pipe`, whose transformer is a `CatTransformer`, under `settings`.
+
+    The first image of a process is slower: it warms up allocators and thread pools. Synchronises with a GPU after
+    every step, to time it.
+    """
+    transformer: CatTransformer = pipe.transformer
+    transformer.settings = settings
+    generators = [torch.Generator().manual_seed(config.seed + index) for index in range(len(config.prompts))]
+    with _timed_steps(transformer) as (records, step_ms):
+        started = time.perf_counter()
+        images = pipe(
+            list(config.prompts),
+            height=config.height,
+            width=config.width,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            generator=generators,
+            **config.text_arguments,
+        ).images
+        seconds = time.perf_counter() - started
+    return Run(images=images, seconds=seconds, records=records, step_ms=step_ms)
+
+
+def never_pruned(settings: PruneSettings, steps: int) -> PruneSettings:
+    """The same settings with every one of `steps` steps full: the run to compare with."""
+    return settings.replace(full_steps=max(2, 2 * steps), extra_full_steps=())  # Heun counts fewer steps, never more
+
+
+@contextmanager
+def _timed_steps(transformer: CatTransformer) -> Iterator[tuple[list[StepRecord], list[float]]]:
+    """Records and times (ms) of the steps that `transformer` computes meanwhile; calls of one step are added up."""
+    records: list[StepRecord] = []
+    step_ms: list[float] = []
+    started = 0.0
+
+    def before(module: torch.nn.Module, arguments: Any) -> None:
+        nonlocal started
+        _synchronise(transformer)
+        started = time.perf_counter()
+
+    def after(module: torch.nn.Module, arguments: Any, result: Any) -> None:
+        _synchronise(transformer)
+        elapsed = (time.perf_counter() - started) * 1e3
+        record = transformer.last_step
+        assert record is not None
+        if records and records[-1] is record:  # the second call of a Heun step
+            step_ms[-1] += elapsed
+        else:
+            records.append(record)
+            step_ms.append(elapsed)
+
+    hooks = [transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after)]
+    try:
+        yield records, step_ms
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _synchronise(transformer: CatTransformer) -> None:
+    if transformer.device.type == "cuda":
+        torch.cuda.synchronize(transformer.device)

@@ -1,0 +1,73 @@
+"""What the command-line tools share: errors as one line and exit code 2, sizes and numbers as people read them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from cat_pruning.errors import CatError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error of the tools."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def run(program: str, command: Callable[[], None]) -> int:
+    """Run a tool: 0 when it is done, 2 and one line on standard error when it cannot be, 130 when it is interrupted."""
+    quiet_libraries()
+    try:
+        command()
+    except CatError as error:
+        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted; nothing was left behind\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 1
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' hints out of a tool's output; `CAT_PRUNING_LOG=DEBUG` shows them all."""
+    level = os.environ.get("CAT_PRUNING_LOG")
+    if level:
+        logging.basicConfig(level=level.upper())
+        return
+    warnings.simplefilter("ignore")
+    for name in ("diffusers", "transformers", "torch", "onnxscript", "onnx_ir", "matplotlib", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def resolution(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH in pixels, as an argument."""
+    match = re.fullmatch(r"(\d+)[xX×](\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH in pixels, like 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def file_size(num_bytes: int) -> str:
+    """A number of bytes for people: 32.0 MB, 4.11 GB."""
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def macs(count: float) -> str:
+    """Multiply-accumulates for people: 1.594 G, 6.012 T."""
+    return f"{count / 1e12:.3f} T" if count >= 1e12 else f"{count / 1e9:.3f} G"
