@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ from cat_pruning.engines.manifest import PlanSpec
 from cat_pruning.errors import EngineError
 from cat_pruning.step_io import Shape
 
+# The builder copies and frees weights of many sizes; with a fixed threshold glibc gives them back at once. Measured on
+# SD3-medium: 0.7 GB less at the peak. Elsewhere than in glibc nobody reads it.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 # What a plan of TensorRT-RTX runs on unless it is built for something else: these "and later".
 _RTX_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 
@@ -57,6 +61,7 @@ def build_rtx_plan(step_onnx: Path, plan: Path, profiles: Sequence[Mapping[str, 
         [sys.executable, "-m", "cat_pruning.engines.plan_builder"],
         input=json.dumps(job),
         capture_output=True,
+        env=os.environ | _MALLOC,
         text=True,
         check=False,
     )

@@ -94,7 +94,7 @@ class StepModule(nn.Module):
         super().__init__()
         self.family = family
         self.transformer = share_parameters(transformer)
-        self.transformer.requires_grad_(False).eval()
+        self.transformer.eval()  # a flag of each module; the parameters' own, as requires_grad, are the user's
         self.reuse = TokenReuse(scatter)
         family.intercept(self.transformer, self.reuse)
 

@@ -33,12 +33,15 @@ class StepMacs:
 
 
 def count_macs(step_onnx: Path, shapes: Mapping[str, Shape]) -> StepMacs:
-    """Count the MACs of `step.onnx` at concrete input shapes, by name.
+    """Count the MACs of `step.onnx` at concrete input shapes, by name. The weights are not read."""
+    return count_graph_macs(ir.load(step_onnx), shapes)
 
-    The graph's sizes are made constant and folded, so that every matrix product has its shape; the weights are
-    not read.
+
+def count_graph_macs(model: ir.Model, shapes: Mapping[str, Shape]) -> StepMacs:
+    """Count the MACs of a step graph, which is changed: its sizes are made constant and folded.
+
+    So every matrix product has its shape.
     """
-    model = ir.load(step_onnx)
     for value in model.graph.inputs:
         value.shape = ir.Shape(shapes[value.name or ""])
     for value in model.graph.outputs:

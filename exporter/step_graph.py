@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
+from onnx_ir.tensor_adapters import TorchTensor
+from onnxscript import opset23, optimizer
 from torch import Tensor
 
 from cat_pruning import step_io
@@ -42,7 +44,7 @@ def export_step_graph(step: StepModule, path: Path, advance: Callable[[int, int]
     Raises:
         OSError: a file cannot be written.
     """
-    model = _trace(step)
+    model = trace_step(step)
 
     def report(tensor: ir.TensorProtocol, info: Any) -> None:
         if advance is not None:
@@ -53,7 +55,8 @@ def export_step_graph(step: StepModule, path: Path, advance: Callable[[int, int]
         value.const_value = None  # onnxscript's rewriter keeps the last graph it saw; not its weights, please
 
 
-def _trace(step: StepModule) -> ir.Model:
+def trace_step(step: StepModule) -> ir.Model:
+    """One step as a graph whose initializers refer to the module's parameters. Reads no weight."""
     config = step.transformer.config
     shapes = step.family.step_shapes(config, SYMBOLIC)
     num_caches = len(step.family.caches(config))
@@ -72,7 +75,7 @@ def _trace(step: StepModule) -> ir.Model:
             input_names=list(shapes),
             output_names=step_io.output_names(num_caches),
             dynamic_shapes=_as_arguments(dynamic, num_caches),
-            custom_translation_table=onnx_ops.translation_table(),
+            custom_translation_table={operator.floordiv: _floordiv, **onnx_ops.translation_table()},
             optimize=False,  # it would transpose every weight at once
             verbose=False,
         )
@@ -135,9 +138,16 @@ def _example_dims(patch_size: int) -> StepDims:
     )
 
 
+def _floordiv(dividend: Any, divisor: Any) -> Any:
+    # Torch's own translation is Div, which rounds -3/2 to -1; then an odd number of token rows crops the position table
+    # wrongly. ONNX's Mod has the sign of the divisor, as Python's.
+    return opset23.Div(opset23.Sub(dividend, opset23.Mod(dividend, divisor)), divisor)
+
+
 def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
     optimizer.optimize_ir(model, inline=True, should_fold=lambda node: False if _is_weight_transpose(node) else None)
     _transpose_weights_lazily(model)
+    _permute_without_einsum(model)
     for value in model.graph.inputs:
         value.shape = ir.Shape(shapes[value.name or ""])
     for value in model.graph.outputs:
@@ -154,6 +164,16 @@ def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
     model.graph.metadata_props.clear()
     onnx_ops.attach_functions(model)
     return model
+
+
+def _permute_without_einsum(model: ir.Model) -> None:
+    """The einsum of an unpatchify is a Transpose, which unlike Einsum every runtime has in bf16."""
+    for node in [node for node in model.graph if node.op_type == "Einsum" and len(node.inputs) == 1]:
+        before, after = node.attributes["equation"].as_string().replace(" ", "").split("->")
+        if sorted(before) == sorted(set(after)):
+            node.op_type = "Transpose"
+            node.attributes.clear()
+            node.attributes["perm"] = ir.AttrInt64s("perm", [before.index(axis) for axis in after])
 
 
 def _is_weight_transpose(node: ir.Node) -> bool:
@@ -184,10 +204,13 @@ def _transpose_weights_lazily(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
         if not weight.uses():
             del model.graph.initializers[weight.name or ""]
+            weight.const_value = None  # see `export_step_graph`: the graph's old values live on
 
 
 def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    return ir.tensor(tensor.numpy().T.copy(), dtype=tensor.dtype, name=name)
+    weight = tensor.raw  # numpy's transposing copy takes five times as long
+    assert isinstance(weight, Tensor), f"{name}: expected a parameter of the module, got {type(weight).__name__}"
+    return TorchTensor(weight.detach().t().contiguous(), name=name)
 
 
 class _quiet_exporter:

@@ -32,14 +32,14 @@ def verify_step_graph(step: StepModule, step_onnx: Path, dtype: DType) -> float:
         raise EngineError(f"--verify: ONNX Runtime cannot load {step_onnx.name}: {error}") from error
     worst = 0.0
     for batch, kept in ((1, 0.3), (3, 1.0)):
-        height, width, text_length = 8 * patch, 10 * patch, 9
+        height, width, text_length = 7 * patch, 10 * patch, 9  # odd and even
         dims = StepDims.of(
             batch=batch,
             latent_height=height,
             latent_width=width,
             patch_size=patch,
             text_length=text_length,
-            num_kept=max(1, int(kept * 80)),
+            num_kept=int(kept * 70),
         )
         inputs = example_inputs(step, dims, seed=batch)
         results = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})

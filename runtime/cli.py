@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from cat_pruning import console
 from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.schedule import StepKind, step_kinds
 
 if TYPE_CHECKING:
     from cat_pruning.engines.manifest import Manifest
@@ -78,6 +80,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     manifest = bundle.manifest
     settings = _settings(manifest, arguments)
+    if arguments.token_map and StepKind.PRUNED not in step_kinds(arguments.steps, settings):
+        raise SettingsError(
+            f"--token-map: none of {arguments.steps} steps is pruned with --full-steps {settings.full_steps}; "
+            "give more --steps or fewer --full-steps"
+        )
     with terminal.status("Load the bundle …"):
         pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
         pipe.set_progress_bar_config(disable=True)
@@ -112,6 +119,10 @@ def _check(arguments: argparse.Namespace) -> None:
     """What needs no bundle, before the seconds that torch takes to import."""
     if arguments.steps < 1:
         raise SettingsError(f"--steps {arguments.steps}: expected a number >= 1")
+    if not math.isfinite(arguments.guidance_scale):
+        raise SettingsError(f"--guidance-scale {arguments.guidance_scale}: expected a finite number")
+    if not 0 <= arguments.seed < 2**63:
+        raise SettingsError(f"--seed {arguments.seed}: expected a number in [0, 2^63)")
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise SettingsError("an empty prompt; say what to draw")
     if arguments.out.suffix.lower() != ".png":

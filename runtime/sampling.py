@@ -64,14 +64,14 @@ class Sampling:
         if new_schedule or timestep > self._timestep or self._is_other_image(model_inputs):
             self._begin_image(model_inputs)
         latents = self._to_engine("hidden_states", model_inputs["hidden_states"])
-        if timestep != self._timestep:
-            self._begin_step(timestep, latents)
-        assert self._keep_indices is not None
         changing = {"hidden_states": latents, "timestep": self._to_engine("timestep", model_inputs["timestep"])}
         try:
+            if timestep != self._timestep:
+                self._begin_step(timestep, latents)
+            assert self._keep_indices is not None
             self._noise = self.session.step({**changing, **self._converted}, self._keep_indices)
         except BaseException:
-            self.reset()
+            self.reset()  # a step may have begun that was never computed
             raise
         if self._step == self.settings.reference_step:
             self._reference = self._patchify(self._noise)

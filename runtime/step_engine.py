@@ -52,7 +52,7 @@ class StepSession(ABC):
 
     def __init__(self, engine: StepEngine) -> None:
         self.engine = engine
-        self._dims: StepDims | None = None  # of the caches; num_kept is all tokens
+        self._allocated: tuple[StepDims, torch.device, torch.dtype] | None = None  # what the caches are for
         self._noise: Tensor | None = None  # (B, C, H, W), the last output
 
     def reset(self) -> None:
@@ -76,10 +76,13 @@ class StepSession(ABC):
         """
         dims = self._dims_of(model_inputs)
         num_kept = keep_indices.shape[1]
-        if dims != self._dims:
+        needed = (dims, self.engine.device, self.engine.dtype)
+        if needed != self._allocated:
             self.reset()
-            self._allocate(dims)
-            self._dims = dims
+            self._allocated = None  # until the new ones are there: an allocation may fail
+            with torch.inference_mode(False):  # or caches of an image made under it could not be written outside it
+                self._allocate(dims)
+            self._allocated = needed
         if self._noise is None:
             if num_kept != dims.num_tokens:
                 raise EngineError(

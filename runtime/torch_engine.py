@@ -53,11 +53,13 @@ class TorchSession(StepSession):
 
     def __init__(self, engine: TorchStepEngine) -> None:
         super().__init__(engine)
-        self._step = StepModule(engine.transformer, engine.family, token_scatter_)
+        self._step: StepModule | None = None
         self._caches: list[Tensor] = []
 
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
+        # Again after the module has moved: it shares its parameters with the copy, but a move replaces its buffers.
+        self._step = StepModule(engine.transformer, engine.family, token_scatter_)
         self._caches = [
             torch.zeros([int(dim) for dim in spec.shape(dims)], dtype=engine.dtype, device=engine.device)
             for spec in engine.family.caches(engine.config)
@@ -65,6 +67,7 @@ class TorchSession(StepSession):
         ]
 
     def _run(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor, noise: Tensor) -> Tensor:
+        assert self._step is not None
         with torch.no_grad():  # and not inference_mode: schedulers may write to what they are given
             result: Tensor = self._step(keep_indices, noise, self._caches, dict(model_inputs))[0]
             return result

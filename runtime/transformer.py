@@ -40,6 +40,8 @@ class CatTransformer(nn.Module):
         self.settings = settings or PruneSettings()
         self.config = FrozenDict(engine.config)
         self._threads = threading.local()
+        if isinstance(engine, TorchStepEngine):
+            self.add_module("transformer", engine.transformer)  # so that pipe.to(...) moves it
 
     @classmethod
     def from_bundle(cls, path: str | Path, engine: str = "auto", *, settings: PruneSettings | None = None) -> Self:
@@ -85,7 +87,7 @@ class CatTransformer(nn.Module):
         """Forget this thread's image in progress. Pipelines need not call it: a new image is recognised."""
         self._sampling().reset()
 
-    def forward(self, hidden_states: Tensor, return_dict: bool = True, **arguments: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *, return_dict: bool = True, **arguments: Any) -> Any:
         """The call that a diffusers pipeline makes; see the transformer's own `forward` for its arguments.
 
         Returns:
@@ -103,7 +105,7 @@ class CatTransformer(nn.Module):
         if sampling.settings != self.settings:
             sampling.settings = self.settings
             sampling.reset()
-        noise = sampling.call(inputs).to(hidden_states.dtype)
+        noise = sampling.call(inputs).to(hidden_states)
         return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
 
     def _sampling(self) -> Sampling:
@@ -118,7 +120,7 @@ class CatTransformer(nn.Module):
             if not isinstance(tensor, Tensor):
                 raise SettingsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
             inputs[name] = tensor
-        if unsupported := sorted(name for name, value in arguments.items() if value):
+        if unsupported := sorted(name for name, value in arguments.items() if _is_given(value)):
             raise SettingsError(
                 f"{', '.join(unsupported)}: not supported by pruned steps; leave it out or use the original transformer"
             )
@@ -138,3 +140,7 @@ class CatTransformer(nn.Module):
     def extra_repr(self) -> str:
         """What `print(pipe.transformer)` says."""
         return f"engine={self.engine.name}, device={self.device}, dtype={self.dtype}, settings={self.settings}"
+
+
+def _is_given(value: object) -> bool:
+    return isinstance(value, Tensor) or bool(value)  # a tensor of several values has no truth value

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def mini_pipeline() -> StableDiffusion3Pipeline:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def make_tiny_sd3() -> Callable[..., SD3Transformer2DModel]:
+    """`tiny_sd3`, for tests, which cannot import it from here."""
+    return tiny_sd3
 
 
 def tiny_sd3(**changes: Any) -> SD3Transformer2DModel:

@@ -132,7 +132,8 @@ class CachedJointAttention:
 
 
 def _split_heads(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, rows, D / heads)
+    heads_last: Tensor = rows.unflatten(-1, (heads, -1))
+    return heads_last.transpose(1, 2)  # (B, heads, rows, D / heads)
 
 
 def _normed(rows: Tensor, norm: nn.Module | None, heads: int) -> Tensor:

@@ -141,7 +141,7 @@ def test_derived_values() -> None:
     profile, macs = manifest.profiles[0], manifest.macs[0]
     assert (macs.full_total, macs.pruned_total) == (890, 310)
     assert [cache.num_rows(profile) for cache in manifest.caches] == [256 + 13, 256]
-    assert profile.model_copy(update={"width": 512}).resolution == "512x256"
+    assert profile.model_copy(update={"width": 512}).resolution == "256x512"
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_no_manifest(tmp_path: Path) -> None:
 def test_export_command_makes_the_bundle_again() -> None:
     manifest = Manifest.model_validate_json(json.dumps(FIELDS))
     assert manifest.export_command(Path("/b/sd3")) == (
-        "cat-export --model some/sd3 --revision 0123abcd --dtype fp16 --resolution 256x256 --target rtx "
-        "--out /b/sd3 --force"
+        "cat-export --model some/sd3 --dtype fp16 --revision 0123abcd --resolution 256x256 --batch 1 "
+        "--text-length 13 --keep-ratio 0.3 --target rtx --out /b/sd3 --force"
     )
-    assert "--target rtx tensorrt " in manifest.export_command(Path("/b"), "tensorrt", "tensorrt_rtx")
+    assert "--target rtx --target tensorrt " in manifest.export_command(Path("/b"), "tensorrt", "tensorrt_rtx")
 
 
 def test_export_command_tells_what_is_not_the_default() -> None:
@@ -270,8 +270,8 @@ def test_export_command_tells_what_is_not_the_default() -> None:
     }
     command = Manifest.model_validate_json(json.dumps(fields)).export_command(Path("out"))
     assert shlex.split(command) == shlex.split(
-        "cat-export --model 'my configs/sd3' --seed 7 --dtype fp16 --resolution 256x256 256x128 --prompts 2 "
-        "--keep-ratio 0.5 --pooling mean --fresh-quotas 0.2 0.1 --out out --no-guidance --force"
+        "cat-export --model 'my configs/sd3' --dtype fp16 --random-weights --resolution 256x256 --resolution 128x256 "
+        "--batch 2 --text-length 13 --keep-ratio 0.5 --no-guidance --out out --force"
     )
 
 

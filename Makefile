@@ -1,0 +1,45 @@
+# make demo    set everything up, export the packaged miniature, generate full and pruned images
+# make test    set everything up, then lint, types and tests
+PYTHON ?= python3
+BIN := .venv/bin
+# Made again when a dependency changes and when a file is added to the package or removed from it.
+SOURCES := $(shell find src exporter plugins engines runtime models -type d -not -name __pycache__)
+DEMO := build/demo
+PROMPT := a large red circle left of a small blue star on a plain black background
+
+.PHONY: install check test demo bench bench-export clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cat-pruning needs Python 3.11 or newer, $(PYTHON) is older; run: make PYTHON=/path/to/python3.12 install"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --config-settings editable_mode=strict --editable '.[rtx,dev]'
+	touch $@
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -q
+
+demo: install
+	mkdir -p $(DEMO)
+	$(BIN)/cat-export --model sd3-mini --text-length 48 --out $(DEMO)/sd3-mini --force
+	$(BIN)/cat-generate $(DEMO)/sd3-mini "$(PROMPT)" -o $(DEMO)/image.png --guidance-scale 4 \
+	  --compare --token-map --summary $(DEMO)/summary.json
+	mv $(DEMO)/image.comparison.png $(DEMO)/comparison.png
+	mv $(DEMO)/image.token_map.png $(DEMO)/token_map.png
+
+bench: install
+	$(BIN)/python benchmarks/bench_step.py
+
+bench-export: install
+	$(BIN)/python benchmarks/bench_export.py
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

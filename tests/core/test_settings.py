@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from cat_pruning.errors import CatError, SettingsError, ShapeError
+from cat_pruning.settings import Pooling, PruneSettings
+
+
+def test_the_defaults_are_the_papers() -> None:
+    settings = PruneSettings()
+    assert (settings.keep_ratio, settings.full_steps, settings.num_clusters) == (0.3, 8, 20)
+    assert (settings.noise_scale, settings.fresh_fraction, settings.staleness_decay) == (0.05, 0.25, 0.5)
+    assert settings.reference_step == 6
+    assert settings.extra_full_steps == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("keep_ratio", value) for value in (0.0, -0.1, 1.0000001, math.nan, math.inf)),
+        *(("full_steps", value) for value in (1, 0, -1, 2.0, True)),
+        *(("num_clusters", value) for value in (0, 1.5, True)),
+        *(("noise_scale", value) for value in (-1e-9, math.nan, math.inf)),
+        *(("fresh_fraction", value) for value in (-0.1, 1.1, math.nan)),
+        *(("staleness_decay", value) for value in (-0.1, 1.0, math.nan)),
+        ("pooling", "median"),
+        *(("first_quota", value) for value in (0.0, 1.1, math.nan)),
+        *(("fresh_quotas", value) for value in ((), (0.1, 0.0), (1.1,), (math.nan,))),
+        *(("kmeans_iterations", value) for value in (0, 2.5, False)),
+        *(("extra_full_steps", value) for value in ((7,), (9, 3), (9.0,))),
+    ],
+)
+def test_a_value_outside_its_domain_is_named(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"{name}=.*: expected") as caught:
+        PruneSettings(**{name: value})
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, CatError)
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "num_tokens", "num_kept"),
+    [(0.3, 4096, 1228), (0.29, 100, 29), (1.0, 4096, 4096), (0.3, 20, 6), (1e-9, 64, 1), (0.999, 64, 63), (0.7, 10, 7)],
+)
+def test_tokens_of_a_pruned_step(keep_ratio: float, num_tokens: int, num_kept: int) -> None:
+    assert PruneSettings(keep_ratio=keep_ratio, num_clusters=1).num_kept(num_tokens) == num_kept
+
+
+def test_every_whole_percentage_of_a_hundred_tokens_is_exact() -> None:
+    for percent in range(1, 101):
+        assert PruneSettings(keep_ratio=percent / 100).num_kept(100) == percent
+
+
+def test_fewer_tokens_than_clusters() -> None:
+    assert PruneSettings().num_kept(20) == 6
+    with pytest.raises(ShapeError, match=r"19 tokens, fewer than num_clusters=20.*num_clusters <= 19"):
+        PruneSettings().num_kept(19)
+
+
+def test_round_trip_through_json() -> None:
+    settings = PruneSettings(
+        keep_ratio=0.5, pooling=Pooling.MEAN, fresh_quotas=(0.2, 0.1), extra_full_steps=(12, 20), full_steps=4
+    )
+    again = PruneSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
+    assert again == settings
+    assert hash(again) == hash(settings)
+    assert isinstance(again.pooling, Pooling)
+    assert PruneSettings.from_dict({}) == PruneSettings()
+
+
+def test_unknown_fields_are_named() -> None:
+    with pytest.raises(SettingsError, match=r"unknown settings alpha, ratio; known are .*keep_ratio"):
+        PruneSettings.from_dict({"ratio": 0.3, "alpha": 1, "keep_ratio": 0.3})
+
+
+@pytest.mark.parametrize("fields", [{"keep_ratio": "0.3"}, {"fresh_quotas": 0.1}, {"extra_full_steps": 9}])
+def test_fields_of_the_wrong_type(fields: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError):
+        PruneSettings.from_dict(fields)
+
+
+def test_replace_validates_and_leaves_the_original() -> None:
+    settings = PruneSettings()
+    assert settings.replace(keep_ratio=0.5).keep_ratio == 0.5
+    assert settings.keep_ratio == 0.3
+    with pytest.raises(SettingsError, match="keep_ratio"):
+        settings.replace(keep_ratio=2.0)
+    with pytest.raises(SettingsError, match="extra_full_steps"):
+        settings.replace(extra_full_steps=(9,)).replace(full_steps=10)

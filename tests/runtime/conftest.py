@@ -1,0 +1,152 @@
+"""Pipelines of sd3-mini around both engines, and what a run of one of them did, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from torch import Tensor
+
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.exporter.checkpoint import quiet_diffusers
+from cat_pruning.models import miniatures
+from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.transformer import CatTransformer
+from cat_pruning.settings import PruneSettings
+
+PROMPT = "a large red circle left of a small blue star on a plain black background"
+ENGINES = ("onnxruntime", "torch")
+
+
+@dataclass
+class Sampled:
+    """One image: the latents after every step, and the record after every call of the transformer."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    calls: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """One per step; a scheduler of second order makes two calls of one step."""
+        return list(dict.fromkeys(self.calls))
+
+    @property
+    def final(self) -> Tensor:
+        return self.latents[-1]
+
+    @property
+    def kinds(self) -> str:
+        """The steps' kinds by their first letters: FFFPPP."""
+        return "".join(record.kind.value[0].upper() for record in self.records)
+
+    def same_tokens_as(self, other: Sampled) -> bool:
+        mine, others = ([record.keep_indices for record in run.records] for run in (self, other))
+        return len(mine) == len(others) and all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+
+
+@pytest.fixture(scope="session")
+def engines(mini_bundle: Path) -> dict[str, StepEngine]:
+    """Both engines of the bundle, loaded once; sessions are each test's own."""
+    bundle = Bundle.open(mini_bundle)
+    return {name: engine_from_bundle(bundle, name) for name in ENGINES}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, engines: dict[str, StepEngine]) -> StepEngine:
+    """Each engine in turn."""
+    return engines[request.param]
+
+
+@pytest.fixture(scope="session")
+def parts() -> dict[str, Any]:
+    """The components of the untouched pipeline, loaded once. No test changes them; schedulers are made anew."""
+    with quiet_diffusers():
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            miniatures()["sd3-mini"], dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+        )
+    return dict(pipe.components)
+
+
+@pytest.fixture(scope="session")
+def pipeline(parts: dict[str, Any]) -> Callable[..., Any]:
+    """Makes a pipeline around a transformer, or the untouched one around None."""
+
+    def make(transformer: Any = None, pipeline_class: Any = StableDiffusion3Pipeline, scheduler: Any = None) -> Any:
+        old = parts["scheduler"]
+        changes = {"scheduler": (scheduler or type(old)).from_config(old.config)}
+        if transformer is not None:
+            changes["transformer"] = transformer
+        pipe = pipeline_class(**parts | changes)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def drop_in(pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a pipeline with a new `CatTransformer` over an engine; keywords are those of `PruneSettings`."""
+
+    def make(engine: StepEngine, pipeline_class: Any = StableDiffusion3Pipeline, scheduler: Any = None, **s: Any) -> Any:
+        return pipeline(CatTransformer(engine, PruneSettings(**s)), pipeline_class, scheduler)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample() -> Callable[..., Sampled]:
+    """Runs a pipeline and returns what it did: `sample(pipe, steps=12, ...)`."""
+
+    def run(
+        pipe: Any,
+        steps: int = 12,
+        size: tuple[int, int] = (128, 128),
+        prompt: str | list[str] = PROMPT,
+        seed: int | list[int] = 0,
+        on_step: Callable[[int], None] = lambda step: None,
+        **arguments: Any,
+    ) -> Sampled:
+        sampled = Sampled()
+
+        def after_step(_: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            sampled.latents.append(tensors["latents"].clone())
+            on_step(step)
+            return {}
+
+        def after_call(module: Any, _: Any, __: Any) -> None:
+            if isinstance(module, CatTransformer):
+                assert module.last_step is not None
+                sampled.calls.append(module.last_step)
+
+        seeds = [torch.Generator().manual_seed(s) for s in ([seed] if isinstance(seed, int) else seed)]
+        hook = pipe.transformer.register_forward_hook(after_call)
+        try:
+            pipe(
+                prompt,
+                height=size[0],
+                width=size[1],
+                num_inference_steps=steps,
+                generator=seeds if isinstance(prompt, list) else seeds[0],
+                max_sequence_length=24,
+                output_type="latent",
+                callback_on_step_end=after_step,
+                **arguments,
+            )
+        finally:
+            hook.remove()
+        return sampled
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def image_to_image() -> Any:
+    """The pipeline class."""
+    return StableDiffusion3Img2ImgPipeline

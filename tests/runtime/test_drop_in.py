@@ -1,0 +1,142 @@
+"""The drop-in in real pipelines: their kinds, schedulers, guidance, batches and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from cat_pruning.runtime import kmeans, selection
+from cat_pruning.runtime.step_engine import StepEngine
+
+Make = Callable[..., Any]
+STEPS = 7
+SIZE = (64, 64)  # 64 tokens
+SETTINGS = {"keep_ratio": 0.4, "full_steps": 3, "num_clusters": 6}
+PROMPTS = [
+    "a large red circle left of a small blue star on a plain black background",
+    "a small green square above a large yellow circle on a plain white background",
+    "a large blue star right of a small red square on a plain black background",
+]
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    """Step by step; sums in another order of latents of order 1."""
+    assert len(actual.latents) == len(expected.latents)
+    for mine, theirs in zip(actual.latents, expected.latents, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_keeping_every_token_changes_nothing(
+    engine: StepEngine, scheduler: Any, guidance_scale: float, pipeline: Make, drop_in: Make, sample: Make
+) -> None:
+    arguments = {"steps": STEPS, "size": (64, 96), "guidance_scale": guidance_scale}
+    expected = sample(pipeline(scheduler=scheduler), **arguments)
+    actual = sample(drop_in(engine, scheduler=scheduler, **SETTINGS | {"keep_ratio": 1.0}), **arguments)
+    assert actual.kinds == "FFFPPPP"
+    assert_close(actual, expected)
+
+
+def test_both_calls_of_a_heun_step_compute_the_same_tokens(engine: StepEngine, drop_in: Make, sample: Make) -> None:
+    run = sample(drop_in(engine, scheduler=FlowMatchHeunDiscreteScheduler, **SETTINGS), STEPS, SIZE)
+    assert len(run.calls) == 2 * STEPS - 1  # the first noise level has one call
+    assert [run.calls.count(record) for record in run.records] == [1] + [2] * (STEPS - 1)
+    assert run.kinds == "FFFPPPP"
+    assert [record.step for record in run.records] == list(range(STEPS))
+    timesteps = [record.timestep for record in run.records]
+    assert timesteps == sorted(set(timesteps), reverse=True)
+
+
+def test_guidance_rows_share_the_selection_of_the_conditional_row(
+    engine: StepEngine, drop_in: Make, sample: Make
+) -> None:
+    pipe = drop_in(engine, **SETTINGS)
+    noise: list[Tensor] = []
+    pipe.transformer.register_forward_hook(lambda module, args, result: noise.append(result[0].clone()))
+    run = sample(pipe, 4, SIZE)
+    relative = engine.family.patchify(noise[2] - noise[1], engine.config)
+    expected = [
+        _first_selection(relative[row : row + 1], run.records[3].grid, pipe.transformer.settings) for row in (0, 1)
+    ]
+    assert not torch.equal(expected[0], expected[1])  # or this test could not tell
+    for row in run.records[3].keep_indices:
+        assert torch.equal(row, expected[1][0])
+
+
+def _first_selection(relative: Tensor, grid: tuple[int, int], settings: Any) -> Tensor:
+    position = kmeans.position_encoding(*grid, relative.shape[-1])
+    features = selection.cluster_features(relative, position, settings.noise_scale)
+    clusters = kmeans.kmeans(
+        features, kmeans.initial_tokens(*grid, settings.num_clusters), settings.kmeans_iterations
+    )
+    return selection.first_selection(relative, clusters, settings.num_kept(relative.shape[1]), settings)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_every_prompt_is_generated_as_if_alone(
+    engine: StepEngine, guidance_scale: float, drop_in: Make, sample: Make
+) -> None:
+    arguments = {"steps": STEPS, "size": SIZE, "guidance_scale": guidance_scale}
+    together = sample(drop_in(engine, **SETTINGS), prompt=PROMPTS, seed=[0, 1, 2], **arguments)
+    assert together.kinds == "FFFPPPP"
+    assert together.records[-1].keep_indices.shape[0] == (6 if guidance_scale > 1 else 3)
+    selections = set()
+    for index, prompt in enumerate(PROMPTS):
+        alone = sample(drop_in(engine, **SETTINGS), prompt=[prompt], seed=[index], **arguments)
+        torch.testing.assert_close(together.final[index : index + 1], alone.final, rtol=0, atol=1e-3)
+        for both, one in zip(together.records[3:], alone.records[3:], strict=True):
+            rows = range(index, both.keep_indices.shape[0], len(PROMPTS))  # [negative; positive]
+            for row in rows:
+                assert torch.equal(both.keep_indices[row], one.keep_indices[-1])
+        selections.add(tuple(alone.records[-1].keep_indices[-1].tolist()))
+    assert len(selections) == len(PROMPTS)  # each its own
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
+def test_every_size_computes_its_share_of_tokens(
+    engine: StepEngine, size: tuple[int, int], drop_in: Make, sample: Make
+) -> None:
+    run = sample(drop_in(engine, **SETTINGS), STEPS, size)
+    grid = (size[0] // 8, size[1] // 8)
+    assert {record.grid for record in run.records} == {grid}
+    assert [record.num_kept for record in run.records] == [grid[0] * grid[1]] * 3 + [int(0.4 * grid[0] * grid[1])] * 4
+    for record in run.records:
+        for row in record.keep_indices.tolist():
+            assert row == sorted(set(row))
+
+
+def test_image_to_image_that_starts_late_is_never_pruned(
+    engine: StepEngine, image_to_image: Any, pipeline: Make, drop_in: Make, sample: Make
+) -> None:
+    arguments = {"steps": 10, "size": SIZE, "image": _image(SIZE), "strength": 0.3}
+    expected = sample(pipeline(None, image_to_image), **arguments)
+    actual = sample(drop_in(engine, image_to_image, **SETTINGS), **arguments)
+    assert actual.kinds == "FFF"
+    assert_close(actual, expected)
+
+
+def test_image_to_image_with_steps_enough_is_pruned(
+    engine: StepEngine, image_to_image: Any, pipeline: Make, drop_in: Make, sample: Make
+) -> None:
+    arguments = {"steps": 10, "size": SIZE, "image": _image(SIZE), "strength": 0.7}
+    expected = sample(pipeline(None, image_to_image), **arguments)
+    assert_close(sample(drop_in(engine, image_to_image, **SETTINGS | {"keep_ratio": 1.0}), **arguments), expected)
+    pruned = sample(drop_in(engine, image_to_image, **SETTINGS), **arguments)
+    assert pruned.kinds == "FFFPPPP"
+    assert not torch.allclose(pruned.final, expected.final, atol=1e-3)
+
+
+def _image(size: tuple[int, int]) -> Tensor:
+    rows, columns = (torch.linspace(0, 1, side) for side in size)
+    return torch.stack([rows.view(-1, 1).expand(size), columns.expand(size), torch.full(size, 0.5)]).unsqueeze(0)
+
+
+def test_extra_full_steps_are_full(engine: StepEngine, drop_in: Make, sample: Make) -> None:
+    run = sample(drop_in(engine, **SETTINGS, extra_full_steps=(4,)), STEPS, SIZE)
+    assert run.kinds == "FFFPFPP"

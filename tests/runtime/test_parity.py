@@ -1,0 +1,55 @@
+"""The acceptance tests: the drop-in against the untouched pipeline, and the engines against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cat_pruning.runtime.step_engine import StepEngine
+
+# Neither is the size that the graph was traced at, nor that of the bundle's profile (128x128).
+SIZES = [(96, 160), (160, 128)]
+STEPS = 28
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_keeping_every_token_is_the_untouched_pipeline(
+    engine: StepEngine,
+    size: tuple[int, int],
+    pipeline: Callable[..., Any],
+    drop_in: Callable[..., Any],
+    sample: Callable[..., Any],
+) -> None:
+    expected = sample(pipeline(), STEPS, size)
+    actual = sample(drop_in(engine, keep_ratio=1.0), STEPS, size)
+    assert actual.kinds == "F" * 8 + "P" * (STEPS - 8)
+    assert len(actual.latents) == len(expected.latents) == STEPS
+    for step, (mine, theirs) in enumerate(zip(actual.latents, expected.latents, strict=True)):
+        # The latents are of order 1; fp32 sums in another order leave a few 1e-6 after 28 steps.
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4, msg=lambda m, step=step: f"step {step}: {m}")
+
+
+@pytest.mark.parametrize("size", [(128, 128), *SIZES])
+def test_the_engines_agree_on_tokens_and_latents(
+    engines: dict[str, StepEngine], size: tuple[int, int], drop_in: Callable[..., Any], sample: Callable[..., Any]
+) -> None:
+    runs = {name: sample(drop_in(engine, keep_ratio=0.3), STEPS, size) for name, engine in engines.items()}
+    ort, reference = runs["onnxruntime"], runs["torch"]
+    assert ort.kinds == "F" * 8 + "P" * (STEPS - 8)
+    assert {record.num_kept for record in ort.records[8:]} == {int(0.3 * ort.records[0].num_tokens)}
+    for mine, theirs in zip(ort.records, reference.records, strict=True):
+        assert torch.equal(mine.keep_indices, theirs.keep_indices), f"step {mine.step} computes other tokens"
+    torch.testing.assert_close(ort.final, reference.final, rtol=0, atol=1e-3)
+
+
+def test_pruning_changes_the_image_but_not_much(
+    engine: StepEngine, pipeline: Callable[..., Any], drop_in: Callable[..., Any], sample: Callable[..., Any]
+) -> None:
+    """Guards the tests above: a drop-in that never prunes would pass most of them."""
+    full = sample(pipeline(), STEPS)
+    pruned = sample(drop_in(engine, keep_ratio=0.3), STEPS)
+    difference = (pruned.final - full.final).square().mean() / full.final.square().mean()
+    assert 1e-5 < difference < 0.5

@@ -1,0 +1,201 @@
+"""`CatTransformer` as a module: its arguments, its refusals, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cat_pruning.errors import BundleError, CheckpointError, EngineError, SettingsError, ShapeError
+from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.transformer import CatTransformer
+from cat_pruning.settings import PruneSettings
+
+SETTINGS = PruneSettings(keep_ratio=0.4, full_steps=3, num_clusters=6)
+
+
+def inputs(engine: StepEngine, size: tuple[int, int] = (16, 16), timestep: float = 1000.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    config = engine.config
+    return {
+        "hidden_states": torch.randn(2, config["in_channels"], *size, generator=generator),
+        "timestep": torch.full((2,), timestep),
+        "encoder_hidden_states": torch.randn(2, 48, config["joint_attention_dim"], generator=generator),
+        "pooled_projections": torch.randn(2, config["pooled_projection_dim"], generator=generator),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("skip_layers", [1]),
+        ("joint_attention_kwargs", {"scale": 0.5}),
+        ("block_controlnet_hidden_states", [torch.zeros(2, 64, 192)]),
+        ("block_controlnet_hidden_states", torch.zeros(2, 64, 192)),
+    ],
+)
+def test_an_unsupported_argument_is_named(engine: StepEngine, name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"{name}.*not supported.*original transformer"):
+        CatTransformer(engine, SETTINGS)(**inputs(engine), **{name: value})
+
+
+def test_absent_arguments_are_as_the_pipeline_passes_them(engine: StepEngine) -> None:
+    absent = {"joint_attention_kwargs": None, "skip_layers": None, "block_controlnet_hidden_states": []}
+    CatTransformer(engine, SETTINGS)(**inputs(engine), **absent)
+
+
+@pytest.mark.parametrize("name", ["timestep", "encoder_hidden_states", "pooled_projections"])
+def test_a_missing_argument_is_named(engine: StepEngine, name: str) -> None:
+    arguments = inputs(engine)
+    del arguments[name]
+    with pytest.raises(SettingsError, match=f"{name}: expected a tensor, got NoneType"):
+        CatTransformer(engine, SETTINGS)(**arguments)
+
+
+def test_conditioning_by_position_is_refused(engine: StepEngine) -> None:
+    """It must not be taken for `return_dict`."""
+    arguments = inputs(engine)
+    with pytest.raises(TypeError):
+        CatTransformer(engine, SETTINGS)(arguments.pop("hidden_states"), arguments.pop("encoder_hidden_states"))
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((15, 16), "multiples of the patch size 2"),
+        ((16, 0), "multiples of the patch size 2"),
+        ((16, 66), "position table holds 64x64"),
+        ((2, 4), "2 tokens, fewer than num_clusters=6"),
+    ],
+)
+def test_sizes_that_the_model_cannot_take(engine: StepEngine, size: tuple[int, int], said: str) -> None:
+    transformer = CatTransformer(engine, SETTINGS)
+    with pytest.raises(ShapeError, match=said):
+        transformer(**inputs(engine, size))
+    transformer(**inputs(engine))  # and goes on
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("hidden_states", (4, 16, 16)),
+        ("hidden_states", (2, 3, 16, 16)),
+        ("encoder_hidden_states", (1, 48, 192)),
+        ("encoder_hidden_states", (2, 48, 191)),
+        ("pooled_projections", (2, 191)),
+        ("timestep", (3,)),
+    ],
+)
+def test_shapes_that_do_not_fit_each_other(engine: StepEngine, name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=rf"{name}.*\({shape[0]}, "[:-2]):
+        CatTransformer(engine, SETTINGS)(**inputs(engine) | {name: torch.zeros(shape)})
+
+
+def test_results_as_diffusers_returns_them(engine: StepEngine) -> None:
+    arguments = inputs(engine)
+    transformer = CatTransformer(engine, SETTINGS)
+    as_object = transformer(**arguments).sample
+    (as_tuple,) = transformer(**arguments, return_dict=False)
+    assert as_object.shape == arguments["hidden_states"].shape
+    assert torch.equal(as_object, as_tuple)
+    half = transformer(**{name: tensor.half() for name, tensor in arguments.items()}).sample
+    assert half.dtype == torch.float16
+
+
+def test_a_scalar_timestep(engine: StepEngine) -> None:
+    arguments = inputs(engine)
+    expected = CatTransformer(engine, SETTINGS)(**arguments).sample
+    actual = CatTransformer(engine, SETTINGS)(**arguments | {"timestep": torch.tensor(1000.0)}).sample
+    assert torch.equal(actual, expected)
+
+
+def test_the_given_transformer_is_not_changed(make_tiny_sd3: Callable[..., nn.Module]) -> None:
+    model = make_tiny_sd3()
+    before = copy.deepcopy(model)
+    arguments = {
+        "hidden_states": torch.ones(2, 4, 16, 16),
+        "timestep": torch.full((2,), 500.0),
+        "encoder_hidden_states": torch.ones(2, 5, 24),
+        "pooled_projections": torch.ones(2, 20),
+    }
+    wrapped = CatTransformer.from_model(model, SETTINGS)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(**arguments).sample, before(**arguments).sample, rtol=0, atol=1e-5)
+        assert torch.equal(model(**arguments).sample, before(**arguments).sample)
+    for mine, original in zip(model.modules(), before.modules(), strict=True):
+        assert type(mine) is type(original)
+        assert mine.training == original.training
+        assert not mine._forward_hooks
+        assert not mine._forward_pre_hooks
+        assert type(getattr(mine, "processor", None)) is type(getattr(original, "processor", None))
+    for (name, mine), (_, original) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(mine, original), name
+        assert mine.requires_grad == original.requires_grad, name
+    assert list(model.state_dict()) == list(before.state_dict())
+
+
+def test_weights_changed_in_place_are_seen(make_tiny_sd3: Callable[..., nn.Module]) -> None:
+    """The weights are shared, not copied."""
+    model = make_tiny_sd3()
+    wrapped = CatTransformer.from_model(model, SETTINGS)
+    arguments = {
+        "hidden_states": torch.ones(2, 4, 16, 16),
+        "timestep": torch.full((2,), 500.0),
+        "encoder_hidden_states": torch.ones(2, 5, 24),
+        "pooled_projections": torch.ones(2, 20),
+    }
+    first = wrapped(**arguments).sample
+    with torch.no_grad():
+        model.proj_out.weight.mul_(2)
+    wrapped.reset()
+    assert not torch.allclose(wrapped(**arguments).sample, first)
+
+
+def test_a_model_that_moves_to_another_dtype(make_tiny_sd3: Callable[..., nn.Module]) -> None:
+    wrapped = CatTransformer.from_model(make_tiny_sd3(), SETTINGS)
+    arguments = {
+        "hidden_states": torch.ones(2, 4, 16, 16),
+        "timestep": torch.full((2,), 500.0),
+        "encoder_hidden_states": torch.ones(2, 5, 24),
+        "pooled_projections": torch.ones(2, 20),
+    }
+    first = wrapped(**arguments).sample
+    wrapped.to(torch.bfloat16)
+    assert wrapped.dtype == torch.bfloat16
+    wrapped.reset()
+    torch.testing.assert_close(wrapped(**arguments).sample, first, rtol=0.1, atol=0.1)
+
+
+def test_a_model_of_no_supported_class() -> None:
+    with pytest.raises(CheckpointError, match="Linear"):
+        CatTransformer.from_model(nn.Linear(2, 2))
+
+
+def test_a_copy_has_an_image_of_its_own(engine: StepEngine) -> None:
+    original = CatTransformer(engine, SETTINGS)
+    original(**inputs(engine))
+    other = copy.deepcopy(original)
+    assert other.engine is original.engine
+    assert other.settings == original.settings
+    assert other.last_step is None
+    other(**inputs(engine, timestep=900.0))
+    assert original.last_step is not None
+    assert original.last_step.timestep == 1000.0
+
+
+def test_from_bundle(mini_bundle: Path) -> None:
+    transformer = CatTransformer.from_bundle(mini_bundle)
+    assert transformer.engine.name == "onnxruntime"
+    assert transformer.settings == PruneSettings()
+    assert "engine=onnxruntime" in repr(transformer)
+    assert transformer.config.in_channels == 4
+    assert CatTransformer.from_bundle(mini_bundle, settings=SETTINGS).settings == SETTINGS
+    with pytest.raises(EngineError, match="'nonsense' is not known; known are auto, onnxruntime, torch"):
+        CatTransformer.from_bundle(mini_bundle, "nonsense")
+    with pytest.raises(BundleError, match="does not exist"):
+        CatTransformer.from_bundle(mini_bundle / "nowhere")

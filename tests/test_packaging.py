@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy: a build in the tree would take along what earlier builds left.
+    source = tmp_path_factory.mktemp("source")
+    for name in ("src", "exporter", "plugins", "engines", "runtime", "models", "pyproject.toml", "README.md"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_has_one_top_level_name(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"cat_pruning"}
+
+
+def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    folders = {"src/cat_pruning": "cat_pruning", **{name: f"cat_pruning/{name}" for name in ("exporter", "plugins")}}
+    folders |= {name: f"cat_pruning/{name}" for name in ("engines", "runtime", "models")}
+    for folder, package in folders.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".json", ".safetensors", ".typed"}:
+                assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
+
+
+def test_miniature_is_found_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "from cat_pruning.exporter.checkpoint import find_checkpoint;"
+        "c = find_checkpoint('sd3-mini'); print(c.directory, c.num_parameters);"
+        "print(find_checkpoint('sd3', random_weights=True).num_parameters)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(tmp_path) in result.stdout
+    assert int(result.stdout.split()[-1]) == 2_028_328_000
