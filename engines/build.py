@@ -67,11 +67,17 @@ def build_rtx_plan(step_onnx: Path, plan: Path, profiles: Sequence[Mapping[str, 
     )
     if result.returncode == 0:
         return
-    report = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 1 and result.stdout.strip() else {}
+    report = json.loads(result.stdout) if result.stdout.startswith("{") else {}
     if "errno" in report:
         raise OSError(report["errno"], report["problem"], str(plan))
-    problem = report.get("problem") or _last_words(result)
+    problem = _refusal(report["problem"], result.stderr) if "problem" in report else _last_words(result)
     raise EngineError(f"TensorRT-RTX cannot build {step_onnx.name}: {problem}")
+
+
+def _refusal(problem: str, log: str) -> str:
+    """The builder's first error, which the later ones follow from, in one line; `problem` where it logged none."""
+    errors = [line.partition("[E]")[2].strip() for line in log.splitlines() if "[E]" in line]
+    return " ".join((errors[0] if errors else problem).split())[:400]
 
 
 def _last_words(result: subprocess.CompletedProcess[str]) -> str:

@@ -53,20 +53,24 @@ def build(step_onnx: Path, plan: Path, profiles: list[dict[str, list[int]]]) -> 
     if output.error is not None:
         raise output.error
     if not built:
-        raise RuntimeError("the builder refused the graph; its log is above")
+        raise RuntimeError("the builder refused the graph")
     del parser  # it owns the weights that the network refers to, so it lives until here
 
 
 def main() -> int:
     """Build the job on standard input; 0 when it is built."""
+    from polygraphy.exception import PolygraphyException
+
     job: dict[str, Any] = json.load(sys.stdin)
+    report = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries log there too
     try:
         build(Path(job["step_onnx"]), Path(job["plan"]), job["profiles"])
     except OSError as error:
-        sys.stdout.write(json.dumps({"errno": error.errno, "problem": error.strerror}) + "\n")
+        report.write(json.dumps({"errno": error.errno, "problem": error.strerror}) + "\n")
         return 1
-    except RuntimeError as error:
-        sys.stdout.write(json.dumps({"problem": str(error)}) + "\n")
+    except (RuntimeError, PolygraphyException) as error:
+        report.write(json.dumps({"problem": str(error)}) + "\n")
         return 1
     return 0
 

@@ -84,7 +84,7 @@ def find_checkpoint(model: str, *, revision: str | None = None, random_weights: 
             )
         return _published(published[model])
     hub_id = published[model].hub_id if model in published else model
-    local = miniatures().get(model) or (Path(model) if Path(model).is_dir() else None)
+    local = miniatures().get(model) or (Path(model) if model and Path(model).is_dir() else None)
     if local is not None:
         if revision is not None:
             raise CheckpointError(f"--revision {revision!r}: {model!r} is a local directory, which has no revisions")
@@ -193,6 +193,14 @@ def _local(directory: Path, source: Source) -> Checkpoint:
     transformer_config = _read_json(directory, "transformer/config.json", f"{directory} has no transformer")
     transformer = _without_weights(family, transformer_config)
     vae = _read_json(directory, "vae/config.json", f"{directory} has no VAE")
+    try:
+        pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+        text_length = family.pipeline_text_length(directory)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: vae/config.json or tokenizer/tokenizer_config.json is not a {family.pipeline_class}'s "
+            f"({type(error).__name__}: {_first_line(error)}); download the checkpoint again"
+        ) from error
     return Checkpoint(
         family=family,
         source=source,
@@ -200,8 +208,8 @@ def _local(directory: Path, source: Source) -> Checkpoint:
         num_parameters=transformer.num_parameters(),
         directory=directory,
         components=tuple(name for name, value in index.items() if isinstance(value, list) and value[-1]),
-        pixels_per_latent=2 ** (len(vae["block_out_channels"]) - 1),
-        text_length=family.pipeline_text_length(directory),
+        pixels_per_latent=pixels_per_latent,
+        text_length=text_length,
     )
 
 
@@ -210,8 +218,12 @@ def _without_weights(family: Family, config: dict[str, Any]) -> Any:
     transformer_class = getattr(diffusers, family.transformer_class)
     # As the class itself would: unknown keys dropped, what an old config leaves out filled in.
     arguments, _, _ = transformer_class.extract_init_dict(config)
-    with accelerate.init_empty_weights():
-        return transformer_class(**arguments)
+    try:
+        with accelerate.init_empty_weights():
+            return transformer_class(**arguments)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        problem = f"is not a {family.transformer_class}'s ({_first_line(error)})"
+        raise CheckpointError(f"transformer/config.json {problem}; download the checkpoint again") from error
 
 
 def _read_json(directory: Path, name: str, problem: str) -> dict[str, Any]:
@@ -254,7 +266,7 @@ def _download(
         raise CheckpointError(f"{hub_id} has no revision {revision!r}; see its page on the hub") from error
     except hub_errors.RepositoryNotFoundError as error:
         raise CheckpointError(f"{hub_id} is not on the hub, or is private: check the id, or `hf auth login`") from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, OSError) as error:
+    except (OSError, hub_errors.HTTPError) as error:  # type: ignore[attr-defined]  # not in the cache, no network
         raise CheckpointError(
             f"{at} is not in the local cache and the hub cannot be reached ({_first_line(error)}); "
             "check the network, pass a local directory, or use --random-weights"

@@ -124,8 +124,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage) -> Bundle:
     side = checkpoint.default_resolution
     profiles = tuple(
         profile_spec(height, width, prompts, geometry=geometry, settings=config.settings, guidance=config.guidance)
-        for height, width in config.resolutions or ((side, side),)
-        for prompts in config.prompts
+        for height, width in dict.fromkeys(config.resolutions or ((side, side),))
+        for prompts in dict.fromkeys(config.prompts)
     )
     plans = (rtx_plan_spec(),) if Target.RTX in config.targets else ()
     with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint)) as writer:

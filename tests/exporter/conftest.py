@@ -12,6 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from cat_pruning.exporter import cli
 from cat_pruning.exporter.families import FAMILIES
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import example_inputs, export_step_graph
@@ -90,3 +91,19 @@ def write_checkpoint(make_tiny_sd3: MakeTransformer) -> Callable[[Path], Path]:
 def tiny_checkpoint(write_checkpoint: Callable[[Path], Path], tmp_path: Path) -> Path:
     """A local pipeline of the tiny transformer: 4 pixels per latent, 64 x 64 images of 64 tokens; the test's own."""
     return write_checkpoint(tmp_path / "tiny-pipeline")
+
+
+@pytest.fixture
+def cat_export(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, list[str]]]:
+    """Runs the tool in this process; its exit code, standard output and the lines of standard error but for '✓ …'."""
+
+    def run(*arguments: object) -> tuple[int, str, list[str]]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = exit.code  # type: ignore[assignment]
+        captured = capsys.readouterr()
+        return code, captured.out, [line for line in captured.err.splitlines() if line and not line.startswith("✓")]
+
+    return run

@@ -4,6 +4,7 @@ import gc
 import re
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ def test_the_checker_passes_with_and_without_shape_inference(tiny_onnx: Path) ->
     onnx.checker.check_model(tiny_onnx, full_check=True)
 
 
-def test_inputs_and_outputs_are_named_and_shaped_as_step_io_says(
-    tiny_step: StepModule, graph: onnx.ModelProto
-) -> None:
+def test_inputs_and_outputs_are_named_and_shaped_as_step_io_says(tiny_step: StepModule, graph: onnx.ModelProto) -> None:
     expected = tiny_step.family.step_shapes(tiny_step.transformer.config, SYMBOLIC)
     inputs, outputs = declared(graph.graph.input), declared(graph.graph.output)
     assert list(inputs) == list(expected)
@@ -156,27 +155,46 @@ def test_fp16_loads_and_runs(make_tiny_sd3: Any, step_inputs: Any, tmp_path: Pat
     assert np.abs(noise - expected.numpy()).max() / expected.abs().max().item() <= 3e-2
 
 
-def test_bf16_is_a_valid_model_of_bf16_weights(make_tiny_sd3: Any, tmp_path: Path) -> None:
+@dataclass
+class Exported:
+    path: Path
+    parameters: list[weakref.ref[torch.nn.Parameter]]
+    progress: list[tuple[int, int]]
+    last_weight: np.ndarray[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def bf16(make_tiny_sd3: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """An export in bf16, all of whose tensors this process has let go of."""
     step = StepModule(make_tiny_sd3().bfloat16(), FAMILIES[0])
-    export_step_graph(step, tmp_path / "step.onnx")
-    onnx.checker.check_model(tmp_path / "step.onnx", full_check=True)
-    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "step.onnx").graph.initializer}
-    weights = [tensor for name, tensor in stored.items() if re.search(r"\.(weight|bias)(\.T)?$", name)]
-    assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.BFLOAT16}
-    key = "transformer.proj_out.weight.T"
-    expected = step.transformer.proj_out.weight.detach().float().numpy().T
-    np.testing.assert_array_equal(onnx.numpy_helper.to_array(stored[key]).astype(np.float32), expected)
-
-
-def test_the_weights_are_released_after_the_export(make_tiny_sd3: Any, tmp_path: Path) -> None:
-    step = StepModule(make_tiny_sd3(), FAMILIES[0])
-    parameters = [weakref.ref(parameter) for parameter in step.transformer.parameters()]
-    done: list[tuple[int, int]] = []
-    export_step_graph(step, tmp_path / "step.onnx", lambda *progress: done.append(progress))
+    exported = Exported(
+        tmp_path_factory.mktemp("bf16") / "step.onnx",
+        [weakref.ref(parameter) for parameter in step.transformer.parameters()],
+        [],
+        step.transformer.proj_out.weight.detach().float().numpy().T,
+    )
+    export_step_graph(step, exported.path, lambda *progress: exported.progress.append(progress))
     del step
     gc.collect()
-    assert not [parameter for parameter in parameters if parameter() is not None]
-    assert done[-1][0] == done[-1][1] == len(done)
+    return exported
+
+
+def test_the_weights_are_released_after_the_export(bf16: Exported) -> None:
+    assert not [parameter for parameter in bf16.parameters if parameter() is not None]
+
+
+def test_bf16_is_a_valid_model_of_bf16_weights(bf16: Exported) -> None:
+    onnx.checker.check_model(bf16.path, full_check=True)
+    stored = {tensor.name: tensor for tensor in onnx.load(bf16.path).graph.initializer}
+    weights = [tensor for name, tensor in stored.items() if re.search(r"\.(weight|bias)(\.T)?$", name)]
+    assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.BFLOAT16}
+    weight = onnx.numpy_helper.to_array(stored["transformer.proj_out.weight.T"]).astype(np.float32)
+    np.testing.assert_array_equal(weight, bf16.last_weight)
+
+
+def test_progress_is_told_weight_by_weight(bf16: Exported) -> None:
+    total = bf16.progress[-1][1]
+    assert bf16.progress == [(done, total) for done in range(1, total + 1)]
 
 
 def test_example_inputs_are_valid_and_the_same_for_the_same_seed(tiny_step: StepModule, step_inputs: Any) -> None:

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from cat_pruning.engines import build
+from cat_pruning.engines.build import build_rtx_plan, can_build_rtx, rtx_plan_spec
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.engines.profiles import step_dims
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter.families import family_named
+from cat_pruning.step_io import Shape
+
+needs_rtx = pytest.mark.skipif(not can_build_rtx(), reason="TensorRT-RTX is not installed; pip install '.[rtx]'")
+
+# Run with: step.onnx, out. Writes a bundle whose plan may not grow beyond 64 kB.
+SMALL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from cat_pruning.engines.build import build_rtx_plan
+from cat_pruning.engines.bundle import new_bundle
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+with new_bundle(Path(sys.argv[2]), force=False, needed_bytes=1) as writer:
+    build_rtx_plan(Path(sys.argv[1]), writer.path / "rtx.plan", eval(sys.argv[3]))
+"""
+
+
+def shapes_of(bundle: Bundle) -> list[dict[str, Shape]]:
+    manifest = bundle.manifest
+    family = family_named(manifest.family)
+    return [
+        family.step_shapes(manifest.transformer_config, dims)
+        for profile in manifest.profiles
+        for dims in step_dims(profile, manifest.geometry.patch_size)
+    ]
+
+
+def fake_builder(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """The builder's process runs `program` instead."""
+    real = subprocess.run
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:] == ["-m", "cat_pruning.engines.plan_builder"]
+        return real([sys.executable, "-c", program], **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(build.subprocess, "run", run)
+
+
+@needs_rtx
+def test_the_bundle_has_the_plan_that_its_manifest_lists(mini_bundle: Path) -> None:
+    bundle = Bundle.open(mini_bundle)
+    (plan,) = bundle.manifest.plans
+    assert plan == rtx_plan_spec()
+    assert plan.version in plan.file
+    assert bundle.manifest.versions["tensorrt_rtx"] == plan.version
+    weights = (mini_bundle / "step.onnx.data").stat().st_size
+    assert bundle.verified(plan.file).stat().st_size == bundle.manifest.files[plan.file].size > weights / 2
+
+
+@needs_rtx
+@pytest.mark.parametrize("kind", ["not onnx", "operator unknown", "no weights"])
+def test_a_graph_that_cannot_be_built(mini_bundle: Path, tmp_path: Path, kind: str) -> None:
+    step_onnx = tmp_path / "step.onnx"
+    if kind == "not onnx":
+        step_onnx.write_bytes(b"not a model")
+    elif kind == "no weights":
+        shutil.copyfile(mini_bundle / "step.onnx", step_onnx)
+    else:
+        value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+        output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+        node = onnx.helper.make_node("Frobnicate", ["x"], ["y"], domain="nobody")
+        graph = onnx.helper.make_graph([node], "g", [value], [output])
+        onnx.save(onnx.helper.make_model(graph), step_onnx)
+    with pytest.raises(EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: \S") as caught:
+        build_rtx_plan(step_onnx, tmp_path / "plans" / "rtx.plan", shapes_of(Bundle.open(mini_bundle)))
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 600
+
+
+@needs_rtx
+def test_profiles_that_the_graph_cannot_have(mini_bundle: Path, tmp_path: Path) -> None:
+    shapes = [{**shapes, "noise": (2, 3, 5, 7)} for shapes in shapes_of(Bundle.open(mini_bundle))]
+    with pytest.raises(EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: \S"):
+        build_rtx_plan(mini_bundle / "step.onnx", tmp_path / "rtx.plan", shapes)
+
+
+@needs_rtx
+def test_a_disk_that_becomes_full_while_the_plan_is_written(mini_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "outs" / "bundle"
+    command = [sys.executable, "-c", SMALL_DISK, str(mini_bundle / "step.onnx"), str(out)]
+    command.append(repr(shapes_of(Bundle.open(mini_bundle))))
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stderr.splitlines()[-1].startswith("cat_pruning.errors.OutputError: disk full (")
+    assert "rtx.plan" in result.stderr.splitlines()[-1]
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_builder_that_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_builder(monkeypatch, "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(EngineError, match=r"ended with -9 \(killed: probably out of memory") as caught:
+        build_rtx_plan(Path("step.onnx"), tmp_path / "plans" / "rtx.plan", [])
+    assert str(caught.value).startswith("TensorRT-RTX cannot build step.onnx: its process ended")
+
+
+def test_a_builder_that_crashes_says_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_builder(monkeypatch, "import sys; print('first\\nlast words\\n', file=sys.stderr); sys.exit(3)")
+    with pytest.raises(
+        EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: its process ended with 3: last words$"
+    ):
+        build_rtx_plan(Path("step.onnx"), tmp_path / "rtx.plan", [])
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert not can_build_rtx()
+    with pytest.raises(EngineError, match=r"--target rtx: TensorRT-RTX is not installed.*pip install"):
+        rtx_plan_spec()

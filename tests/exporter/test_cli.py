@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+
+CatExport = Callable[..., tuple[int, str, list[str]]]
+
+
+@pytest.fixture
+def refused(cat_export: CatExport, tmp_path: Path) -> Callable[..., None]:
+    """Checks that the tool refuses in one line that matches, and leaves nothing at --out or beside it."""
+
+    def check(message: str, *arguments: object) -> None:
+        out = tmp_path / "outs" / "bundle"
+        code, printed, errors = cat_export(*arguments, "--out", out)
+        assert code == 2
+        assert printed == ""
+        assert len(errors) == 1, errors
+        assert errors[0].startswith("cat-export: ")
+        assert re.search(message, errors[0]), errors[0]
+        assert not out.parent.exists() or not list(out.parent.iterdir())
+
+    return check
+
+
+# ------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--resolution", "1024"],
+            r"--resolution: '1024': expected HEIGHTxWIDTH in pixels, like 1024x768; see .*--help",
+        ),
+        (["--resolution", "axb"], "expected HEIGHTxWIDTH"),
+        (["--resolution", "100x64"], r"100x64: both sides must be multiples of 8 pixels .*; try 96x64"),
+        (["--resolution", "0x64"], "0x64: both sides must be multiples"),
+        (["--resolution", "200x64"], "200x64: the model's position table holds 192x192 pixels at most"),
+        (["--resolution", "32x32"], "16 tokens, fewer than num_clusters=20; use a larger resolution"),
+        (["--keep-ratio", "0"], r"keep_ratio=0\.0: expected a number in \(0, 1\]"),
+        (["--keep-ratio", "1.5"], r"keep_ratio=1\.5: expected a number in \(0, 1\]"),
+        (["--keep-ratio", "nan"], "keep_ratio=nan: expected a number in"),
+        (["--keep-ratio", "a third"], "--keep-ratio: invalid float value: 'a third'"),
+        (["--batch", "0"], "--batch 0: expected numbers of prompts >= 1"),
+        (["--batch", "1", "--batch", "-2"], "--batch 1 -2: expected"),
+        (["--text-length", "0"], "--text-length 0: expected a number of text tokens >= 1"),
+        (["--text-length", "-3"], "--text-length -3: expected"),
+        (["--dtype", "fp8"], r"--dtype: .*fp8"),
+        (["--target", "tensorrt"], "--target tensorrt: this version builds no TensorRT plans yet; --target rtx"),
+        (["--target", "coreml"], r"--target: invalid choice: 'coreml' .*onnx.*rtx"),
+        (["--verify", "--dtype", "bf16"], "--verify: .*bf16; verify with --dtype fp32"),
+        (["--random-weights"], r"--random-weights needs a published architecture \(sd3\), got"),
+        (["--revision", "main"], "--revision 'main': .* is a local directory, which has no revisions"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate; see cat-export --help"),
+    ],
+)
+def test_arguments(refused: Callable[..., None], tiny_checkpoint: Path, arguments: list[str], message: str) -> None:
+    refused(message, "--model", tiny_checkpoint, *arguments)
+
+
+def test_no_arguments(cat_export: CatExport) -> None:
+    code, _, errors = cat_export()
+    assert code == 2
+    assert errors == ["cat-export: the following arguments are required: --model; see cat-export --help"]
+
+
+def test_random_weights_of_a_miniature(refused: Callable[..., None]) -> None:
+    refused(r"--random-weights needs a published architecture \(sd3\), got 'sd3-mini'", "--model", "sd3-mini",
+            "--random-weights")  # fmt: skip
+
+
+def test_revision_of_a_miniature(refused: Callable[..., None]) -> None:
+    refused("--revision 'v1': 'sd3-mini' is a local directory", "--model", "sd3-mini", "--revision", "v1")
+
+
+def test_rtx_where_it_is_not_installed(
+    refused: Callable[..., None], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cat_pruning.engines.build.can_build_rtx", lambda: False)
+    refused(
+        r"--target rtx: TensorRT-RTX is not installed.*; pip install", "--model", tiny_checkpoint, "--target", "rtx"
+    )
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("model", ["sd9", "./nowhere", "/nowhere/at/all", "a/b/c", ""])
+def test_a_model_that_is_nothing(refused: Callable[..., None], model: str) -> None:
+    refused(rf"--model {model!r}: no such directory, and neither a hub id .*\(sd3, sd3-mini\)", "--model", model)
+
+
+def test_a_directory_that_is_no_pipeline(refused: Callable[..., None], tmp_path: Path) -> None:
+    refused(r"is no diffusers pipeline: model_index\.json is missing", "--model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model_index.json", "{", r"model_index\.json cannot be read"),
+        ("model_index.json", "[]", r"model_index\.json: expected a JSON object"),
+        ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet"]}',
+         "is a StableDiffusionPipeline without a transformer; supported are .*SD3Transformer2DModel"),
+        ("model_index.json", '{"transformer": ["diffusers", "FluxTransformer2DModel"]}',
+         "class FluxTransformer2DModel is not supported; supported are SD3Transformer2DModel"),
+        ("transformer/config.json", None, r"has no transformer: transformer/config\.json is missing"),
+        ("transformer/config.json", '{"num_layers": "two"}', "config.json"),
+        ("vae/config.json", None, r"has no VAE: vae/config\.json is missing"),
+        ("vae/config.json", "{}", r"vae/config\.json"),
+        ("tokenizer/tokenizer_config.json", None, r"tokenizer_config\.json"),
+        ("tokenizer/tokenizer_config.json", "{}", r"tokenizer_config\.json"),
+        ("transformer/diffusion_pytorch_model.safetensors", None, r"has no \*\.safetensors weights; download or"),
+    ],
+)  # fmt: skip
+def test_a_broken_pipeline(
+    refused: Callable[..., None], tiny_checkpoint: Path, name: str, content: str | None, message: str
+) -> None:
+    (tiny_checkpoint / name).unlink()
+    if content is not None:
+        (tiny_checkpoint / name).write_text(content)
+    refused(message, "--model", tiny_checkpoint, "--target", "onnx")
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, 20_000])
+def test_truncated_weights(refused: Callable[..., None], tiny_checkpoint: Path, size: int) -> None:
+    os.truncate(tiny_checkpoint / "transformer" / "diffusion_pytorch_model.safetensors", size)
+    refused(r"transformer cannot be loaded: \S", "--model", tiny_checkpoint, "--target", "onnx")
+
+
+def hub_error(error: type[Exception]) -> Exception:
+    """As the hub's client raises it."""
+    if issubclass(error, hub_errors.HfHubHTTPError):
+        return error("refused\nfor a reason", response=hub_errors.Response(403, request=SimpleNamespace()))
+    return error("refused\nfor a reason")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hub_errors.GatedRepoError, "some/sd3 at v2 is gated: accept its licence .*`hf auth login`"),
+        (hub_errors.RepositoryNotFoundError, "some/sd3 is not on the hub, or is private"),
+        (hub_errors.RevisionNotFoundError, "some/sd3 has no revision 'v2'"),
+        (hub_errors.LocalEntryNotFoundError, "some/sd3 at v2 is not in the local cache.*cannot be reached"),
+        (hub_errors.OfflineModeIsEnabled, "cannot be reached.*check the network, pass a local directory"),
+        (hub_errors.HfHubHTTPError, "some/sd3 at v2"),
+        (hub_errors.HTTPError, "some/sd3 at v2"),
+        (OSError, "some/sd3 at v2"),
+    ],
+)
+def test_what_the_hub_refuses(
+    refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise hub_error(error)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    refused(message, "--model", "some/sd3", "--revision", "v2")
+
+
+@pytest.mark.parametrize("model", ["sd3", "cat-pruning-tests/nothing-of-this-name"])
+def test_offline(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    refused(r"is not in the local cache and the hub cannot be reached .*--random-weights", "--model", model)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_pruning.engines.build import can_build_rtx
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.errors import BundleError
+from cat_pruning.exporter import cli
+
+CatExport = Callable[..., tuple[int, str, list[str]]]
+
+# Run with: checkpoint, a directory. Exports once per stage, each time in a fork that is killed inside that stage.
+KILLED = """
+import contextlib, os, signal, sys
+from pathlib import Path
+from cat_pruning.exporter.export import ExportConfig, Target, export
+
+def dies_in(title, at_progress):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def stage(name):
+        here = name.startswith(title)
+        if here and not at_progress:
+            die()
+        yield die if here else lambda *_: None
+    return stage
+
+for index, (title, at_progress) in enumerate(
+    [("Load", False), ("Trace", True), ("Count", False), ("Hash", False)]
+):
+    pid = os.fork()
+    if pid == 0:
+        out = Path(sys.argv[2]) / str(index) / "out"
+        export(ExportConfig(model=sys.argv[1], out=out, targets=(Target.ONNX,)), dies_in(title, at_progress))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+# Run with: checkpoint, out. No file may grow beyond 32 kB.
+SMALL_DISK = """
+import resource, signal, sys
+from cat_pruning.exporter.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
+sys.exit(main(["--model", sys.argv[1], "--target", "onnx", "--out", sys.argv[2]]))
+"""
+
+
+# ------------------------------------------------------------------ --out
+
+
+def test_out_exists(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").touch()
+    for force, message in (([], "photos exists; pass --force"), (["--force"], "photos is not a bundle")):
+        code, printed, errors = cat_export("--model", tiny_checkpoint, "--out", tmp_path / "photos", *force)
+        assert (code, printed, len(errors)) == (2, "", 1)
+        assert message in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", tiny_checkpoint.name]
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
+
+
+def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "outs" / "bundle"
+    command = [sys.executable, "-c", SMALL_DISK, str(tiny_checkpoint), str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    errors = [line for line in result.stderr.splitlines() if line and not line.startswith("✓")]
+    assert result.returncode == 2, result.stderr
+    assert len(errors) == 1, errors
+    assert re.search(r"^cat-export: disk full .*bundle needs about .* free on that disk; make room", errors[0])
+    assert list(out.parent.iterdir()) == []
+
+
+# ------------------------------------------------------------------ runs that end well, and runs that are killed
+
+
+def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "outs" / "tiny"
+    target = ["--target", "rtx"] if can_build_rtx() else ["--target", "onnx"]
+    shapes = ["--resolution", "64x64", "--resolution", "72x48", "--batch", "1", "--batch", "2", "--batch", "2"]
+    code, printed, errors = cat_export(
+        "--model", tiny_checkpoint, "--out", out, "--verify", "--keep-ratio", "0.5", *shapes, *target
+    )
+    assert (code, errors) == (0, [])
+    for text in ("step.onnx", "step.onnx.data", "MACs of a step", "64x64-p1", "72x48-p2", "bound"):
+        assert text in printed
+    assert [path.name for path in out.parent.iterdir()] == ["tiny"]
+    bundle = Bundle.open(out)
+    for name in bundle.manifest.files:
+        bundle.verified(name)
+    assert [profile.name for profile in bundle.manifest.profiles] == ["64x64-p1", "64x64-p2", "72x48-p1", "72x48-p2"]
+    assert bundle.manifest.geometry.text_length == 13 + 256
+    assert len(bundle.manifest.caches) == 4
+    assert str(tmp_path) not in (out / "step.onnx").read_bytes().decode(errors="replace")
+
+    again = cli._parser().parse_args(shlex.split(bundle.export_command())[1:])
+    assert Path(again.model) == tiny_checkpoint
+    assert (again.out, again.force, again.keep_ratio, again.no_guidance) == (out, True, 0.5, False)
+    assert again.resolution == [(64, 64), (72, 48)]
+    assert again.batch == [1, 2]
+    assert again.text_length == 13 + 256
+    assert again.target == (["rtx"] if can_build_rtx() else None)
+
+
+def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tiny_checkpoint), str(tmp_path / "outs")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert list(map(int, result.stdout.split())) == [-signal.SIGKILL] * 4, result.stderr
+    partials = [path for parent in sorted((tmp_path / "outs").iterdir()) for path in parent.iterdir()]
+    assert len(partials) == 4
+    assert (partials[-1] / "step.onnx.data").stat().st_size > 100_000
+    for path in partials:
+        assert ".out.partial-" in path.name
+        for loaded in (path, path.parent / "out"):
+            with pytest.raises(BundleError):
+                Bundle.open(loaded)
+
+
+def test_interrupted(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cat_pruning.exporter.export.load_transformer", interrupt)
+    code, _, errors = cat_export("--model", tiny_checkpoint, "--out", tmp_path / "outs" / "bundle")
+    assert (code, errors) == (130, ["cat-export: interrupted; nothing was left behind"])
+    assert list((tmp_path / "outs").iterdir()) == []

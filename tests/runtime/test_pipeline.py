@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+
+from cat_pruning.errors import BundleError, CheckpointError, EngineError
+from cat_pruning.runtime.pipeline import load_pipeline
+from cat_pruning.runtime.transformer import CatTransformer
+from cat_pruning.settings import PruneSettings
+
+
+@pytest.fixture
+def copied_bundle(mini_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to change; links would be refused or shared."""
+    return Path(shutil.copytree(mini_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("*.plan", "*.engine")))
+
+
+def edit_manifest(bundle: Path, **changes: Any) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    missing = [name for name in manifest["files"] if not (bundle / name).exists()]
+    for name in missing:  # plans that were not copied
+        del manifest["files"][name]
+    manifest["plans"] = [plan for plan in manifest["plans"] if plan["file"] not in missing]
+    (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize("name", ["auto", "onnxruntime", "torch"])
+def test_a_bundle_is_a_pipeline(mini_bundle: Path, name: str, parts: dict[str, Any]) -> None:
+    pipe = load_pipeline(mini_bundle, name)
+    assert type(pipe) is StableDiffusion3Pipeline
+    assert isinstance(pipe.transformer, CatTransformer)
+    assert pipe.transformer.engine.name == ("onnxruntime" if name == "auto" else name)
+    assert pipe.transformer.settings == PruneSettings()
+    assert pipe.vae_scale_factor == 4
+    assert pipe.default_sample_size == 32  # read off the transformer
+    assert pipe.patch_size == 2
+    for part, original in parts.items():
+        if part != "transformer":
+            assert type(pipe.components[part]) is type(original), part
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        theirs = parts[part].state_dict()
+        for key, tensor in pipe.components[part].state_dict().items():
+            assert torch.equal(tensor, theirs[key]), f"{part}.{key}"
+
+
+def test_an_image_of_the_bundle(mini_bundle: Path, sample: Callable[..., Any]) -> None:
+    pipe = load_pipeline(mini_bundle, settings=PruneSettings(full_steps=3, num_clusters=6))
+    pipe.set_progress_bar_config(disable=True)
+    assert sample(pipe, 6, (64, 64)).kinds == "FFFPPP"
+    (image,) = pipe("a blue star", height=64, width=96, num_inference_steps=4, max_sequence_length=24).images
+    assert image.size == (96, 64)
+    other = StableDiffusion3Img2ImgPipeline(**pipe.components)
+    assert other.transformer is pipe.transformer
+
+
+def test_the_parts_in_another_dtype(mini_bundle: Path) -> None:
+    pipe = load_pipeline(mini_bundle, dtype=torch.bfloat16)
+    assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["pipeline/scheduler/scheduler_config.json", "step.onnx.data", "step.onnx"])
+def test_an_edited_file(copied_bundle: Path, name: str) -> None:
+    edit_manifest(copied_bundle)
+    content = bytearray((copied_bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied_bundle / name).write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{name} was changed after the export.*cat-export"):
+        load_pipeline(copied_bundle)
+
+
+def test_an_added_file(copied_bundle: Path) -> None:
+    edit_manifest(copied_bundle)
+    (copied_bundle / "pipeline" / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(BundleError, match=r"diffusion_pytorch_model\.bin added after the export"):
+        load_pipeline(copied_bundle)
+
+
+def test_a_missing_file(copied_bundle: Path) -> None:
+    edit_manifest(copied_bundle)
+    (copied_bundle / "pipeline" / "vae" / "config.json").unlink()
+    with pytest.raises(BundleError, match=r"vae/config\.json is missing"):
+        load_pipeline(copied_bundle)
+
+
+def test_an_unknown_engine(mini_bundle: Path) -> None:
+    with pytest.raises(EngineError, match="'nonsense' is not known; known are auto, onnxruntime, torch"):
+        load_pipeline(mini_bundle, "nonsense")
+
+
+def test_a_checkpoint_that_is_gone(copied_bundle: Path, tmp_path: Path) -> None:
+    """The torch engine needs the weights where the export found them; ONNX Runtime does not."""
+    location = str(tmp_path / "gone")
+    edit_manifest(
+        copied_bundle, source={"kind": "directory", "location": location, "revision": None, "seed": None}
+    )
+    with pytest.raises(CheckpointError, match=f"{location} is not there any more"):
+        load_pipeline(copied_bundle, "torch")
+    load_pipeline(copied_bundle, "onnxruntime")
+
+
+def test_a_bundle_without_a_pipeline(copied_bundle: Path) -> None:
+    """As an export with random weights leaves it."""
+    edit_manifest(copied_bundle, pipeline=None)
+    with pytest.raises(BundleError, match=r"no text encoders, VAE or scheduler; use CatTransformer\.from_bundle"):
+        load_pipeline(copied_bundle)
+    assert CatTransformer.from_bundle(copied_bundle).engine.name == "onnxruntime"
