@@ -128,7 +128,9 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
                 directory, subfolder="transformer", dtype=dtype.torch, use_safetensors=True, local_files_only=True
             )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'transformer'} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{directory / 'transformer'} cannot be loaded ({_first_line(error)}); download or convert it again"
+        ) from error
     return module.eval()  # type: ignore[no-any-return]
 
 
@@ -269,7 +271,7 @@ def _download(
     except (OSError, hub_errors.HTTPError) as error:  # type: ignore[attr-defined]  # not in the cache, no network
         raise CheckpointError(
             f"{at} is not in the local cache and the hub cannot be reached ({_first_line(error)}); "
-            "check the network, pass a local directory, or use --random-weights"
+            "check the network, or pass a local directory as --model"
         ) from error
     return directory, directory.name  # snapshots/COMMIT
 

@@ -152,10 +152,11 @@ def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
         value.shape = ir.Shape(shapes[value.name or ""])
     for value in model.graph.outputs:
         value.shape = ir.Shape(shapes[(value.name or "").removesuffix("_out")])
+    outputs = set(model.graph.outputs)
     for node in model.graph:
         node.metadata_props.clear()  # stack traces with this machine's paths
         for value in node.outputs:
-            if value.name not in step_io.output_names(len(shapes)):
+            if value not in outputs:
                 value.shape = None  # the tracer's names for sizes; every runtime infers its own
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):

@@ -94,7 +94,9 @@ def pipeline(parts: dict[str, Any]) -> Callable[..., Any]:
 def drop_in(pipeline: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a pipeline with a new `CatTransformer` over an engine; keywords are those of `PruneSettings`."""
 
-    def make(engine: StepEngine, pipeline_class: Any = StableDiffusion3Pipeline, scheduler: Any = None, **s: Any) -> Any:
+    def make(
+        engine: StepEngine, pipeline_class: Any = StableDiffusion3Pipeline, scheduler: Any = None, **s: Any
+    ) -> Any:
         return pipeline(CatTransformer(engine, PruneSettings(**s)), pipeline_class, scheduler)
 
     return make

@@ -98,9 +98,7 @@ def test_an_unknown_engine(mini_bundle: Path) -> None:
 def test_a_checkpoint_that_is_gone(copied_bundle: Path, tmp_path: Path) -> None:
     """The torch engine needs the weights where the export found them; ONNX Runtime does not."""
     location = str(tmp_path / "gone")
-    edit_manifest(
-        copied_bundle, source={"kind": "directory", "location": location, "revision": None, "seed": None}
-    )
+    edit_manifest(copied_bundle, source={"kind": "directory", "location": location, "revision": None, "seed": None})
     with pytest.raises(CheckpointError, match=f"{location} is not there any more"):
         load_pipeline(copied_bundle, "torch")
     load_pipeline(copied_bundle, "onnxruntime")

@@ -1,0 +1,209 @@
+"""`cat-generate`, in this process: what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cat_pruning.runtime import cli
+
+PROMPT = "a large blue star on a plain black background"
+SHORT = ["--steps", "5", "--full-steps", "3", "--resolution", "64x96"]  # 96 tokens
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs the tool, which must exit with 2 and one line on standard error; returns that line."""
+
+    def run(*arguments: object) -> str:
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's way
+            code = stop.code if isinstance(stop.code, int) else -1
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert error.startswith("cat-generate: ")
+        assert error.count("\n") == 1
+        assert error.endswith("\n")
+        return error
+
+    return run
+
+
+def run(*arguments: object) -> None:
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_an_image(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
+    out = tmp_path / "out.png"
+    run(mini_bundle, PROMPT, "-o", out, "--engine", engine, *SHORT)
+    with Image.open(out) as image:
+        assert image.size == (96, 64)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    captured = capsys.readouterr()
+    assert "out.png" in captured.out.replace("\n", "")
+    assert captured.err == ""
+
+
+def test_the_same_seed_makes_the_same_image(mini_bundle: Path, tmp_path: Path) -> None:
+    images = []
+    for name, seed in (("a.png", 4), ("b.png", 4), ("c.png", 5)):
+        run(mini_bundle, PROMPT, "-o", tmp_path / name, "--seed", seed, *SHORT)
+        with Image.open(tmp_path / name) as image:
+            images.append(image.tobytes())
+    assert images[0] == images[1] != images[2]
+
+
+def test_the_bundles_own_size(mini_bundle: Path, tmp_path: Path) -> None:
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", "--steps", 2)
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (128, 128)
+
+
+def test_everything_that_it_draws(mini_bundle: Path, tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    run(
+        *(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *SHORT),
+        *("--compare", "--token-map", "--summary", summary),
+    )
+    names = {"out.png", "out.comparison.png", "out.token_map.png", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in names - {"summary.json"}:
+        with Image.open(tmp_path / name) as image:
+            image.load()
+    numbers = json.loads(summary.read_text())
+    assert numbers["engine"] == "onnxruntime"
+    assert numbers["step_speedup"] == pytest.approx(numbers["full_step_ms"] / numbers["pruned_step_ms"])
+    assert numbers["mac_bound"] > 1
+    assert numbers["full_macs"] > numbers["pruned_macs"]
+    assert 5 < numbers["image_psnr_db"] < 100
+    assert numbers["versions"]["torch"]
+
+
+def test_equal_images_have_no_finite_psnr(mini_bundle: Path, tmp_path: Path) -> None:
+    """No step is pruned, so the summary has nulls where there is no number."""
+    summary = tmp_path / "summary.json"
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", "--compare", "--summary", summary, *SHORT, "--full-steps", 9)
+    numbers = json.loads(summary.read_text())
+    assert numbers["image_psnr_db"] is None
+    assert numbers["pruned_step_ms"] is None
+    assert numbers["step_speedup"] is None
+    assert numbers["full_macs"] == numbers["pruned_macs"]
+
+
+def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
+    run(mini_bundle, PROMPT, "a large red circle", "-o", tmp_path / "out.png", *SHORT)
+    assert {path.name for path in tmp_path.iterdir()} == {"out-0.png", "out-1.png"}
+    contents = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(contents) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--resolution", "64"], ["'64'", "HEIGHTxWIDTH"]),
+        (["--resolution", "64x100"], ["64x100", "multiples of 8", "try 64x96"]),
+        (["--resolution", "0x64"], ["0x64", "multiples of 8"]),
+        (["--resolution", "512x64"], ["512x64", "256x256 pixels at most"]),
+        (["--resolution", "8x64"], ["8 tokens", "num_clusters=20", "larger resolution"]),
+        (["--keep-ratio", "0"], ["keep_ratio=0.0", "(0, 1]"]),
+        (["--keep-ratio", "1.5"], ["keep_ratio=1.5", "(0, 1]"]),
+        (["--keep-ratio", "nan"], ["keep_ratio=nan", "(0, 1]"]),
+        (["--keep-ratio", "much"], ["--keep-ratio", "'much'", "--help"]),
+        (["--full-steps", "1"], ["full_steps=1", ">= 2"]),
+        (["--steps", "0"], ["--steps 0", ">= 1"]),
+        (["--steps", "-3"], ["--steps -3", ">= 1"]),
+        (["--seed", "-1"], ["--seed -1", "expected"]),
+        (["--seed", str(2**70)], ["--seed", "expected"]),
+        (["--guidance-scale", "nan"], ["--guidance-scale nan", "finite"]),
+        (["--engine", "abacus"], ["abacus", "onnxruntime"]),
+        (["--summary", "summary.json"], ["--summary", "--compare"]),
+        (["--token-map", "--steps", "8"], ["--token-map", "8 steps", "--full-steps"]),
+        (["--out", "out.jpg"], ["out.jpg", ".png"]),
+        (["--out", "nowhere/out.png"], ["nowhere", "does not exist", "make it"]),
+        (["--out", "taken.png"], ["taken.png", "cannot be written", "--out"]),
+        (["--compare", "--summary", "taken.png", "--steps", "2"], ["--summary", "cannot be written", "another path"]),
+    ],
+)
+def test_bad_arguments(
+    mini_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Fails,
+    arguments: list[str],
+    said: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.png").mkdir()
+    steps = [] if "--steps" in arguments or "--full-steps" in arguments else ["--steps", "2"]
+    if "--token-map" in arguments or "--full-steps" in arguments:
+        steps = []
+    line = fails(mini_bundle, PROMPT, *steps, *arguments)
+    for words in said:
+        assert words in line
+    if "--summary" not in arguments:  # which is written last
+        assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
+
+
+@pytest.mark.parametrize("prompts", [[""], ["  "], [PROMPT, ""]])
+def test_an_empty_prompt(mini_bundle: Path, fails: Fails, prompts: list[str]) -> None:
+    assert "empty prompt; say what to draw" in fails(mini_bundle, *prompts)
+
+
+def test_no_prompt(mini_bundle: Path, fails: Fails) -> None:
+    assert "prompt" in fails(mini_bundle)
+
+
+def test_no_bundle(tmp_path: Path, fails: Fails) -> None:
+    out = ["-o", tmp_path / "out.png"]
+    assert "does not exist; give the --out of cat-export" in fails(tmp_path / "nowhere", PROMPT, *out)
+    line = fails(tmp_path, PROMPT, *out)  # a directory, but no bundle
+    assert "manifest.json is missing" in line
+    assert "run cat-export again" in line
+    (tmp_path / "file").touch()
+    assert "is a file, expected a directory" in fails(tmp_path / "file", PROMPT, *out)
+
+
+def test_a_bundle_that_is_not_what_it_was(mini_bundle: Path, tmp_path: Path, fails: Fails) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(mini_bundle, bundle)
+    out = ["-o", tmp_path / "out.png"]
+    weights, manifest = bundle / "step.onnx.data", bundle / "manifest.json"
+    content, text = weights.read_bytes(), manifest.read_text()
+
+    weights.write_bytes(content[:-1])
+    line = fails(bundle, PROMPT, *out)
+    assert "step.onnx.data" in line
+    assert "truncated or edited; run cat-export again: cat-export --model sd3-mini" in line
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "step.onnx.data was changed after the export" in fails(bundle, PROMPT, *out)
+    weights.write_bytes(content)
+
+    fields = json.loads(text)
+    manifest.write_text(json.dumps(fields | {"format_version": 99}))
+    assert "format version 99" in fails(bundle, PROMPT, *out)
+    manifest.write_text(text[: len(text) // 2])
+    assert "is not JSON" in fails(bundle, PROMPT, *out)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_help_and_interruption(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_generate", interrupt)
+    assert cli.main(["bundle", PROMPT]) == 130
+    assert capsys.readouterr().err == "cat-generate: interrupted; nothing was left behind\n"
