@@ -181,7 +181,7 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
     terminal.print(costs)
     terminal.print(
         "linear: linear and convolution layers only, as in the paper; all: attention scores too.\n"
-        "bound: no pruned step can be faster against a full one than its MACs (all) are fewer.",
+        "bound: a full step's MACs (all) over a pruned one's; what the speedup of a step is measured against.",
         style="dim",
         highlight=False,
     )
