@@ -168,7 +168,9 @@ def test_a_model_that_moves_to_another_dtype(make_tiny_sd3: Callable[..., nn.Mod
     wrapped.to(torch.bfloat16)
     assert wrapped.dtype == torch.bfloat16
     wrapped.reset()
-    torch.testing.assert_close(wrapped(**arguments).sample, first, rtol=0.1, atol=0.1)
+    moved = wrapped(**arguments).sample
+    torch.testing.assert_close(moved, first, rtol=0.1, atol=0.1)
+    assert torch.equal(moved, CatTransformer.from_model(wrapped.engine.transformer, SETTINGS)(**arguments).sample)
 
 
 def test_a_model_of_no_supported_class() -> None:
