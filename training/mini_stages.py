@@ -50,10 +50,10 @@ def to_images(pixels: Tensor) -> NDArray[np.uint8]:
 
 @torch.no_grad()
 def encode_round(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
-    """The images' latents, shifted and scaled as the pipeline expects them: (B, C, h, w)."""
+    """The images' latents as the pipeline expects them, (B, C, h, w): shifted, if the VAE says so, and scaled."""
     batches = to_pixels(images).split(ENCODE_BATCH)
     latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def trained_autoencoder(folder: Path, size: ModelSize, steps: int, seed: int) -> AutoencoderKL:

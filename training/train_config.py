@@ -27,12 +27,15 @@ class TrainConfig:
 
     The ones that matter:
         out: the folder of the run.
+        miniature: a key of `MINIATURES`.
         init: a pipeline to continue from: transformer and text encoders; its autoencoder stays as it is.
+        vae: an autoencoder for a new miniature; without it, one is trained.
         steps: optimizer steps. Exactly one of `steps` and `seconds`.
         seconds: time on `threads` processors, by the process's own clock: a paused run does not age.
 
     The ones to tinker with:
         batch_size: images of a step.
+        side: of the images to train on, if not the miniature's own: half the side costs a quarter.
         peak_lr: learning rate after `warmup_steps`, from where a cosine leads to nearly zero.
         ema_decay: of the average of the weights that is saved.
         caption_dropout: share of the captions replaced by the empty one, for guidance.
@@ -50,10 +53,13 @@ class TrainConfig:
     """
 
     out: Path
+    miniature: str = "sd3-mini"
     init: Path | None = None
+    vae: Path | None = None
     steps: int | None = None
     seconds: float | None = None
     batch_size: int = 32
+    side: int | None = None
     peak_lr: float = 1e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
@@ -82,7 +88,7 @@ class TrainConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it: all but the budget and the place."""
-        free = {"out", "init", "steps", "seconds", "checkpoint_every_s", "threads", "precision"}
+        free = {"out", "init", "vae", "steps", "seconds", "checkpoint_every_s", "threads", "precision"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
 
     def progress(self, step: int, seconds: float) -> float:

@@ -1,0 +1,219 @@
+"""The training of a miniature: batches, steps, checkpoints, and the command line of `train_*_mini.py`.
+
+A run writes into its folder: `checkpoint.pt`, the pipeline `<name>-latest/` at each checkpoint, and `<name>/` at the
+end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from mini_models import TEXT_LENGTH, quiet_libraries
+from mini_stages import encode_round, sample_round, trained_autoencoder
+from miniatures import MINIATURES
+from scenes import vocabulary
+from train_config import Precision, TrainConfig
+
+logger = logging.getLogger("trainer")
+
+LOG_EVERY = 25  # steps
+
+
+class Run:
+    """The state of a training run: what a checkpoint holds."""
+
+    def __init__(
+        self, config: TrainConfig, denoiser: nn.Module, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.config = config
+        self.miniature = MINIATURES[config.miniature]
+        self.denoiser = denoiser.float().train().requires_grad_(True)
+        self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self.vae = vae.float().eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._tokenize = copy.deepcopy(tokenizer)  # a call changes what a tokenizer saves as its padding
+        self.optimizer = torch.optim.AdamW(
+            self.denoiser.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+        self.seconds_before = 0.0
+        self._clock_start = time.process_time()
+        self._round: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of `threads` processors used so far, by all processes of this run."""
+        return self.seconds_before + (time.process_time() - self._clock_start) / self.config.threads
+
+    def advance(self) -> float:
+        """One optimizer step; returns its loss."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        latents, input_ids = self._batch()
+        dropped = torch.rand(len(input_ids), generator=generator) < self.config.caption_dropout
+        input_ids = torch.where(dropped[:, None], self._input_ids([""]), input_ids)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision is Precision.BF16):
+            loss = self.miniature.loss(self.denoiser, latents, input_ids, generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate(self.step, self.seconds)
+        self.optimizer.step()
+        self.step += 1
+        decay = self.config.ema_weight(self.step)
+        with torch.no_grad():
+            for average, current in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
+                average.lerp_(current, 1 - decay)
+        return loss.item()
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all, and the averaged weights as a pipeline."""
+        state = {
+            "identity": self.config.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "denoiser": self.denoiser.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        staging = self.config.out / ".checkpoint.pt.new"
+        torch.save(state, staging)
+        staging.replace(self.config.out / "checkpoint.pt")
+        self.export(f"{self.miniature.name}-latest")
+
+    def export(self, name: str) -> None:
+        """Write the averaged weights as the pipeline `name`."""
+        self.miniature.save_pipeline(self.config.out / name, self.average, self.vae, self.tokenizer)
+
+    def resume(self) -> bool:
+        """Take up the run's checkpoint, if there is one.
+
+        Raises:
+            ValueError: the checkpoint belongs to a run with other settings.
+        """
+        file = self.config.out / "checkpoint.pt"
+        if not file.exists():
+            return False
+        state = torch.load(file, weights_only=True)
+        if state["identity"] != self.config.identity:
+            raise ValueError(f"{file} has {state['identity']}, not {self.config.identity}; use another folder")
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds_before = state["step"], state["seconds"]
+        return True
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """The step's latents (B, C, h, w) and token ids (B, T): a function of the seed and the step."""
+        epoch, position = divmod(self.step, self.config.steps_per_epoch)
+        index = epoch // self.config.round_epochs
+        if self._round is None or self._round[0] != index:
+            side = self.config.side or self.config.size.side
+            images, captions = sample_round(self.config.seed, index, self.config.round_scenes, side)
+            self._round = index, encode_round(self.vae, images), self._input_ids(captions)
+        _, latents, input_ids = self._round
+        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(self.config.seed + epoch))
+        picked = order[position * self.config.batch_size :][: self.config.batch_size]
+        return latents[picked], input_ids[picked]
+
+    def _input_ids(self, captions: list[str]) -> Tensor:
+        options = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
+        return self._tokenize(captions, **options).input_ids
+
+
+def prepare(config: TrainConfig) -> Run:
+    """The models of the run: those of `config.init`, or new ones with an autoencoder as `config.vae` says."""
+    miniature = MINIATURES[config.miniature]
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if config.init is not None:
+        pipeline = miniature.load_pipeline(config.init)
+        if (side := pipeline.transformer.config.sample_size * pipeline.vae_scale_factor) != config.size.side:
+            raise ValueError(f"{config.init} makes images of {side} pixels; expected size.side={config.size.side}")
+        return Run(config, miniature.denoiser_of(pipeline), pipeline.vae, pipeline.tokenizer)
+    tokenizer = miniature.new_tokenizer(vocabulary())
+    denoiser = miniature.new_denoiser(config.size, tokenizer)
+    if config.vae is None:
+        vae = trained_autoencoder(config.out / "vae", config.size, config.autoencoder_steps, config.seed)
+    else:
+        vae = AutoencoderKL.from_pretrained(str(config.vae))
+    if not miniature.latents_are_shifted:
+        vae.register_to_config(shift_factor=None)
+    return Run(config, denoiser, vae, tokenizer)
+
+
+def train(config: TrainConfig) -> Run:
+    """Train until the budget is used; resumes from the folder's checkpoint, and leaves one on SIGTERM."""
+    run = prepare(config)
+    if run.resume():
+        logger.info("resumed at step %d after %.0f s", run.step, run.seconds)
+    saved_at, losses = time.monotonic(), []
+    with sigterm_requests() as terminated:
+        while config.progress(run.step, run.seconds) < 1.0 and not terminated:
+            losses.append(run.advance())
+            if run.step % LOG_EVERY == 0:
+                mean = sum(losses) / len(losses)
+                logger.info("step %d  loss %.4f  %.0f s of its own", run.step, mean, run.seconds)
+                losses.clear()
+            if time.monotonic() - saved_at > config.checkpoint_every_s:
+                run.save()
+                saved_at = time.monotonic()
+        run.save()
+    if terminated:
+        logger.info("terminated at step %d; the same command resumes", run.step)
+    else:
+        run.export(run.miniature.name)
+        logger.info("done: step %d, %s", run.step, config.out / run.miniature.name)
+    return run
+
+
+@contextlib.contextmanager
+def sigterm_requests() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGTERM came; outside of this, the signal ends the process as always."""
+    requests: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
+    try:
+        yield requests
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def parse_arguments(
+    arguments: list[str] | None, *, miniature: str, description: str | None, **defaults: Any
+) -> TrainConfig:
+    """The command line as a config; `defaults` are those of the miniature where they differ from `TrainConfig`'s."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("--init", type=Path, help="pipeline to continue from")
+    parser.add_argument("--vae", type=Path, help="autoencoder for a new miniature, instead of training one")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--steps", type=int, help="optimizer steps")
+    budget.add_argument("--seconds", type=float, help="active seconds on all threads")
+    parser.add_argument("--side", type=int, help="of the images to train on, if not the miniature's own")
+    for name in ("batch_size", "peak_lr", "warmup_steps", "ema_decay", "checkpoint_every_s", "threads", "seed"):
+        default = defaults.get(name, TrainConfig.__dataclass_fields__[name].default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
+    parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
+    options = vars(parser.parse_args(arguments))
+    return TrainConfig(miniature=miniature, size=MINIATURES[miniature].size, **options)
+
+
+def run_script(config: TrainConfig) -> None:
+    """Train, with a log on the standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    quiet_libraries()
+    train(config)
