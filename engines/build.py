@@ -1,4 +1,4 @@
-"""Engine plans from `step.onnx`.
+"""Engine plans from the graphs of a bundle.
 
 A plan is built in a process of its own (`cat_pruning.engines.plan_builder`): the builder's memory goes back to the
 system, the weights are not held twice, and a crash inside the builder is an error here and not the end of the process.
@@ -12,12 +12,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from cat_pruning.engines.manifest import PlanSpec
+from cat_pruning.engines.profiles import PlanProfile
+from cat_pruning.engines.records import PlanSpec
 from cat_pruning.errors import EngineError
-from cat_pruning.step_io import Shape
+from cat_pruning.step_io import Part
 
 # The builder copies and frees weights of many sizes; with a fixed threshold glibc gives them back at once. Measured on
 # SD3-medium: 0.7 GB less at the peak. Elsewhere than in glibc nobody reads it.
@@ -31,8 +32,8 @@ def can_build_rtx() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("tensorrt_rtx", "polygraphy"))
 
 
-def rtx_plan_spec() -> PlanSpec:
-    """What the installed TensorRT-RTX builds, and where in the bundle it goes.
+def rtx_plan_specs() -> tuple[PlanSpec, ...]:
+    """What the installed TensorRT-RTX builds, one plan for every graph, and where in the bundle they go.
 
     Raises:
         EngineError: it is not installed.
@@ -40,23 +41,28 @@ def rtx_plan_spec() -> PlanSpec:
     if not can_build_rtx():
         raise EngineError("--target rtx: TensorRT-RTX is not installed here; pip install 'cat-pruning[rtx]'")
     version = importlib.metadata.version("tensorrt_rtx_cu13")
-    return PlanSpec(
-        flavour="tensorrt_rtx",
-        version=version,
-        architectures=_RTX_ARCHITECTURES,
-        file=f"plans/tensorrt_rtx-{version}-{_RTX_ARCHITECTURES[0]}-and-later.plan",
+    folder = f"plans/tensorrt_rtx-{version}-{_RTX_ARCHITECTURES[0]}-and-later"
+    return tuple(
+        PlanSpec(
+            part=part,
+            flavour="tensorrt_rtx",
+            version=version,
+            architectures=_RTX_ARCHITECTURES,
+            file=f"{folder}/{part}.plan",
+        )
+        for part in Part
     )
 
 
-def build_rtx_plan(step_onnx: Path, plan: Path, profiles: Sequence[Mapping[str, Shape]]) -> None:
-    """Build `plan` with one static profile per entry of `profiles` (input shapes by name). Needs no GPU.
+def build_rtx_plan(onnx: Path, plan: Path, profiles: Sequence[PlanProfile]) -> None:
+    """Build `plan` from the graph `onnx`, with one profile per entry of `profiles`. Needs no GPU.
 
     Raises:
         EngineError: the builder refused the graph, or its process died.
         OSError: the plan cannot be written.
     """
-    plan.parent.mkdir(exist_ok=True)
-    job = {"step_onnx": str(step_onnx), "plan": str(plan), "profiles": list(profiles)}
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    job = {"onnx": str(onnx), "plan": str(plan), "profiles": list(profiles)}
     result = subprocess.run(
         [sys.executable, "-m", "cat_pruning.engines.plan_builder"],
         input=json.dumps(job),
@@ -71,7 +77,7 @@ def build_rtx_plan(step_onnx: Path, plan: Path, profiles: Sequence[Mapping[str, 
     if "errno" in report:
         raise OSError(report["errno"], report["problem"], str(plan))
     problem = _refusal(report["problem"], result.stderr) if "problem" in report else _last_words(result)
-    raise EngineError(f"TensorRT-RTX cannot build {step_onnx.name}: {problem}")
+    raise EngineError(f"TensorRT-RTX cannot build {onnx.name}: {problem}")
 
 
 def _refusal(problem: str, log: str) -> str:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from cat_pruning.engines.manifest import MANIFEST_NAME, FileSpec, Flavour, Manifest, read_manifest
+from cat_pruning.engines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from cat_pruning.engines.records import FileSpec, Flavour
 from cat_pruning.errors import BundleError, CatError, OutputError
 
 _log = logging.getLogger(__name__)

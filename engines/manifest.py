@@ -2,9 +2,9 @@
 
     Manifest
     ├── Source, transformer_class, transformer_config, dtype, guidance, PruneSettings    what was exported
-    ├── Geometry, CacheSpec*, ProfileSpec*                                               its shapes
+    ├── Geometry, GraphSpec*, ProfileSpec*                                               its graphs and shapes
     ├── MacsSpec*                                                                        what a step costs
-    ├── PlanSpec*, PipelineSpec                                                          what lies beside step.onnx
+    ├── PlanSpec*, PipelineSpec                                                          what lies beside the graphs
     └── versions, FileSpec*                                                              what made it, what to check
 
 Every model is frozen, strict and refuses unknown fields, and the shapes are checked against each
@@ -20,26 +20,33 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Self
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, Strict, model_validator
+from pydantic import AfterValidator, Field, Strict, model_validator
 
 from cat_pruning.dtype import DType
+from cat_pruning.engines.records import (
+    BundlePath,
+    FileSpec,
+    Flavour,
+    Geometry,
+    GraphSpec,
+    MacsSpec,
+    PipelineSpec,
+    PlanSpec,
+    ProfileSpec,
+    Record,
+    Source,
+)
 from cat_pruning.errors import BundleError
 from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST_NAME: Final = "manifest.json"
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
 _TARGETS: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # as cat-export spells them
-
-
-def _inside(path: str) -> str:
-    if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
-        raise ValueError(f"{path!r} is not a path inside the bundle: expected relative, with '/', without '..'")
-    return path
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
@@ -61,126 +68,12 @@ def _settings(value: object) -> PruneSettings:
     return PruneSettings.from_dict(value)
 
 
-BundlePath = Annotated[str, AfterValidator(_inside)]
 _Settings = Annotated[
     PruneSettings, pydantic.PlainValidator(_settings), pydantic.PlainSerializer(PruneSettings.to_dict)
 ]
 
 
-class _Record(BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Source(_Record):
-    """Where the weights came from; `seed` belongs to random ones, `revision` to the hub's."""
-
-    kind: Literal["directory", "hub", "packaged", "random"]
-    location: str
-    revision: str | None = None
-    seed: int | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kind == "random" and self.seed is None:
-            raise ValueError("random weights need a seed, or nobody can make them again")
-        return self
-
-
-class Geometry(_Record):
-    """How pixels become tokens. `max_latent_size` is the side of the position table, None where there is none."""
-
-    pixels_per_latent: PositiveInt
-    patch_size: PositiveInt
-    latent_channels: PositiveInt
-    max_latent_size: PositiveInt | None
-    text_length: PositiveInt
-
-
-class ProfileSpec(_Record):
-    """One set of shapes that the engine runs at; `height` and `width` in pixels, `batch` in rows."""
-
-    name: Annotated[str, Field(min_length=1)]
-    height: PositiveInt
-    width: PositiveInt
-    prompts: PositiveInt
-    batch: PositiveInt
-    latent_height: PositiveInt
-    latent_width: PositiveInt
-    num_tokens: PositiveInt
-    num_kept: PositiveInt
-    text_length: PositiveInt
-
-    @property
-    def resolution(self) -> str:
-        """HEIGHTxWIDTH in pixels, as on the command line."""
-        return f"{self.height}x{self.width}"
-
-
-class CacheSpec(_Record):
-    """One K or V cache, (B, rows, width): the image's rows, or the image's and then the text's."""
-
-    name: Annotated[str, Field(min_length=1)]
-    rows: Literal["joint", "image"]
-    width: PositiveInt
-
-    def num_rows(self, profile: ProfileSpec) -> int:
-        """Rows at a profile: N, or N + T."""
-        return profile.num_tokens + (profile.text_length if self.rows == "joint" else 0)
-
-
-class MacsSpec(_Record):
-    """Multiply-accumulates of one step at a profile: linear and convolution layers, and apart from them QKᵀ and PV."""
-
-    profile: str
-    full_linear: NonNegativeInt
-    full_attention: NonNegativeInt
-    pruned_linear: NonNegativeInt
-    pruned_attention: NonNegativeInt
-
-    @property
-    def full_total(self) -> int:
-        """A full step, attention included."""
-        return self.full_linear + self.full_attention
-
-    @property
-    def pruned_total(self) -> int:
-        """A pruned step, attention included."""
-        return self.pruned_linear + self.pruned_attention
-
-
-class PlanSpec(_Record):
-    """A built engine: the builder and its version, and the GPU architectures that it runs on."""
-
-    flavour: Flavour
-    version: str
-    architectures: Annotated[tuple[str, ...], Strict(False)]
-    file: BundlePath
-
-
-class PipelineSpec(_Record):
-    """The pipeline's other parts: copied below `path`, or on the hub under `hub_id` at `revision`."""
-
-    kind: Literal["copied", "hub"]
-    path: BundlePath | None = None
-    hub_id: str | None = None
-    revision: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        needed = "path" if self.kind == "copied" else "hub_id"
-        if getattr(self, needed) is None:
-            raise ValueError(f"a pipeline of kind {self.kind!r} needs {needed}")
-        return self
-
-
-class FileSpec(_Record):
-    """What a file of the bundle must be; `sha256` in lower-case hexadecimal."""
-
-    size: NonNegativeInt
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Manifest(_Record):
+class Manifest(Record):
     """All that a bundle says about itself. `files` maps each file's path in the bundle to its size and hash."""
 
     format_version: int = FORMAT_VERSION
@@ -192,13 +85,13 @@ class Manifest(_Record):
     guidance: bool
     settings: _Settings
     geometry: Geometry
-    caches: Annotated[tuple[CacheSpec, ...], Strict(False)]
+    graphs: Annotated[tuple[GraphSpec, ...], Strict(False)]
     profiles: Annotated[tuple[ProfileSpec, ...], Strict(False), Field(min_length=1)]
     macs: Annotated[tuple[MacsSpec, ...], Strict(False)] = ()
     plans: Annotated[tuple[PlanSpec, ...], Strict(False)] = ()
     pipeline: PipelineSpec | None = None
     versions: dict[str, str]
-    files: dict[BundlePath, FileSpec] = {}  # pydantic copies it for every instance
+    files: dict[BundlePath, FileSpec] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
@@ -226,9 +119,25 @@ class Manifest(_Record):
         }
 
     @model_validator(mode="after")
+    def _check_graphs(self) -> Self:
+        parts = [graph.part for graph in self.graphs]
+        if sorted(parts) != sorted(Part):
+            raise ValueError(f"graphs of {', '.join(parts)}; expected one each of {', '.join(Part)}")
+        results = {tensor for graph in self.graphs if graph.part is not Part.STEP for tensor in graph.outputs}
+        if missing := results - set(self.graph(Part.STEP).inputs):
+            raise ValueError(f"the step does not take {', '.join(sorted(tensor.name for tensor in missing))}")
+        return self
+
+    def graph(self, part: Part) -> GraphSpec:
+        """The graph of one part."""
+        return next(graph for graph in self.graphs if graph.part is part)
+
+    @model_validator(mode="after")
     def _check_files(self) -> Self:
         if not self.files:  # not yet: the writer of the bundle fills them in
             return self
+        if missing := [graph.file for graph in self.graphs if graph.file not in self.files]:
+            raise ValueError(f"graphs that are not among the files: {', '.join(missing)}")
         if missing := [plan.file for plan in self.plans if plan.file not in self.files]:
             raise ValueError(f"plans that are not among the files: {', '.join(missing)}")
         folder = self.pipeline.path if self.pipeline else None
@@ -246,6 +155,8 @@ class Manifest(_Record):
         words = ["cat-export", "--model", self.source.location, "--dtype", self.dtype]
         words += ["--revision", self.source.revision] if self.source.revision is not None else []
         words += ["--random-weights"] if self.source.kind == "random" else []
+        for lora in self.source.loras:
+            words += ["--lora", f"{lora.path}:{lora.scale:g}"]
         for resolution in dict.fromkeys(profile.resolution for profile in self.profiles):
             words += ["--resolution", resolution]
         for prompts in dict.fromkeys(profile.prompts for profile in self.profiles):

@@ -14,8 +14,8 @@ from typing import Any
 os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is first imported
 
 
-def build(step_onnx: Path, plan: Path, profiles: list[dict[str, list[int]]]) -> None:
-    """Build `plan` from `step_onnx` with one static profile per entry of `profiles`.
+def build(onnx: Path, plan: Path, profiles: list[dict[str, list[list[int]]]]) -> None:
+    """Build `plan` from `onnx` with one profile per entry of `profiles`: (min, opt, max) of every input by name.
 
     Raises:
         RuntimeError: the builder refused the graph; its own words.
@@ -27,11 +27,17 @@ def build(step_onnx: Path, plan: Path, profiles: list[dict[str, list[int]]]) -> 
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.ERROR
-    builder, network, parser = network_from_onnx_path(str(step_onnx), strongly_typed=True)
+    builder, network, parser = network_from_onnx_path(str(onnx), strongly_typed=True)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            # Where there is no fused kernel (fp32, some head widths), several kernels instead of no engine.
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
     shapes = [Profile() for _ in profiles]
     for profile, inputs in zip(shapes, profiles, strict=True):
-        for name, shape in inputs.items():
-            profile.add(name, min=shape, opt=shape, max=shape)
+        for name, (lowest, best, highest) in inputs.items():
+            profile.add(name, min=lowest, opt=best, max=highest)
     config = create_config_rtx(builder, network, profiles=shapes)
 
     class PlanFile(trt.IStreamWriter):  # type: ignore[misc]  # from an untyped module
@@ -65,7 +71,7 @@ def main() -> int:
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries log there too
     try:
-        build(Path(job["step_onnx"]), Path(job["plan"]), job["profiles"])
+        build(Path(job["onnx"]), Path(job["plan"]), job["profiles"])
     except OSError as error:
         report.write(json.dumps({"errno": error.errno, "problem": error.strerror}) + "\n")
         return 1

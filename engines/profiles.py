@@ -1,17 +1,21 @@
 """The shapes that an engine is built for.
 
-For every resolution and number of prompts an engine has two profiles, one for full and one for pruned steps,
+For every resolution and number of prompts the step's engine has two profiles, one for full and one for pruned steps,
 each static (min = opt = max): wide dynamic ranges are slow and have given NaN in DiT engines.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from cat_pruning.engines.manifest import Geometry, ProfileSpec
+from cat_pruning.engines.records import Geometry, GraphSpec, ProfileSpec
 from cat_pruning.errors import ShapeError
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import StepDims
+from cat_pruning.step_io import MAX_TIMESTEPS, Part, Shape, StepDims
+
+TYPICAL_STEPS = 28  # the pipelines' default
+PlanProfile = dict[str, tuple[Shape, Shape, Shape]]  # input name -> min, opt, max
 
 
 def profile_spec(
@@ -62,3 +66,22 @@ def step_dims(profile: ProfileSpec, patch_size: int) -> tuple[StepDims, StepDims
         num_kept=profile.num_tokens,
     )
     return full, dataclasses.replace(full, num_kept=profile.num_kept)
+
+
+def plan_profiles(graph: GraphSpec, profiles: Sequence[ProfileSpec], patch_size: int) -> list[PlanProfile]:
+    """The profiles that a plan of `graph` is built with, without repetitions.
+
+    The step's: each profile twice, full and pruned, static. The prompt's: static. The timestep's: any number of steps
+    at once, from one to `MAX_TIMESTEPS`, best at a schedule of `TYPICAL_STEPS`.
+    """
+    plan_profiles: list[PlanProfile] = []
+    for profile in profiles:
+        for dims in step_dims(profile, patch_size):
+            steps = (1, TYPICAL_STEPS, MAX_TIMESTEPS) if graph.part is Part.TIMESTEP else (1, 1, 1)
+            lowest, best, highest = (
+                graph.input_shapes(dataclasses.replace(dims, batch=profile.batch * count)) for count in steps
+            )
+            plan_profile = {name: (lowest[name], best[name], highest[name]) for name in lowest}
+            if plan_profile not in plan_profiles:
+                plan_profiles.append(plan_profile)
+    return plan_profiles

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Turn a diffusers checkpoint into a bundle: step.onnx (one graph for full and pruned steps, with dynamic batch, height,
-width, text length and kept tokens), engine plans built from it, the pipeline's other parts, and a manifest with the
-hash of every file. The bundle is written whole or not at all."""
+width, text length and kept tokens), prompt.onnx and timestep.onnx (what need not be computed on every step), engine
+plans built from them, the pipeline's other parts, and a manifest with the hash of every file. The bundle is written
+whole or not at all."""
 _EXAMPLES = """\
 examples:
   cat-export --model sd3-mini --text-length 48 --out build/sd3-mini        the packaged miniature, in seconds
   cat-export --model sd3 --dtype bf16 --out sd3                            SD3-medium from the hub (gated: log in first)
   cat-export --model ./my-finetune --dtype bf16 --out tuned                a local directory in the diffusers layout
+  cat-export --model flux-dev --dtype bf16 --lora style.safetensors:0.8 --out styled    an adapter fused in
   cat-export --model sd3 --random-weights --dtype bf16 --target rtx --out random    the architecture alone, no network
   cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
                                                                            plans for two resolutions, 1 and 4 prompts
@@ -53,13 +55,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     checkpoint = parser.add_argument_group("checkpoint")
     checkpoint.add_argument(
-        "--model", required=True, help="sd3, sd3-mini, a local diffusers directory, or a hub id (owner/name)"
+        "--model",
+        required=True,
+        help="sd3, sd3.5-medium, sd3.5-large, pixart-sigma, flux-dev, flux-schnell, a miniature (sd3-mini, "
+        "pixart-mini), a local diffusers directory, or a hub id (owner/name)",
     )
     checkpoint.add_argument("--revision", help="branch, tag or commit on the hub")
     checkpoint.add_argument(
         "--random-weights",
         action="store_true",
         help="the published architecture with random weights: no network, no pipeline, for sizes and speeds",
+    )
+    checkpoint.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="fuse an adapter into the weights: a diffusers *.safetensors file or a PEFT directory; repeatable",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, help="the bundle's directory (default: the model's last name)")
@@ -68,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         action="append",
         choices=["onnx", "rtx", "tensorrt"],
-        help="what to build; repeatable. step.onnx always is; rtx (TensorRT-RTX) needs no GPU "
+        help="what to build; repeatable. The ONNX graphs always are; rtx (TensorRT-RTX) needs no GPU "
         "(default: onnx, and rtx where it is installed)",
     )
     output.add_argument(
         "--verify",
         action="store_true",
-        help="compare step.onnx under ONNX Runtime with torch before the plans are built",
+        help="compare the graphs under ONNX Runtime with torch before the plans are built",
     )
     shape = parser.add_argument_group("shapes and precision")
     shape.add_argument(
@@ -120,6 +131,7 @@ def _export(arguments: argparse.Namespace) -> None:
     # A wrong setting is told before the seconds that torch takes to import.
     settings = PruneSettings(keep_ratio=arguments.keep_ratio)
     from cat_pruning.exporter.export import ExportConfig, Target, default_targets, export
+    from cat_pruning.exporter.lora import parse_lora
 
     console.quiet_libraries()
     config = ExportConfig(
@@ -127,6 +139,7 @@ def _export(arguments: argparse.Namespace) -> None:
         out=arguments.out or Path(Path(arguments.model).name),
         revision=arguments.revision,
         random_weights=arguments.random_weights,
+        loras=tuple(map(parse_lora, arguments.lora or ())),
         dtype=arguments.dtype,
         resolutions=tuple(arguments.resolution or ()),
         prompts=tuple(arguments.batch or (1,)),
@@ -179,6 +192,12 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
             f"{cost.full_total / cost.pruned_total:.2f}×",
         )
     terminal.print(costs)
+    for profile, cost in zip(manifest.profiles, manifest.macs, strict=True):
+        terminal.print(
+            f"{profile.name}: besides, {console.macs(cost.prompt_linear)} once per image (prompt.onnx) and "
+            f"{console.macs(cost.timestep_linear)} for every step of its schedule (timestep.onnx)",
+            highlight=False,
+        )
     terminal.print(
         "linear: linear and convolution layers only, as in the paper; all: attention scores too.\n"
         "bound: a full step's MACs (all) over a pruned one's; what the speedup of a step is measured against.",

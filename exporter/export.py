@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.metadata
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
-from cat_pruning import step_io
+from torch import nn
+
 from cat_pruning.dtype import DType
-from cat_pruning.engines.build import build_rtx_plan, can_build_rtx, rtx_plan_spec
+from cat_pruning.engines.build import build_rtx_plan, can_build_rtx, rtx_plan_specs
 from cat_pruning.engines.bundle import Bundle, new_bundle
-from cat_pruning.engines.manifest import (
-    CacheSpec,
+from cat_pruning.engines.manifest import Manifest
+from cat_pruning.engines.profiles import plan_profiles, profile_spec, step_dims
+from cat_pruning.engines.records import (
     Geometry,
+    GraphSpec,
+    LoraSpec,
     MacsSpec,
-    Manifest,
     PipelineSpec,
     PlanSpec,
     ProfileSpec,
+    TensorSpec,
 )
-from cat_pruning.engines.profiles import profile_spec, step_dims
-from cat_pruning.errors import EngineError, SettingsError
+from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter.checkpoint import Checkpoint, find_checkpoint, load_transformer
 from cat_pruning.exporter.interception import StepModule
-from cat_pruning.exporter.macs import count_macs
+from cat_pruning.exporter.macs import Macs, count_macs
+from cat_pruning.exporter.memory import check_memory
+from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer
+from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verify import verify_step_graph
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import Shape
+from cat_pruning.step_io import Part, StepDims
 
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int, int], None]  # (done, total)
 Stage = Callable[[str], AbstractContextManager[Advance]]  # title -> a stage of the export, while it runs
 
-STEP_ONNX = "step.onnx"
 PIPELINE = "pipeline"
 _SLACK_BYTES = 64 << 20  # graphs, manifest, what a file system needs itself
 # What a pipeline loads; single-file checkpoints, pickles and pictures beside it stay behind.
@@ -50,7 +57,7 @@ _VERSIONED = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscri
 
 
 class Target(StrEnum):
-    """What an export builds; step.onnx always, and plans from it."""
+    """What an export builds; the ONNX graphs always, and plans from them."""
 
     ONNX = "onnx"
     RTX = "rtx"
@@ -66,8 +73,8 @@ def default_targets() -> tuple[Target, ...]:
 class ExportConfig:
     """What `cat-export` was asked for.
 
-    model, revision, random_weights: see `find_checkpoint`. out: the bundle's directory; force replaces a bundle there.
-    resolutions: (height, width) in pixels; empty for the model's own. prompts: numbers of prompts in a batch.
+    model, revision, random_weights, loras: see `find_checkpoint`. out: the bundle's directory; force replaces a bundle
+    there. resolutions: (height, width) in pixels; empty for the model's own. prompts: numbers of prompts in a batch.
     text_length: text rows of the profiles; None for what the pipeline passes at its defaults.
     guidance: classifier-free guidance doubles the rows of a batch. verify: compare ONNX Runtime with torch.
     """
@@ -76,6 +83,7 @@ class ExportConfig:
     out: Path
     revision: str | None = None
     random_weights: bool = False
+    loras: tuple[LoraSpec, ...] = ()
     dtype: DType = DType.FP32
     resolutions: tuple[tuple[int, int], ...] = ()
     prompts: tuple[int, ...] = (1,)
@@ -109,33 +117,42 @@ def logged_stage(title: str) -> Iterator[Advance]:
     yield lambda done, total: None
 
 
-def export(config: ExportConfig, stage: Stage = logged_stage) -> Bundle:
+def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Module | None = None) -> Bundle:
     """Write the bundle that `config` asks for: whole, or not at all.
 
     Args:
         config: what to export.
         stage: entered once for every stage of the work, to show progress.
+        transformer: weights to export instead of those of `config.model`, whose other parts and shapes it takes: a
+            module with adapters loaded, say. It is not changed.
 
     Raises:
         CheckpointError, ShapeError, SettingsError, EngineError, OutputError: see `cat_pruning.errors`.
     """
-    checkpoint = find_checkpoint(config.model, revision=config.revision, random_weights=config.random_weights)
+    checkpoint = find_checkpoint(
+        config.model, revision=config.revision, random_weights=config.random_weights, loras=config.loras
+    )
+    if transformer is not None:
+        checkpoint = _with_weights_of(checkpoint, transformer, config)
     geometry = _geometry(checkpoint, config.text_length)
+    guidance = config.guidance and checkpoint.family.batched_guidance
     side = checkpoint.default_resolution
     profiles = tuple(
-        profile_spec(height, width, prompts, geometry=geometry, settings=config.settings, guidance=config.guidance)
+        profile_spec(height, width, prompts, geometry=geometry, settings=config.settings, guidance=guidance)
         for height, width in dict.fromkeys(config.resolutions or ((side, side),))
         for prompts in dict.fromkeys(config.prompts)
     )
-    plans = (rtx_plan_spec(),) if Target.RTX in config.targets else ()
+    plans = rtx_plan_specs() if Target.RTX in config.targets else ()
+    check_memory(checkpoint.num_parameters * config.dtype.num_bytes, builds_plans=bool(plans), source=checkpoint.source)
     with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint)) as writer:
-        step_onnx = writer.path / STEP_ONNX
-        _write_step_graph(config, checkpoint, step_onnx, stage)
+        graphs = _write_graphs(config, checkpoint, transformer, writer.path, stage)
         with stage("Count MACs"):
-            macs = tuple(_count(checkpoint, step_onnx, profile, geometry) for profile in profiles)
+            macs = tuple(profile_macs(writer.path, graphs, profile, geometry.patch_size) for profile in profiles)
         for plan in plans:
-            with stage(f"Build the TensorRT-RTX engine, {2 * len(profiles)} profiles"):
-                build_rtx_plan(step_onnx, writer.path / plan.file, _plan_shapes(checkpoint, profiles))
+            graph = next(graph for graph in graphs if graph.part is plan.part)
+            shapes = plan_profiles(graph, profiles, geometry.patch_size)
+            with stage(f"Build the TensorRT-RTX engine of {graph.file}, profiles: {len(shapes)}"):
+                build_rtx_plan(writer.path / graph.file, writer.path / plan.file, shapes)
         with stage("Copy the pipeline's other parts"):
             pipeline = _add_pipeline(checkpoint, writer.path / PIPELINE)
         with stage("Hash and move into place"):
@@ -146,10 +163,10 @@ def export(config: ExportConfig, stage: Stage = logged_stage) -> Bundle:
                     transformer_class=checkpoint.family.transformer_class,
                     transformer_config=checkpoint.config,
                     dtype=config.dtype,
-                    guidance=config.guidance,
+                    guidance=guidance,
                     settings=config.settings,
                     geometry=geometry,
-                    caches=_cache_specs(checkpoint),
+                    graphs=graphs,
                     profiles=profiles,
                     macs=macs,
                     plans=plans,
@@ -159,69 +176,99 @@ def export(config: ExportConfig, stage: Stage = logged_stage) -> Bundle:
             )
 
 
+def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportConfig) -> Checkpoint:
+    """The checkpoint with another transformer of its class, which lies in memory."""
+    if config.loras:
+        raise SettingsError(
+            "loras are fused into weights that an export loads; fuse them into the transformer yourself"
+        )
+    if type(transformer).__name__ != checkpoint.family.transformer_class:
+        raise CheckpointError(
+            f"the transformer is a {type(transformer).__name__}, {config.model} has a "
+            f"{checkpoint.family.transformer_class}"
+        )
+    if (dtype := next(transformer.parameters()).dtype) != config.dtype.torch:
+        raise SettingsError(f"the transformer's weights are {dtype}, the export's dtype is {config.dtype}")
+    return dataclasses.replace(
+        checkpoint,
+        source=checkpoint.source.model_copy(update={"in_memory": True}),
+        config={key: value for key, value in transformer.config.items() if not key.startswith("_")},
+        num_parameters=sum(parameter.numel() for parameter in transformer.parameters()),
+    )
+
+
+def profile_macs(directory: Path, graphs: Sequence[GraphSpec], profile: ProfileSpec, patch_size: int) -> MacsSpec:
+    """The MACs of the graphs in `directory` at a profile."""
+    full, pruned = step_dims(profile, patch_size)
+
+    def count(part: Part, dims: StepDims) -> Macs:
+        graph = next(graph for graph in graphs if graph.part is part)
+        return count_macs(directory / graph.file, graph.input_shapes(dims))
+
+    full_step, pruned_step = count(Part.STEP, full), count(Part.STEP, pruned)
+    return MacsSpec(
+        profile=profile.name,
+        full_linear=full_step.linear,
+        full_attention=full_step.attention,
+        pruned_linear=pruned_step.linear,
+        pruned_attention=pruned_step.attention,
+        prompt_linear=count(Part.PROMPT, full).linear,
+        timestep_linear=count(Part.TIMESTEP, full).linear,
+    )
+
+
 def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
+    family, config = checkpoint.family, checkpoint.config
     return Geometry(
         pixels_per_latent=checkpoint.pixels_per_latent,
-        patch_size=checkpoint.config["patch_size"],
-        latent_channels=checkpoint.config["in_channels"],
-        max_latent_size=checkpoint.family.max_latent_size(checkpoint.config),
+        patch_size=family.patch_size(config),
+        latent_channels=family.latent_channels(config),
+        max_latent_size=family.max_latent_size(config),
         text_length=text_length or checkpoint.text_length,
     )
 
 
 def _needed_bytes(config: ExportConfig, checkpoint: Checkpoint) -> int:
     weights = checkpoint.num_parameters * config.dtype.num_bytes
-    copies = 2 if Target.RTX in config.targets else 1  # the plan holds the weights again
+    copies = 2 if Target.RTX in config.targets else 1  # the plans hold the weights again
     parts = sum(path.stat().st_size for path in _pipeline_files(checkpoint))
     return weights * copies + parts + _SLACK_BYTES
 
 
-def _write_step_graph(config: ExportConfig, checkpoint: Checkpoint, step_onnx: Path, stage: Stage) -> None:
-    with stage(f"Load {checkpoint.num_parameters / 1e6:,.1f} M parameters as {config.dtype}"):
-        step = StepModule(load_transformer(checkpoint.source, config.dtype), checkpoint.family)
-    with stage("Trace one step and write step.onnx") as advance:
-        export_step_graph(step, step_onnx, advance)
+def _write_graphs(
+    config: ExportConfig, checkpoint: Checkpoint, transformer: nn.Module | None, directory: Path, stage: Stage
+) -> tuple[GraphSpec, ...]:
+    source, family, weights = checkpoint.source, checkpoint.family, None
+    if transformer is None and source.kind == "random" and not config.verify:
+        assert source.seed is not None
+        transformer = hollow_transformer(family.transformer_class, checkpoint.config, config.dtype)
+        weights = RandomWeights(transformer, config.dtype, source.seed)
+    elif transformer is None:
+        with stage(f"Load {checkpoint.num_parameters / 1e6:,.1f} M parameters as {config.dtype}"):
+            transformer = load_transformer(source, config.dtype)
+    step = StepModule(transformer, family)
+    with stage("Trace one step and write its graphs") as advance:
+        graphs = export_step_graph(step, directory, advance, weights)
     if config.verify:
         with stage("Compare ONNX Runtime with torch"):
-            verify_step_graph(step, step_onnx, config.dtype)
-    del step
+            verify_step_graph(step, directory, config.dtype)
+    del step, transformer
     gc.collect()  # before a builder needs the memory; modules with hooks are cycles
+    return tuple(graph_spec(part, graph) for part, graph in graphs.items())
 
 
-def _count(checkpoint: Checkpoint, step_onnx: Path, profile: ProfileSpec, geometry: Geometry) -> MacsSpec:
-    full, pruned = (
-        count_macs(step_onnx, checkpoint.family.step_shapes(checkpoint.config, dims))
-        for dims in step_dims(profile, geometry.patch_size)
+def graph_spec(part: Part, graph: Graph) -> GraphSpec:
+    """A graph as the manifest has it."""
+    inputs, outputs = (
+        tuple(TensorSpec(name=name, dtype=spec.dtype.name, shape=spec.shape) for name, spec in tensors.items())
+        for tensors in (graph.inputs, graph.outputs)
     )
-    return MacsSpec(
-        profile=profile.name,
-        full_linear=full.linear,
-        full_attention=full.attention,
-        pruned_linear=pruned.linear,
-        pruned_attention=pruned.attention,
-    )
-
-
-def _plan_shapes(checkpoint: Checkpoint, profiles: tuple[ProfileSpec, ...]) -> list[dict[str, Shape]]:
-    return [
-        checkpoint.family.step_shapes(checkpoint.config, dims)
-        for profile in profiles
-        for dims in step_dims(profile, checkpoint.config["patch_size"])
-    ]
-
-
-def _cache_specs(checkpoint: Checkpoint) -> tuple[CacheSpec, ...]:
-    specs = checkpoint.family.caches(checkpoint.config)
-    names = step_io.cache_names(len(specs))
-    both = (spec for spec in specs for _ in range(2))
-    return tuple(
-        CacheSpec(name=name, rows=spec.rows.value, width=spec.width) for name, spec in zip(names, both, strict=True)
-    )
+    return GraphSpec(part=part, file=part.onnx, inputs=inputs, outputs=outputs)
 
 
 def _pipeline_files(checkpoint: Checkpoint) -> list[Path]:
     """The files of a local checkpoint that make its pipeline, but for the transformer's weights."""
-    if checkpoint.directory is None or checkpoint.source.kind == "hub":
+    if checkpoint.directory is None or checkpoint.source.kind == "hub" or not checkpoint.components:
         return []
     root = checkpoint.directory
     parts = [root / "model_index.json"]
@@ -238,7 +285,7 @@ def _plain_name(path: Path) -> str:
 def _add_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineSpec | None:
     if checkpoint.source.kind == "hub":
         return PipelineSpec(kind="hub", hub_id=checkpoint.source.location, revision=checkpoint.source.revision)
-    if checkpoint.directory is None:
+    if checkpoint.directory is None or not checkpoint.components:
         return None
     for path in _pipeline_files(checkpoint):
         target = folder / path.relative_to(checkpoint.directory)

@@ -35,27 +35,41 @@ class TokenReuse:
 
     Args:
         scatter: `token_scatter` (functional, for export) or `token_scatter_` (caches changed in place).
+        text_first: the order of the rows of joint attention.
     """
 
-    def __init__(self, scatter: Scatter) -> None:
+    def __init__(self, scatter: Scatter, *, text_first: bool = False) -> None:
         self.scatter = scatter
+        self.text_first = text_first
         self.clear()
 
     def clear(self) -> None:
         """Drop every tensor of the last forward."""
         self.keep_indices: Tensor | None = None  # (B, n)
-        self.row_indices: Tensor | None = None  # (B, n + T): the kept image rows, then every text row
+        self.row_indices: Tensor | None = None  # (B, n + T): the rows of joint attention that are computed
         self.noise_tokens: Tensor | None = None  # (B, N, p*p*C)
         self.caches: list[Tensor] = []  # key_0, value_0, key_1, ...; each (B, S, D)
+        self.inputs: dict[str, Tensor] = {}  # the model's inputs, for interceptions that need one
 
-    def begin(self, keep_indices: Tensor, noise_tokens: Tensor, text_length: int, caches: Sequence[Tensor]) -> None:
+    def begin(
+        self,
+        keep_indices: Tensor,
+        noise_tokens: Tensor,
+        text_length: int,
+        caches: Sequence[Tensor],
+        inputs: dict[str, Tensor],
+    ) -> None:
         """Set the tensors of one forward. `noise_tokens` is (B, N, p*p*C), the last noise prediction per token."""
         num_tokens = noise_tokens.shape[1]
-        text_rows = torch.arange(text_length, dtype=keep_indices.dtype, device=keep_indices.device) + num_tokens
+        text_rows = torch.arange(text_length, dtype=keep_indices.dtype, device=keep_indices.device)
+        text_rows = text_rows.unsqueeze(0).expand(keep_indices.shape[0], -1)
+        in_text_first = [text_rows, keep_indices + text_length]
+        rows = in_text_first if self.text_first else [keep_indices, text_rows + num_tokens]
         self.keep_indices = keep_indices
-        self.row_indices = torch.cat([keep_indices, text_rows.unsqueeze(0).expand(keep_indices.shape[0], -1)], dim=1)
+        self.row_indices = torch.cat(rows, dim=1)
         self.noise_tokens = noise_tokens
         self.caches = list(caches)
+        self.inputs = inputs
 
     def gather(self, tokens: Tensor) -> Tensor:
         """Interception 1: (B, N, D) -> (B, n, D)."""
@@ -95,7 +109,7 @@ class StepModule(nn.Module):
         self.family = family
         self.transformer = share_parameters(transformer)
         self.transformer.eval()  # a flag of each module; the parameters' own, as requires_grad, are the user's
-        self.reuse = TokenReuse(scatter)
+        self.reuse = TokenReuse(scatter, text_first=family.text_first)
         family.intercept(self.transformer, self.reuse)
 
     def forward(
@@ -105,17 +119,17 @@ class StepModule(nn.Module):
 
         Args:
             keep_indices: (B, n) int32, distinct within a row; all N for a full step.
-            noise: (B, C, H, W), the previous step's output; unread where every token is kept.
+            noise: the previous step's output, in the transformer's layout; unread where every token is kept.
             caches: key and value of every attention, each (B, S, D).
-            model_inputs: the transformer's own inputs by diffusers' names.
+            model_inputs: the family's inputs by name.
 
         Returns:
-            The noise prediction (B, C, H, W), before guidance, and the updated caches: new tensors with
-            `token_scatter`, the given ones changed in place with `token_scatter_`. Does not synchronise.
+            The noise prediction, before guidance, and the updated caches: new tensors with `token_scatter`, the given
+            ones changed in place with `token_scatter_`. Does not synchronise.
         """
-        noise_tokens = self.family.patchify(noise, self.transformer.config)
+        noise_tokens = self.family.noise_tokens(noise, self.transformer.config)
         text_length = self.family.text_length(model_inputs)
-        self.reuse.begin(keep_indices, noise_tokens, text_length, caches)
+        self.reuse.begin(keep_indices, noise_tokens, text_length, caches, model_inputs)
         try:
             noise = self.transformer(**self.family.forward_kwargs(model_inputs), return_dict=False)[0]
             return noise, self.reuse.caches

@@ -1,4 +1,4 @@
-"""Multiply-accumulates (MACs) of one step, counted from the exported graph itself.
+"""Multiply-accumulates (MACs), counted from the exported graphs themselves.
 
 Two conventions, as papers use both: `linear` counts linear and convolution layers only (the CAT Pruning
 paper's tables), `attention` counts what the scores add (Q Kᵀ and P V).
@@ -14,31 +14,31 @@ from pathlib import Path
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from cat_pruning.schedule import StepKind, schedule
+from cat_pruning.schedule import StepKind, step_kinds
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Shape
 
 
 @dataclass(frozen=True, slots=True)
-class StepMacs:
-    """MACs of one step: linear and convolution layers, and attention scores."""
+class Macs:
+    """MACs of one run of a graph: linear and convolution layers, and attention scores."""
 
     linear: int
     attention: int
 
     @property
     def total(self) -> int:
-        """Both conventions together: what a step computes."""
+        """Both conventions together: what is computed."""
         return self.linear + self.attention
 
 
-def count_macs(step_onnx: Path, shapes: Mapping[str, Shape]) -> StepMacs:
-    """Count the MACs of `step.onnx` at concrete input shapes, by name. The weights are not read."""
-    return count_graph_macs(ir.load(step_onnx), shapes)
+def count_macs(onnx: Path, shapes: Mapping[str, Shape]) -> Macs:
+    """Count the MACs of a graph at concrete input shapes, by name. The weights are not read."""
+    return count_graph_macs(ir.load(onnx), shapes)
 
 
-def count_graph_macs(model: ir.Model, shapes: Mapping[str, Shape]) -> StepMacs:
-    """Count the MACs of a step graph, which is changed: its sizes are made constant and folded.
+def count_graph_macs(model: ir.Model, shapes: Mapping[str, Shape]) -> Macs:
+    """Count the MACs of a graph, which is changed: its sizes are made constant and folded.
 
     So every matrix product has its shape.
     """
@@ -53,12 +53,29 @@ def count_graph_macs(model: ir.Model, shapes: Mapping[str, Shape]) -> StepMacs:
         if node.domain == "" and node.op_type in _COUNTERS:
             macs, is_linear = _COUNTERS[node.op_type](node)
             linear, attention = (linear + macs, attention) if is_linear else (linear, attention + macs)
-    return StepMacs(linear, attention)
+    return Macs(linear, attention)
 
 
-def total_macs(full: int, pruned: int, num_steps: int, settings: PruneSettings) -> int:
-    """MACs of a whole run of `num_steps`: full and pruned steps as the schedule has them."""
-    return sum(full if schedule(step, settings) is StepKind.FULL else pruned for step in range(num_steps))
+@dataclass(frozen=True, slots=True)
+class ImageMacs:
+    """What the parts of an image's sampling cost, in one convention.
+
+    full, pruned: the step's graph, all tokens and the kept ones. prompt: once per image. timestep: for every step.
+    """
+
+    full: int
+    pruned: int
+    prompt: int
+    timestep: int
+
+    def unpruned(self, num_steps: int) -> int:
+        """MACs of the untouched model, which computes everything on every step."""
+        return num_steps * (self.full + self.prompt + self.timestep)
+
+    def pruned_image(self, num_steps: int, settings: PruneSettings) -> int:
+        """MACs of a split and pruned run: full and pruned steps as the schedule has them."""
+        steps = sum(self.full if kind is StepKind.FULL else self.pruned for kind in step_kinds(num_steps, settings))
+        return self.prompt + num_steps * self.timestep + steps
 
 
 def _size(value: ir.Value | None) -> tuple[int, ...]:

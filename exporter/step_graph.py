@@ -1,4 +1,4 @@
-"""The intercepted transformer as one ONNX file: `step.onnx` and its external data.
+"""The intercepted transformer as ONNX files with external data: prompt.onnx, timestep.onnx and step.onnx.
 
 Every dimension that a request may change is dynamic: batch, height, width, text length, kept tokens.
 """
@@ -6,6 +6,7 @@ Every dimension that a request may change is dynamic: batch, height, width, text
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import operator
 import warnings
@@ -15,52 +16,78 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import opset23, optimizer
 from torch import Tensor
 
 from cat_pruning import step_io
 from cat_pruning.exporter.interception import StepModule
+from cat_pruning.exporter.split import Graph, split_graph
 from cat_pruning.plugins import onnx_ops
-from cat_pruning.step_io import SYMBOLIC, StepDims
+from cat_pruning.step_io import SYMBOLIC, Part, StepDims
 
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
+Weights = Callable[[str], Tensor]  # name of a parameter of the transformer -> its value
+
+_INLINE_BYTES = 256  # tensors up to this size lie in the graph's own file
 
 
-def export_step_graph(step: StepModule, path: Path, advance: Callable[[int, int], None] | None = None) -> None:
-    """Trace one step into `path` and its external data `path`.data.
+def export_step_graph(
+    step: StepModule, directory: Path, advance: Callable[[int, int], None] | None = None, weights: Weights | None = None
+) -> dict[Part, Graph]:
+    """Trace one step, split it and write `{part}.onnx` and `{part}.onnx.data` for every part into `directory`.
 
-    The model has opset 23, its token operators are nodes of the domain `cat`, and its inputs and outputs are named
-    and shaped as `cat_pruning.step_io` says. The weights are never held twice: the model's initializers refer to the
-    module's parameters, and the transposes that linear layers need are done one tensor at a time as they are written.
+    The models have opset 23, their token operators are nodes of the domain `cat`, and their inputs and outputs are
+    named and shaped as `cat_pruning.step_io` says. The weights are never held twice: the models' initializers refer to
+    the module's parameters, and the transposes that linear layers need are done one tensor at a time, while writing.
 
     Args:
         step: an intercepted transformer, built with the functional `token_scatter`.
-        path: the ONNX file.
+        directory: where the files go.
         advance: called with (done, total) weights written.
+        weights: values to write in the place of the module's parameters, asked for one at a time.
+
+    Returns:
+        The graphs, without their weights.
 
     Raises:
         OSError: a file cannot be written.
     """
-    model = trace_step(step)
+    shapes = step.family.step_shapes(step.transformer.config, SYMBOLIC)
+    graphs = split_graph(trace_step(step, weights), shapes, step.family.part_of)
+    tensors = [value.const_value for graph in graphs.values() for value in graph.model.graph.initializers.values()]
+    total = sum(tensor is not None and tensor.nbytes > _INLINE_BYTES for tensor in tensors)
+    done = itertools.count(1)
 
     def report(tensor: ir.TensorProtocol, info: Any) -> None:
         if advance is not None:
-            advance(info.index + 1, info.total)
+            advance(next(done), total)
 
-    ir.save(model, path, external_data=f"{path.name}.data", callback=report)
-    for value in model.graph.initializers.values():
-        value.const_value = None  # onnxscript's rewriter keeps the last graph it saw; not its weights, please
+    for part, graph in graphs.items():
+        onnx_ops.attach_functions(graph.model)
+        path = directory / part.onnx
+        ir.save(
+            graph.model,
+            path,
+            external_data=f"{path.name}.data",
+            size_threshold_bytes=_INLINE_BYTES,
+            callback=report,  # for what is not inline
+        )
+    for graph in graphs.values():
+        for value in graph.model.graph.initializers.values():
+            value.const_value = None  # onnxscript's rewriter keeps the last graph it saw; not its weights, please
+    return graphs
 
 
-def trace_step(step: StepModule) -> ir.Model:
-    """One step as a graph whose initializers refer to the module's parameters. Reads no weight."""
+def trace_step(step: StepModule, weights: Weights | None = None) -> ir.Model:
+    """A whole step as one graph whose initializers refer to the module's parameters. Reads no weight."""
     config = step.transformer.config
     shapes = step.family.step_shapes(config, SYMBOLIC)
     num_caches = len(step.family.caches(config))
-    arguments = _as_arguments(example_inputs(step, _example_dims(config["patch_size"])), num_caches)
+    arguments = _as_arguments(example_inputs(step, _example_dims(step)), num_caches)
     dynamic = {
         name: {axis: torch.export.Dim.AUTO for axis, dim in enumerate(shape) if isinstance(dim, str)}
         for name, shape in shapes.items()
@@ -80,6 +107,8 @@ def trace_step(step: StepModule) -> ir.Model:
             verbose=False,
         )
     assert program is not None
+    if weights is not None:
+        _replace_weights(program.model, weights)
     return _finish(program.model, shapes)
 
 
@@ -98,10 +127,11 @@ def example_inputs(step: StepModule, dims: StepDims, seed: int = 0) -> Tensors:
             batch, num_kept = numbers
             order = torch.rand(batch, int(dims.num_tokens), generator=generator).argsort(dim=1)
             tensors[name] = order[:, :num_kept].to(torch.int32).contiguous()
-        elif name == "timestep":
-            tensors[name] = torch.rand(1, generator=generator).expand(numbers).contiguous() * 1000
+        elif name == step_io.TIMESTEP:
+            timestep = torch.rand(1, generator=generator) * family.max_timestep
+            tensors[name] = timestep.expand(numbers).contiguous()
         else:
-            values = torch.randn(numbers, generator=generator)
+            values = family.example_input(name, numbers, generator)
             tensors[name] = values.to(family.input_dtype(name, dtype))
     return tensors
 
@@ -126,16 +156,9 @@ def _as_arguments(by_name: dict[str, Any], num_caches: int) -> dict[str, Any]:
     }
 
 
-def _example_dims(patch_size: int) -> StepDims:
+def _example_dims(step: StepModule) -> StepDims:
     # Small, and no two dimensions alike, so that the tracer cannot take one for another.
-    return StepDims.of(
-        batch=2,
-        latent_height=patch_size * 6,
-        latent_width=patch_size * 5,
-        patch_size=patch_size,
-        text_length=7,
-        num_kept=11,
-    )
+    return step.family.dims(step.transformer.config, (6, 5), batch=2, text_length=7, num_kept=11)
 
 
 def _floordiv(dividend: Any, divisor: Any) -> Any:
@@ -145,7 +168,8 @@ def _floordiv(dividend: Any, divisor: Any) -> Any:
 
 
 def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
-    optimizer.optimize_ir(model, inline=True, should_fold=lambda node: False if _is_weight_transpose(node) else None)
+    optimizer.optimize_ir(model, inline=True, should_fold=lambda node: False if _reads_weight(node) else None)
+    passes.CommonSubexpressionEliminationPass()(model)
     _transpose_weights_lazily(model)
     _permute_without_einsum(model)
     for value in model.graph.inputs:
@@ -163,8 +187,25 @@ def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    onnx_ops.attach_functions(model)
     return model
+
+
+def _replace_weights(model: ir.Model, weights: Weights) -> None:
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not isinstance(tensor.raw, torch.nn.Parameter):
+            continue
+        parameter = name.removeprefix("transformer.")
+        value.const_value = ir.LazyTensor(
+            functools.partial(_weight, weights, parameter),
+            dtype=tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+        )
+
+
+def _weight(weights: Weights, name: str) -> ir.TensorProtocol:
+    return TorchTensor(weights(name), name=name)
 
 
 def _permute_without_einsum(model: ir.Model) -> None:
@@ -175,6 +216,12 @@ def _permute_without_einsum(model: ir.Model) -> None:
             node.op_type = "Transpose"
             node.attributes.clear()
             node.attributes["perm"] = ir.AttrInt64s("perm", [before.index(axis) for axis in after])
+
+
+def _reads_weight(node: ir.Node) -> bool:
+    """Folded, such a node would be a constant of another name in the weight's place, and have read it."""
+    names = [value.name or "" for value in node.inputs if value is not None and value.is_initializer()]
+    return any(name.startswith("transformer.") for name in names)
 
 
 def _is_weight_transpose(node: ir.Node) -> bool:
@@ -209,6 +256,8 @@ def _transpose_weights_lazily(model: ir.Model) -> None:
 
 
 def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.LazyTensor):
+        tensor = tensor._evaluate()
     weight = tensor.raw  # numpy's transposing copy takes five times as long
     assert isinstance(weight, Tensor), f"{name}: expected a parameter of the module, got {type(weight).__name__}"
     return TorchTensor(weight.detach().t().contiguous(), name=name)

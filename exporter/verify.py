@@ -1,50 +1,51 @@
-"""Does step.onnx compute what torch computes? ONNX Runtime against the intercepted module."""
+"""Do the exported graphs compute what torch computes? ONNX Runtime against the intercepted module."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import example_inputs, run_step
-from cat_pruning.step_io import StepDims
+from cat_pruning.step_io import Part
+
+Array = NDArray[np.generic]
 
 # Of the largest value that torch computes. fp32 differs by summation order only; fp16 rounds at every layer.
 _TOLERANCE = {DType.FP32: 1e-4, DType.FP16: 3e-2}
 
 
-def verify_step_graph(step: StepModule, step_onnx: Path, dtype: DType) -> float:
-    """Run a full and a pruned step at shapes that the file was not exported at; return the largest relative error.
+def verify_step_graph(step: StepModule, directory: Path, dtype: DType) -> float:
+    """Run a full and a pruned step at shapes that the files were not exported at; return the largest relative error.
 
     The error of an output is its largest difference from torch's, relative to torch's largest value.
 
     Raises:
-        EngineError: an output differs by more than the tolerance of the dtype, or ONNX Runtime cannot run the file.
+        EngineError: an output differs by more than the tolerance of the dtype, or ONNX Runtime cannot run a file.
     """
-    patch = step.transformer.config["patch_size"]
-    try:
-        session = onnxruntime.InferenceSession(step_onnx, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise EngineError(f"--verify: ONNX Runtime cannot load {step_onnx.name}: {error}") from error
+    sessions = []
+    for part in Part:  # in the order in which they need each other
+        try:
+            sessions.append(onnxruntime.InferenceSession(directory / part.onnx, providers=["CPUExecutionProvider"]))
+        except Exception as error:
+            raise EngineError(f"--verify: ONNX Runtime cannot load {part.onnx}: {error}") from error
     worst = 0.0
     for batch, kept in ((1, 0.3), (3, 1.0)):
-        height, width, text_length = 7 * patch, 10 * patch, 9  # odd and even
-        dims = StepDims.of(
-            batch=batch,
-            latent_height=height,
-            latent_width=width,
-            patch_size=patch,
-            text_length=text_length,
-            num_kept=int(kept * 70),
-        )
+        grid = (7, 10)  # odd and even
+        num_kept = int(kept * grid[0] * grid[1])
+        dims = step.family.dims(step.transformer.config, grid, batch=batch, text_length=9, num_kept=num_kept)
         inputs = example_inputs(step, dims, seed=batch)
-        results = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-        for (name, expected), result in zip(run_step(step, inputs).items(), results, strict=True):
-            difference = (torch.from_numpy(result).float() - expected.float()).abs().max()
+        results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in inputs.items()})
+        for name, expected in run_step(step, inputs).items():
+            difference = (torch.from_numpy(results[name]).float() - expected.float()).abs().max()
             deviation = float(difference / expected.float().abs().max().clamp_min(1e-6))
             if not deviation <= _TOLERANCE[dtype]:
                 raise EngineError(
@@ -53,3 +54,12 @@ def verify_step_graph(step: StepModule, step_onnx: Path, dtype: DType) -> float:
                 )
             worst = max(worst, deviation)
     return worst
+
+
+def run_graphs(sessions: Sequence[Any], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the graphs of a split step in turn, each on the inputs and the results so far; everything by name."""
+    values = dict(inputs)
+    for session in sessions:
+        results = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
+        values.update(zip((value.name for value in session.get_outputs()), results, strict=True))
+    return values

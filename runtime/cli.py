@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -47,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", nargs="+", help="one or more prompts, generated as one batch")
     parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the image (default: out.png)")
     parser.add_argument("--engine", choices=["auto", "onnxruntime", "torch"], default="auto", help="default: auto")
-    parser.add_argument("--steps", type=int, default=28, help="sampling steps (default: 28)")
-    parser.add_argument("--guidance-scale", type=float, default=7.0, help="1 or less is off (default: 7)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the pipeline's own)")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on (default: 0)")
     parser.add_argument(
         "--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's first)"
@@ -80,11 +81,6 @@ def _generate(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     manifest = bundle.manifest
     settings = _settings(manifest, arguments)
-    if arguments.token_map and StepKind.PRUNED not in step_kinds(arguments.steps, settings):
-        raise SettingsError(
-            f"--token-map: none of {arguments.steps} steps is pruned with --full-steps {settings.full_steps}; "
-            "give more --steps or fewer --full-steps"
-        )
     with terminal.status("Load the bundle …"):
         pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
         pipe.set_progress_bar_config(disable=True)
@@ -93,12 +89,23 @@ def _generate(arguments: argparse.Namespace) -> None:
         prompts=tuple(arguments.prompt),
         height=height,
         width=width,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
+        steps=_given_or_default(arguments.steps, pipe, "num_inference_steps"),
+        guidance_scale=_given_or_default(arguments.guidance_scale, pipe, "guidance_scale"),
         seed=arguments.seed,
         text_arguments=family_named(manifest.family).pipeline_arguments(pipe, manifest.geometry.text_length),
     )
     _check_size(manifest, pipe, height, width)
+    if StepKind.PRUNED not in step_kinds(config.steps, settings):
+        if arguments.token_map:
+            raise SettingsError(
+                f"--token-map: none of {config.steps} steps is pruned with --full-steps {settings.full_steps}; "
+                "give more --steps or fewer --full-steps"
+            )
+        terminal.print(
+            f"[yellow]none of {config.steps} steps is pruned: the first {settings.full_steps} are full "
+            "(--full-steps)[/]",
+            highlight=False,
+        )
     full = None
     if arguments.compare:
         with terminal.status("Generate without pruning …"):
@@ -117,9 +124,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """What needs no bundle, before the seconds that torch takes to import."""
-    if arguments.steps < 1:
+    if arguments.steps is not None and arguments.steps < 1:
         raise SettingsError(f"--steps {arguments.steps}: expected a number >= 1")
-    if not math.isfinite(arguments.guidance_scale):
+    if arguments.guidance_scale is not None and not math.isfinite(arguments.guidance_scale):
         raise SettingsError(f"--guidance-scale {arguments.guidance_scale}: expected a finite number")
     if not 0 <= arguments.seed < 2**63:
         raise SettingsError(f"--seed {arguments.seed}: expected a number in [0, 2^63)")
@@ -136,6 +143,11 @@ def _check(arguments: argparse.Namespace) -> None:
 def _settings(manifest: Manifest, arguments: argparse.Namespace) -> PruneSettings:
     changes = {"keep_ratio": arguments.keep_ratio, "full_steps": arguments.full_steps}
     return manifest.settings.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _given_or_default(given: Any, pipe: Any, parameter: str) -> Any:
+    """An argument of the command line, or the default of the pipeline's own call."""
+    return given if given is not None else inspect.signature(pipe.__call__).parameters[parameter].default
 
 
 def _check_size(manifest: Manifest, pipe: Any, height: int, width: int) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.profiles import profile_spec, step_dims
+from cat_pruning.engines.profiles import profile_spec
 from cat_pruning.errors import OutputError
-from cat_pruning.exporter.export import STEP_ONNX
+from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.families import family_named
-from cat_pruning.exporter.macs import count_macs, total_macs
-from cat_pruning.runtime.generate import GenerateConfig, Run
+from cat_pruning.exporter.macs import ImageMacs
+from cat_pruning.runtime.generate import GenerateConfig, Run, never_pruned
 from cat_pruning.runtime.pictures import psnr_db
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
@@ -77,21 +77,19 @@ def summarise(
         len(config.prompts),
         geometry=manifest.geometry,
         settings=settings,
-        guidance=config.guidance_scale > 1.0,
+        guidance=config.guidance_scale > 1.0 and family.batched_guidance,
     )
-    full_step, pruned_step = (
-        count_macs(bundle.verified(STEP_ONNX), family.step_shapes(manifest.transformer_config, dims)).total
-        for dims in step_dims(profile, manifest.geometry.patch_size)
-    )
+    spec = profile_macs(bundle.path, manifest.graphs, profile, manifest.geometry.patch_size)
+    macs = ImageMacs(spec.full_total, spec.pruned_total, spec.prompt_linear, spec.timestep_linear)
     return Comparison(
         engine=engine,
         full_step_ms=full.median_ms(StepKind.FULL),
         pruned_step_ms=pruned.median_ms(StepKind.PRUNED),
         full_image_s=full.seconds,
         pruned_image_s=pruned.seconds,
-        mac_bound=full_step / pruned_step,
-        full_macs=full_step * config.steps,
-        pruned_macs=total_macs(full_step, pruned_step, config.steps, settings),
+        mac_bound=macs.full / macs.pruned,
+        full_macs=macs.pruned_image(config.steps, never_pruned(settings, config.steps)),
+        pruned_macs=macs.pruned_image(config.steps, settings),
         psnr_db=[psnr_db(a, b) for a, b in zip(full.images, pruned.images, strict=True)],
         versions=manifest.versions,
     )

@@ -23,12 +23,12 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto") -> StepEngine:
     if engine in ("auto", "onnxruntime"):
         from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
 
-        bundle.verified("step.onnx.data")
+        for graph in manifest.graphs:
+            bundle.verified(graph.file)
+            if (weights := f"{graph.file}.data") in manifest.files:
+                bundle.verified(weights)
         return OnnxRuntimeStepEngine(
-            bundle.verified("step.onnx"),
-            family_named(manifest.family),
-            manifest.transformer_config,
-            manifest.dtype.torch,
+            bundle.path, family_named(manifest.family), manifest.transformer_config, manifest.dtype.torch
         )
     if engine == "torch":
         from cat_pruning.runtime.torch_engine import TorchStepEngine

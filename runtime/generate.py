@@ -25,8 +25,8 @@ class GenerateConfig:
     prompts: tuple[str, ...]
     height: int
     width: int
-    steps: int = 28
-    guidance_scale: float = 7.0
+    steps: int
+    guidance_scale: float
     seed: int = 0
     text_arguments: dict[str, Any] = field(default_factory=dict)
 

@@ -1,8 +1,9 @@
-"""`step.onnx` under ONNX Runtime as a step engine."""
+"""The exported graphs under ONNX Runtime as a step engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from cat_pruning import step_io
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.step_engine import StepEngine, StepSession
-from cat_pruning.step_io import StepDims
+from cat_pruning.runtime.timestep_states import TimestepStates
+from cat_pruning.step_io import Part, StepDims
 
 _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -25,21 +27,21 @@ _ONNX_TYPES = {
 
 
 class OnnxRuntimeStepEngine(StepEngine):
-    """One ONNX Runtime session on the CPU; its weights serve every thread.
+    """ONNX Runtime sessions of the exported graphs on the CPU; their weights serve every thread.
 
     Args:
-        path: step.onnx, with its external data beside it.
-        family, config: of the model in it.
-        dtype: of its weights; fp32 or fp16.
+        directory: where `{part}.onnx` are, with their external data beside them.
+        family, config: of the model in them.
+        dtype: of their weights; fp32 or fp16.
 
     Raises:
-        EngineError: ONNX Runtime cannot run a model of this dtype here, or cannot load the file.
+        EngineError: ONNX Runtime cannot run a model of this dtype here, or cannot load a file.
     """
 
     name = "onnxruntime"
     device = torch.device("cpu")
 
-    def __init__(self, path: Path, family: Family, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, family: Family, config: Mapping[str, Any], dtype: torch.dtype) -> None:
         if dtype not in _ONNX_TYPES:
             raise EngineError(
                 f"ONNX Runtime's CPU provider does not compute in {str(dtype).removeprefix('torch.')}; "
@@ -50,18 +52,36 @@ class OnnxRuntimeStepEngine(StepEngine):
         options.log_severity_level = 3  # errors; the warnings are about the optimizer's own nodes
         # Between two steps the selection and the scheduler run in torch, on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self.session_handle = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except _ORT_ERRORS as error:
-            raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+        self.graphs: dict[Part, Any] = {}
+        for part in Part:
+            path = directory / part.onnx
+            try:
+                self.graphs[part] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            except _ORT_ERRORS as error:
+                raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+        self.inputs = {part: [value.name for value in graph.get_inputs()] for part, graph in self.graphs.items()}
 
     def session(self) -> OnnxRuntimeSession:
         """See `StepEngine.session`."""
         return OnnxRuntimeSession(self)
 
+    def run(self, part: Part, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one of the small graphs.
+
+        Raises:
+            EngineError: ONNX Runtime failed.
+        """
+        graph = self.graphs[part]
+        try:
+            results = graph.run(None, {name: inputs[name].detach().numpy() for name in self.inputs[part]})
+        except _ORT_ERRORS as error:
+            raise EngineError(f"ONNX Runtime failed in {part.onnx}: {error}") from error
+        names = [value.name for value in graph.get_outputs()]
+        return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
+
 
 class OnnxRuntimeSession(StepSession):
-    """Caches bound once, each as its input and as its output, so that ONNX Runtime updates it in place.
+    """Each cache is bound as input and as output, so that ONNX Runtime updates it in place.
 
     Safe because nothing in the graph but the scatter reads a cache's rows.
     """
@@ -71,12 +91,14 @@ class OnnxRuntimeSession(StepSession):
     def __init__(self, engine: OnnxRuntimeStepEngine) -> None:
         super().__init__(engine)
         self._caches: dict[str, Tensor] = {}
+        self._image: dict[str, Tensor] = {}  # inputs of every step of the image
+        self._timestep_states: TimestepStates | None = None
         self._binding: Any = None
 
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
         specs = engine.family.caches(engine.config)
-        self._binding = engine.session_handle.io_binding()
+        self._binding = engine.graphs[Part.STEP].io_binding()
         self._caches = {}
         names = iter(step_io.cache_names(len(specs)))
         for spec in specs:
@@ -87,16 +109,36 @@ class OnnxRuntimeSession(StepSession):
                 self._bind_input(name, cache)
                 self._bind_output(step_io.output_name(name), cache)
 
-    def _run(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor, noise: Tensor) -> Tensor:
+    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
+        engine = self.engine
+        known = {**conditioning, **engine.run(Part.PROMPT, conditioning)}
+        # Names the tensors, so that the bound memory lives as long as the image.
+        self._image = {name: known[name].contiguous() for name in engine.inputs[Part.STEP] if name in known}
+        for name, tensor in self._image.items():
+            self._bind_input(name, tensor)
+        symbolic = engine.family.input_shapes(engine.config, step_io.SYMBOLIC)
+        inputs = [name for name in engine.inputs[Part.TIMESTEP] if name != step_io.TIMESTEP]
+        self._timestep_states = TimestepStates(
+            functools.partial(engine.run, Part.TIMESTEP),
+            {value.name: tuple(value.shape) for value in engine.graphs[Part.TIMESTEP].get_outputs()},
+            {name: conditioning[name] for name in inputs},
+            {name for name in inputs if step_io.SYMBOLIC.batch in symbolic[name]},
+            int(dims.batch),
+            timesteps,
+        )
+
+    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
+        assert self._timestep_states is not None
         # Names the tensors, so that the bound memory lives until the run is over.
-        inputs = {step_io.KEEP_INDICES: keep_indices, step_io.NOISE: noise, **model_inputs}
+        inputs = {step_io.KEEP_INDICES: keep_indices, step_io.NOISE: noise, step_io.LATENTS: latents}
         inputs = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
+        inputs |= self._timestep_states.at(timestep)
         for name, tensor in inputs.items():
             self._bind_input(name, tensor)
         result = torch.empty_like(noise)
         self._bind_output(step_io.output_name(step_io.NOISE), result)
         try:
-            self.engine.session_handle.run_with_iobinding(self._binding)
+            self.engine.graphs[Part.STEP].run_with_iobinding(self._binding)
         except _ORT_ERRORS as error:
             raise EngineError(f"ONNX Runtime failed in a step: {error}") from error
         return result

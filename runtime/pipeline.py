@@ -11,8 +11,8 @@ import torch
 
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.errors import BundleError
-from cat_pruning.exporter.checkpoint import pipeline_snapshot, quiet_diffusers
-from cat_pruning.exporter.families import family_named
+from cat_pruning.exporter.hub import pipeline_snapshot
+from cat_pruning.exporter.library_logs import quiet_diffusers
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
@@ -25,7 +25,7 @@ def load_pipeline(
     settings: PruneSettings | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Load a bundle that `cat-export` wrote as the diffusers pipeline of its family.
+    """Load a bundle that `cat-export` wrote as the diffusers pipeline that it was exported from.
 
     Other pipelines over the same parts come from it as always in diffusers:
     `StableDiffusion3Img2ImgPipeline(**pipe.components)`.
@@ -44,13 +44,12 @@ def load_pipeline(
     bundle = Bundle.open(path)
     parts = _pipeline_directory(bundle)
     transformer = CatTransformer(engine_from_bundle(bundle, engine), settings or bundle.manifest.settings)
-    pipeline_class = getattr(diffusers, family_named(bundle.manifest.family).pipeline_class)
     with quiet_diffusers():
-        loaded = pipeline_class.from_pretrained(
+        loaded = diffusers.DiffusionPipeline.from_pretrained(
             parts, **_absent(parts), dtype=dtype or transformer.dtype, use_safetensors=True
         )
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
-    return pipeline_class(**{**loaded.components, "transformer": transformer})
+    return type(loaded)(**{**loaded.components, "transformer": transformer})
 
 
 def _absent(parts: Path) -> dict[str, None]:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from cat_pruning.runtime import kmeans, selection
+from cat_pruning.runtime.image import Image, every_token
 from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.side_branch import SideBranch
 from cat_pruning.runtime.step_engine import StepSession
-from cat_pruning.runtime.timesteps import TimestepReader, version_of
+from cat_pruning.runtime.timesteps import TimestepReader
 from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import LATENTS
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,8 @@ class Sampling:
     timestep goes up, or when the conditioning or a shape changes; so an image that was broken off leaves no
     trace in the next one. The first `full_steps` steps of every image are full, wherever in the schedule it
     starts, so an image-to-image run with fewer steps is never pruned.
+
+    Calls on the side of the image, as for skip-layer guidance, are no steps: see `SideBranch`.
     """
 
     def __init__(self, session: StepSession, settings: PruneSettings) -> None:
@@ -33,76 +38,99 @@ class Sampling:
         self.settings = settings
         self.record: StepRecord | None = None  # of the last step
         self._timesteps = TimestepReader()
-        self.reset()
+        self._branches: dict[str, SideBranch] = {}
+        self._past: list[float] = []  # the timesteps of the last image
+        self._forget()
 
     def reset(self) -> None:
         """Forget the image in progress."""
         self.session.reset()
+        for branch in self._branches.values():
+            branch.reset()
+        self._forget()
+
+    def _forget(self) -> None:
         self._step = -1
         self._timestep = float("inf")
-        self._conditioning: dict[str, Memory] = {}  # what the pipeline passed
-        self._converted: dict[str, Tensor] = {}  # the same for the engine
+        self._image: Image | None = None
+        self._seen: list[float] = []  # the timesteps of this image
         self._keep_indices: Tensor | None = None  # (B, n) of the step in progress
-        self._noise: Tensor | None = None  # (B, C, H, W), the last output
-        self._reference: Tensor | None = None  # (B, N, p*p*C), n_t0
+        self._noise: Tensor | None = None  # the last output
+        self._reference: Tensor | None = None  # (B, N, channels), n_t0
         self._cluster_ids: Tensor | None = None  # (B, N)
         self._selection_count: Tensor | None = None  # (B, N)
 
-    def call(self, model_inputs: Mapping[str, Tensor]) -> Tensor:
+    def call(self, latents: Tensor, timestep: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
         """Compute one call of the transformer: `StepSession.step` on the tokens of this step.
 
         Args:
-            model_inputs: the transformer's inputs by diffusers' names, in the pipeline's dtype, wherever they are.
+            latents: the transformer's `hidden_states`, in the pipeline's dtype, wherever they are.
+            timestep: (B,) or scalar, all entries alike.
+            arguments: the family's arguments by diffusers' names, likewise.
 
         Returns:
-            The noise prediction (B, C, H, W), in the engine's dtype.
+            The noise prediction, in the engine's dtype and the transformer's layout.
 
         Once per image the clusters are found and the timesteps are read, which synchronises with a GPU when they
-        are on it; nothing else here does.
+        are on it; nothing else here does, unless a pipeline passes timesteps that are no view of a schedule (FLUX).
         """
-        timestep, new_schedule = self._timesteps.read(model_inputs["timestep"])
-        if new_schedule or timestep > self._timestep or self._is_other_image(model_inputs):
-            self._begin_image(model_inputs)
-        latents = self._to_engine("hidden_states", model_inputs["hidden_states"])
-        changing = {"hidden_states": latents, "timestep": self._to_engine("timestep", model_inputs["timestep"])}
+        value, new_schedule = self._timesteps.read(timestep)
+        is_new = self._noise is None or new_schedule or value > self._timestep
+        if is_new or self._image is None or not self._image.holds(latents, arguments):
+            self._begin_image(latents, arguments)
+        assert self._image is not None
+        latents = self.session.to_engine(LATENTS, latents)
         try:
-            if timestep != self._timestep:
-                self._begin_step(timestep, latents)
+            if value != self._timestep:
+                self._begin_step(value, latents)
             assert self._keep_indices is not None
-            self._noise = self.session.step({**changing, **self._converted}, self._keep_indices)
+            self._noise = self.session.step(latents, value, self._keep_indices)
         except BaseException:
             self.reset()  # a step may have begun that was never computed
             raise
         if self._step == self.settings.reference_step:
-            self._reference = self._patchify(self._noise)
+            self._reference = self._predicted(self._noise)
         return self._noise
 
-    def _begin_image(self, model_inputs: Mapping[str, Tensor]) -> None:
-        self.reset()
-        for name, tensor in model_inputs.items():
-            if name not in ("hidden_states", "timestep"):
-                self._conditioning[name] = Memory(tensor)
-                self._converted[name] = self._to_engine(name, tensor)
+    def call_beside(
+        self,
+        name: str,
+        latents: Tensor,
+        timestep: Tensor,
+        arguments: Mapping[str, Tensor],
+        skip_layers: tuple[int, ...] = (),
+    ) -> Tensor:
+        """Compute a call that is no step of the image itself, but goes with one: see `SideBranch`."""
+        if name not in self._branches:
+            self._branches[name] = SideBranch(self.session.engine.session())
+        value, _ = self._timesteps.read(timestep)
+        tokens = self._keep_indices if value == self._timestep else None
+        step = self._step if value == self._timestep else None
+        return self._branches[name].call(latents, value, arguments, skip_layers, tokens, step, self._expected())
 
-    def _to_engine(self, name: str, tensor: Tensor) -> Tensor:
-        engine = self.session.engine
-        return tensor.to(engine.device, engine.family.input_dtype(name, engine.dtype))
+    def _expected(self) -> list[float]:
+        """The timesteps that will come: the schedule's, or where the pipeline hides it, those of the last image."""
+        return self._timesteps.schedule or self._past
+
+    def _begin_image(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> None:
+        self._past = self._seen or self._past
+        self.reset()
+        image = Image(self.session, latents, arguments)
+        self.session.begin(image.dims, image.conditioning, self._expected())
+        self._image = image
 
     def _begin_step(self, timestep: float, latents: Tensor) -> None:
+        assert self._image is not None
         self._step += 1
         self._timestep = timestep
+        self._seen.append(timestep)
         kind = schedule(self._step, self.settings)
-        batch, _, height, width = latents.shape
-        patch = self.session.engine.config["patch_size"]
-        grid = (height // patch, width // patch)
-        num_tokens = grid[0] * grid[1]
+        grid, num_tokens = self._image.grid, int(self._image.dims.num_tokens)
         num_kept = self.settings.num_kept(num_tokens)  # on every step, so that a bad setting is told at once
         if kind is StepKind.PRUNED:
             self._keep_indices = self._select(latents, grid, num_kept)
         elif self._keep_indices is None or self._keep_indices.shape[1] != num_tokens:
-            self._keep_indices = (
-                torch.arange(num_tokens, dtype=torch.int32, device=latents.device).expand(batch, -1).contiguous()
-            )
+            self._keep_indices = every_token(latents, num_tokens)
         if self._selection_count is not None:
             self._selection_count = selection.count_selection(
                 self._selection_count, self._keep_indices, self.settings.staleness_decay
@@ -120,8 +148,9 @@ class Sampling:
         """The tokens of a pruned step (algorithm 2), (B, n) int32."""
         assert self._noise is not None
         assert self._reference is not None
-        rows = guiding_rows(latents)
-        noise = (self._patchify(self._noise) - self._reference).float()[rows]  # (B, N, p*p*C), RN
+        noise = (self._predicted(self._noise) - self._reference).float()  # (B, N, channels), RN
+        if self.session.engine.family.batched_guidance:
+            noise = noise[guiding_rows(latents)]
         settings = self.settings
         if self._cluster_ids is None:
             position = kmeans.position_encoding(*grid, noise.shape[-1], noise.device)
@@ -133,17 +162,9 @@ class Sampling:
         assert self._selection_count is not None
         return selection.next_selection(noise, self._cluster_ids, self._selection_count, num_kept, settings)
 
-    def _patchify(self, noise: Tensor) -> Tensor:
+    def _predicted(self, noise: Tensor) -> Tensor:
         engine = self.session.engine
-        return engine.family.patchify(noise, engine.config)
-
-    def _is_other_image(self, model_inputs: Mapping[str, Tensor]) -> bool:
-        if self._noise is None:
-            return True
-        latents = model_inputs["hidden_states"]
-        if (latents.shape[0], *latents.shape[2:]) != (self._noise.shape[0], *self._noise.shape[2:]):
-            return True
-        return not all(memory.holds(model_inputs[name]) for name, memory in self._conditioning.items())
+        return engine.family.predicted_noise(noise, engine.config)
 
 
 def guiding_rows(latents: Tensor) -> Tensor:
@@ -160,22 +181,3 @@ def guiding_rows(latents: Tensor) -> Tensor:
     half = batch // 2
     guided = (latents[:half] == latents[half:]).all()
     return torch.where(guided, rows % half + half, rows)
-
-
-class Memory:
-    """Where a tensor's values are, to tell without reading them whether a later tensor is the same one."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor  # kept alive, so that no other tensor takes its address
-        self._version = version_of(tensor)
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is the same memory, seen the same way and not written to since."""
-        mine = self._tensor
-        return (
-            tensor.data_ptr() == mine.data_ptr()
-            and tensor.dtype == mine.dtype
-            and tensor.shape == mine.shape
-            and tensor.stride() == mine.stride()
-            and version_of(tensor) == self._version
-        )

@@ -1,18 +1,19 @@
 """A step engine computes one sampling step: full or pruned, it is told by the indices it gets.
 
     StepEngine     the weights, loaded once; shared by every thread
-      OnnxRuntimeStepEngine   step.onnx; the default where there is no GPU
+      OnnxRuntimeStepEngine   the exported graphs; the default where there is no GPU
       TorchStepEngine         the intercepted module; the reference
       (TensorRTStepEngine     a plan; has its place here)
     StepSession    the caches of one image (or batch of images) in progress; one per thread
 
-A maker implements `StepEngine.session` and `StepSession._allocate` and `_run`; nothing else.
+A maker implements `StepEngine.session` and `StepSession._allocate`, `_begin` and `_run`; nothing else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.exporter.families.family import Family
-from cat_pruning.step_io import StepDims
+from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
 
 
 class StepEngine(ABC):
@@ -52,72 +53,97 @@ class StepSession(ABC):
 
     def __init__(self, engine: StepEngine) -> None:
         self.engine = engine
+        self._dims: StepDims | None = None  # of the image in progress
         self._allocated: tuple[StepDims, torch.device, torch.dtype] | None = None  # what the caches are for
-        self._noise: Tensor | None = None  # (B, C, H, W), the last output
+        self._noise: Tensor | None = None  # the last output
 
     def reset(self) -> None:
         """Forget the image in progress; the memory of its caches is kept for the next one of its shape."""
+        self._dims = None
         self._noise = None
 
-    def step(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor) -> Tensor:
-        """Compute the kept tokens; the others keep their last output (algorithm 1).
+    def begin(self, dims: StepDims, conditioning: Mapping[str, Tensor], timesteps: Sequence[float] = ()) -> None:
+        """Begin an image.
 
         Args:
-            model_inputs: the transformer's inputs by diffusers' names, on the engine's device and in its dtype.
-            keep_indices: (B, n) int32, distinct within a row; all N tokens on the first step after `reset`.
-
-        Returns:
-            The noise prediction (B, C, H, W) before guidance. The session reads it again on its next step:
-            do not change it in place. Does not synchronise with a GPU.
+            dims: its dimensions; `num_kept` is not read.
+            conditioning: the model's inputs other than `hidden_states` and `timestep`, wherever they are and in
+                whatever dtype; they hold for every step of the image.
+            timesteps: those that are expected, in order, so that what depends on them only can be computed at once. A
+                step at another timestep is as right, and slower.
 
         Raises:
             ShapeError: the inputs do not fit each other.
-            EngineError: a pruned step before any full one, or the engine failed.
+            EngineError: the engine failed.
         """
-        dims = self._dims_of(model_inputs)
-        num_kept = keep_indices.shape[1]
-        needed = (dims, self.engine.device, self.engine.dtype)
-        if needed != self._allocated:
-            self.reset()
-            self._allocated = None  # until the new ones are there: an allocation may fail
-            with torch.inference_mode(False):  # or caches of an image made under it could not be written outside it
+        self.reset()
+        dims = dataclasses.replace(dims, num_kept=0)
+        engine = self.engine
+        inputs: dict[str, Tensor] = {}
+        for name, expected in engine.family.input_shapes(engine.config, dims).items():
+            if name in (LATENTS, TIMESTEP):
+                continue
+            if tuple(conditioning[name].shape) != expected:
+                raise ShapeError(f"{name} has shape {tuple(conditioning[name].shape)}, expected {expected}")
+            inputs[name] = self.to_engine(name, conditioning[name])
+        needed = (dims, engine.device, engine.dtype)
+        with torch.inference_mode(False):  # or tensors of an image made under it could not be written outside it
+            if needed != self._allocated:
+                self._allocated = None  # until the new ones are there: an allocation may fail
                 self._allocate(dims)
-            self._allocated = needed
+                self._allocated = needed
+            self._begin(dims, inputs, timesteps)
+        self._dims = dims
+
+    def step(self, latents: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
+        """Compute the kept tokens; the others keep their last output (algorithm 1).
+
+        Args:
+            latents: the model's `hidden_states`, on the engine's device and in its dtype.
+            timestep: the same for every row of the batch.
+            keep_indices: (B, n) int32, distinct within a row; all N tokens on the first step after `begin`.
+
+        Returns:
+            The noise prediction before guidance, in the layout of the transformer's output. The session reads it again
+            on its next step: do not change it in place. Does not synchronise with a GPU.
+
+        Raises:
+            ShapeError: the latents do not fit the image that was begun.
+            EngineError: no image was begun, a pruned step before any full one, or the engine failed.
+        """
+        dims, family, config = self._dims, self.engine.family, self.engine.config
+        if dims is None:
+            raise EngineError("a step before an image was begun; call begin first")
+        if tuple(latents.shape) != (expected := family.input_shapes(config, dims)[LATENTS]):
+            raise ShapeError(f"{LATENTS} has shape {tuple(latents.shape)}, expected {expected}")
         if self._noise is None:
-            if num_kept != dims.num_tokens:
+            if (num_kept := keep_indices.shape[1]) != dims.num_tokens:
                 raise EngineError(
                     f"the first step of an image must compute all {dims.num_tokens} tokens, but was given {num_kept}: "
                     "nothing is cached yet; run a full step first"
                 )
-            shape = (dims.batch, self.engine.config["out_channels"], dims.latent_height, dims.latent_width)
-            self._noise = torch.zeros([int(dim) for dim in shape], dtype=self.engine.dtype, device=self.engine.device)
+            shape = [int(dim) for dim in family.noise_shape(config, dims)]
+            self._noise = torch.zeros(shape, dtype=self.engine.dtype, device=self.engine.device)
         try:
-            self._noise = self._run(model_inputs, keep_indices, self._noise)
+            self._noise = self._run(latents, timestep, keep_indices, self._noise)
         except BaseException:
             self.reset()  # the caches may be half updated
             raise
         return self._noise
+
+    def to_engine(self, name: str, tensor: Tensor) -> Tensor:
+        """An input of the model on the engine's device and in the dtype that it has there."""
+        engine = self.engine
+        return tensor.to(engine.device, engine.family.input_dtype(name, engine.dtype))
 
     @abstractmethod
     def _allocate(self, dims: StepDims) -> None:
         """Allocate the caches for `dims`."""
 
     @abstractmethod
-    def _run(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor, noise: Tensor) -> Tensor:
-        """Run one step on the allocated caches; return new noise, leave `noise` as it is."""
+    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
+        """Prepare for the steps of one image."""
 
-    def _dims_of(self, model_inputs: Mapping[str, Tensor]) -> StepDims:
-        engine = self.engine
-        batch, _, height, width = model_inputs["hidden_states"].shape
-        dims = StepDims.of(
-            batch=batch,
-            latent_height=height,
-            latent_width=width,
-            patch_size=engine.config["patch_size"],
-            text_length=engine.family.text_length(model_inputs),
-            num_kept=0,
-        )
-        for name, expected in engine.family.input_shapes(engine.config, dims).items():
-            if tuple(model_inputs[name].shape) != expected:
-                raise ShapeError(f"{name} has shape {tuple(model_inputs[name].shape)}, expected {expected}")
-        return dims
+    @abstractmethod
+    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
+        """Run one step on the allocated caches; return new noise, leave `noise` as it is."""

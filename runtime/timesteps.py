@@ -35,6 +35,11 @@ class TimestepReader:
             is_new = False
         return self._values[timestep.storage_offset()], is_new
 
+    @property
+    def schedule(self) -> list[float]:
+        """The timesteps of the schedule that was read last; empty where the pipeline passes them one by one."""
+        return self._values if _is_schedule(self._values) else []
+
 
 def _whole_storage(tensor: Tensor) -> Tensor:
     size = tensor.untyped_storage().nbytes() // tensor.element_size()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.plugins.token_ops import token_scatter_
 from cat_pruning.runtime.step_engine import StepEngine, StepSession
-from cat_pruning.step_io import StepDims
+from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
 
 
 class TorchStepEngine(StepEngine):
@@ -55,6 +55,7 @@ class TorchSession(StepSession):
         super().__init__(engine)
         self._step: StepModule | None = None
         self._caches: list[Tensor] = []
+        self._conditioning: dict[str, Tensor] = {}
 
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
@@ -66,8 +67,14 @@ class TorchSession(StepSession):
             for _ in range(2)
         ]
 
-    def _run(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor, noise: Tensor) -> Tensor:
+    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
+        self._conditioning = conditioning
+
+    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
         assert self._step is not None
+        timesteps = torch.full(latents.shape[:1], timestep, device=latents.device)
+        inputs = {LATENTS: latents, TIMESTEP: self.to_engine(TIMESTEP, timesteps), **self._conditioning}
         with torch.no_grad():  # and not inference_mode: schedulers may write to what they are given
-            result: Tensor = self._step(keep_indices, noise, self._caches, dict(model_inputs))[0]
+            # A copy, because the kept rows are scattered in place, in FLUX into the very tensor that is given.
+            result: Tensor = self._step(keep_indices, noise.clone(), self._caches, inputs)[0]
             return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +21,8 @@ from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.step_engine import StepEngine
 from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.settings import PruneSettings
+
+MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt
 
 
 class CatTransformer(nn.Module):
@@ -87,25 +91,56 @@ class CatTransformer(nn.Module):
         """Forget this thread's image in progress. Pipelines need not call it: a new image is recognised."""
         self._sampling().reset()
 
-    def forward(self, hidden_states: Tensor, *, return_dict: bool = True, **arguments: Any) -> Any:
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """What diffusers' pipelines say of the calls that they make within: "cond", "uncond"."""
+        before = getattr(self._threads, "context", MAIN_CONTEXT)
+        self._threads.context = name
+        try:
+            yield
+        finally:
+            self._threads.context = before
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        timestep: Tensor | None = None,
+        skip_layers: Sequence[int] | None = None,
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> Any:
         """The call that a diffusers pipeline makes; see the transformer's own `forward` for its arguments.
 
+        Calls within a `cache_context` other than "cond", and calls with `skip_layers`, are no steps of the image: they
+        compute the tokens of the step that they go with, in caches of their own.
+
         Returns:
-            `Transformer2DModelOutput`, or a tuple without `return_dict`: the noise prediction (B, C, H, W) before
-            guidance, in the dtype of `hidden_states`. Do not change it in place: the next step reads it again.
+            `Transformer2DModelOutput`, or a tuple without `return_dict`: the noise prediction before guidance, in the
+            dtype of `hidden_states`. Do not change it in place: the next step reads it again.
 
         Raises:
             SettingsError: an argument that pruned steps do not support, or one that is missing.
             ShapeError: a size that the patch size does not divide, that the position table does not hold, or
                 with fewer tokens than clusters.
         """
-        self._check_size(hidden_states)
-        inputs = self._model_inputs({"hidden_states": hidden_states, **arguments})
+        if not isinstance(timestep, Tensor):
+            raise SettingsError(f"timestep: expected a tensor, got {type(timestep).__name__}")
+        if tuple(timestep.shape) not in ((), (1,), tuple(hidden_states.shape[:1])):
+            raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, expected {tuple(hidden_states.shape[:1])}")
+        conditioning = self._conditioning(arguments)
         sampling = self._sampling()
         if sampling.settings != self.settings:
             sampling.settings = self.settings
             sampling.reset()
-        noise = sampling.call(inputs).to(hidden_states)
+        context = getattr(self._threads, "context", MAIN_CONTEXT)
+        skipped = tuple(skip_layers or ())
+        if context == MAIN_CONTEXT and not skipped:
+            noise = sampling.call(hidden_states, timestep, conditioning)
+        else:
+            branch = f"{context} without {skipped}" if skipped else context
+            noise = sampling.call_beside(branch, hidden_states, timestep, conditioning, skipped)
+        noise = noise.to(hidden_states)
         return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
 
     def _sampling(self) -> Sampling:
@@ -113,25 +148,20 @@ class CatTransformer(nn.Module):
             self._threads.sampling = Sampling(self.engine.session(), self.settings)
         return self._threads.sampling  # type: ignore[no-any-return]
 
-    def _model_inputs(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        inputs: dict[str, Tensor] = {}
-        for name in self.engine.family.input_names:
-            tensor = arguments.pop(name, None)
+    def _conditioning(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        family, config = self.engine.family, self.engine.config
+        given = family.flatten_arguments(arguments)
+        tensors: dict[str, Tensor] = {}
+        for name in family.argument_names(config):
+            tensor = given.pop(name, None)
             if not isinstance(tensor, Tensor):
                 raise SettingsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            inputs[name] = tensor
-        if unsupported := sorted(name for name, value in arguments.items() if _is_given(value)):
+            tensors[name] = tensor
+        if unsupported := sorted(name for name, value in given.items() if _is_given(value)):
             raise SettingsError(
                 f"{', '.join(unsupported)}: not supported by pruned steps; leave it out or use the original transformer"
             )
-        if inputs["timestep"].dim() == 0:
-            inputs["timestep"] = inputs["timestep"].expand(inputs["hidden_states"].shape[0])
-        return inputs
-
-    def _check_size(self, hidden_states: Tensor) -> None:
-        if hidden_states.dim() != 4:
-            raise ShapeError(f"hidden_states: expected latents (B, C, H, W), got shape {tuple(hidden_states.shape)}")
-        self.engine.family.check_latent_size(self.engine.config, *hidden_states.shape[-2:])
+        return tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CatTransformer:
         """A transformer with an image of its own in progress, over the same weights."""

@@ -51,6 +51,7 @@ def test_miniature_is_found_from_an_installed_wheel(wheel: Path, tmp_path: Path)
     code = (
         "from cat_pruning.exporter.checkpoint import find_checkpoint;"
         "c = find_checkpoint('sd3-mini'); print(c.directory, c.num_parameters);"
+        "from cat_pruning.exporter.published import published_models; print(*published_models());"
         "print(find_checkpoint('sd3', random_weights=True).num_parameters)"
     )
     result = subprocess.run(
@@ -61,4 +62,5 @@ def test_miniature_is_found_from_an_installed_wheel(wheel: Path, tmp_path: Path)
         check=True,
     )
     assert str(tmp_path) in result.stdout
+    assert "flux-dev flux-schnell pixart-sigma sd3.5-large sd3.5-medium sd3\n" in result.stdout
     assert int(result.stdout.split()[-1]) == 2_028_328_000

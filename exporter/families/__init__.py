@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from cat_pruning.errors import CheckpointError
 from cat_pruning.exporter.families.family import Family
+from cat_pruning.exporter.families.flux import Flux
+from cat_pruning.exporter.families.pixart import PixArt
 from cat_pruning.exporter.families.sd3 import StableDiffusion3
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion3(),)
+FAMILIES: tuple[Family, ...] = (StableDiffusion3(), PixArt(), Flux())
 
 
 def family_of_class(transformer_class: str) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,65 +12,175 @@ import torch
 from torch import Tensor
 
 from cat_pruning import step_io
-from cat_pruning.errors import ShapeError
+from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.exporter.interception import TokenReuse
-from cat_pruning.step_io import CacheSpec, Shape, StepDims
+from cat_pruning.step_io import LATENTS, TIMESTEP, CacheSpec, Part, Shape, StepDims
 
 
 class Family(ABC):
-    """One family of diffusers transformers.
+    """One family of diffusers transformers: every checkpoint of one class.
+
+    The *arguments* of a transformer are what a pipeline passes to it, by diffusers' names; its *inputs* are what the
+    exported graphs read, `hidden_states` and `timestep` among them. `conditioning` turns the former into the latter.
 
     Class attributes:
-        name: how the manifest and `--model` call it.
+        name: how the manifest calls it.
         transformer_class: the diffusers class that its checkpoints name.
-        pipeline_class: the diffusers text-to-image pipeline.
-        hub_id: the published checkpoint that `--model NAME` stands for.
-        published_config: file in `exporter/configs` with that checkpoint's transformer config and geometry.
-        input_names: the transformer's inputs by diffusers' names; `hidden_states` and `timestep` among them.
+        timestep_inputs: the inputs that `timestep.onnx` may read; none has a dimension of image or text.
+        prompt_inputs: the inputs that `prompt.onnx` may read.
+        fp32_inputs: the inputs that stay fp32 whatever the model computes in.
+        text_first: joint attention's order of rows, as the model's blocks have it.
+        max_timestep: where its timesteps begin; they end at 0.
+        batched_guidance: classifier-free guidance doubles the rows of a batch, [negative; positive].
     """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
-    pipeline_class: ClassVar[str]
-    hub_id: ClassVar[str]
-    published_config: ClassVar[str]
-    input_names: ClassVar[tuple[str, ...]]
+    timestep_inputs: ClassVar[tuple[str, ...]]
+    prompt_inputs: ClassVar[tuple[str, ...]]
+    fp32_inputs: ClassVar[tuple[str, ...]] = (TIMESTEP,)
+    text_first: ClassVar[bool] = False
+    max_timestep: ClassVar[float] = 1000.0
+    batched_guidance: ClassVar[bool] = True
+
+    # The module: where it is intercepted, and how it is called.
 
     @abstractmethod
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
         """Install the three interception points on `transformer`, in place."""
 
     @abstractmethod
+    def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """The arguments of the transformer's own `forward`; `reuse.inputs` holds the other inputs meanwhile."""
+
+    @abstractmethod
     def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
         """One entry per attention, in the order in which the layers run."""
 
+    # Shapes.
+
     @abstractmethod
-    def patchify(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """(B, C, H, W) -> (B, N, p*p*C): the inverse of the model's own unpatchify."""
+    def patch_size(self, config: Mapping[str, Any]) -> int:
+        """Side of a token in latent pixels."""
+
+    @abstractmethod
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Channels of the autoencoder's latents."""
+
+    @abstractmethod
+    def default_latent_size(self, config: Mapping[str, Any]) -> int:
+        """Side in latent pixels of the images that the model was trained on."""
+
+    @abstractmethod
+    def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
+        """The largest latent height or width that the position table holds; None where there is no table."""
+
+    @abstractmethod
+    def noise_shape(self, config: Mapping[str, Any], dims: StepDims) -> Shape:
+        """The shape of the transformer's output."""
+
+    @abstractmethod
+    def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
+        """The shapes of the model's inputs, by name; `hidden_states` and `timestep` first."""
+
+    def step_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
+        """The shapes of every input of an unsplit step, by name and in graph order."""
+        return step_io.input_shapes(
+            dims, self.noise_shape(config, dims), self.caches(config), self.input_shapes(config, dims)
+        )
+
+    def part_of(self, name: str) -> Part:
+        """The graph that an input belongs to."""
+        if name in self.prompt_inputs:
+            return Part.PROMPT
+        return Part.TIMESTEP if name in self.timestep_inputs else Part.STEP
+
+    def input_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of one input of a model of `dtype`; timesteps stay fp32, as schedulers give them."""
+        return torch.float32 if name in self.fp32_inputs else dtype
+
+    # Tensors.
+
+    @abstractmethod
+    def noise_tokens(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+        """The transformer's output -> (B, N, channels): the inverse of the model's own unpatchify."""
+
+    def predicted_noise(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+        """The part of the output that the selection goes by, per token: (B, N, channels)."""
+        return self.noise_tokens(noise, config)
+
+    def example_input(self, name: str, shape: list[int], generator: torch.Generator) -> Tensor:
+        """Random values that an input may have, fp32."""
+        return torch.randn(shape, generator=generator)
 
     @abstractmethod
     def text_length(self, model_inputs: Mapping[str, Tensor]) -> int:
         """T, the text rows that joint attention keeps in its caches; 0 for cross-attention models."""
 
-    @abstractmethod
-    def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
-        """The shapes of the transformer's inputs, by name and in the order of `input_names`."""
+    # What a pipeline passes.
 
-    def step_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
-        """The shapes of every input of the step graph, by name and in graph order."""
-        return step_io.input_shapes(dims, config["out_channels"], self.caches(config), self.input_shapes(config, dims))
+    @abstractmethod
+    def argument_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The tensors that a pipeline passes alike on every step of an image, by diffusers' names."""
+
+    @abstractmethod
+    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[int, int]:
+        """Image tokens (high, wide) of one call. May synchronise with a GPU: it is asked once per image.
+
+        Raises:
+            ShapeError: the latents do not fit the model.
+        """
+
+    @abstractmethod
+    def conditioning(
+        self, arguments: Mapping[str, Tensor], config: Mapping[str, Any], grid: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The inputs other than `hidden_states` and `timestep`, from what the pipeline passes; once per image."""
+
+    def flatten_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of one call with those that diffusers nests laid flat."""
+        return dict(arguments)
+
+    def without_layers(
+        self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...], config: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """`conditioning` for a call that skips some blocks (skip-layer guidance).
+
+        Raises:
+            SettingsError: the family has no such guidance.
+        """
+        raise SettingsError(f"skip_layers={list(layers)}: {self.transformer_class} has no skip-layer guidance")
 
     @abstractmethod
     def pipeline_text_length(self, directory: Path) -> int:
         """T as the family's pipeline passes it at its defaults, for a checkpoint in the diffusers layout."""
 
-    @abstractmethod
-    def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
-        """What to pass to the family's pipeline so that it makes `text_length` text rows."""
+    def tokenizer_length(self, directory: Path) -> int:
+        """The most tokens that a tokenizer on disk makes.
+
+        Raises:
+            OSError, KeyError, ValueError: it is not there, or is none.
+        """
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return int(config["model_max_length"])
 
     @abstractmethod
-    def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
-        """The largest latent height or width that the position table holds; None where there is no table."""
+    def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
+        """What to pass to the family's pipeline so that it makes `text_length` text rows at the size asked for."""
+
+    def dims(
+        self, config: Mapping[str, Any], grid: tuple[int, int], *, batch: int, text_length: int, num_kept: int
+    ) -> StepDims:
+        """The dimensions of a step as numbers."""
+        patch = self.patch_size(config)
+        return StepDims.of(
+            batch=batch,
+            latent_height=grid[0] * patch,
+            latent_width=grid[1] * patch,
+            patch_size=patch,
+            text_length=text_length,
+            num_kept=num_kept,
+        )
 
     def check_latent_size(self, config: Mapping[str, Any], height: int, width: int) -> None:
         """Check that the model can take latents of this size.
@@ -77,7 +188,7 @@ class Family(ABC):
         Raises:
             ShapeError: the patch size does not divide it, or the position table does not hold it.
         """
-        patch, largest = config["patch_size"], self.max_latent_size(config)
+        patch, largest = self.patch_size(config), self.max_latent_size(config)
         if height % patch or width % patch or not height or not width:
             raise ShapeError(f"latents of {height}x{width}: both sides must be multiples of the patch size {patch}")
         if largest is not None and max(height, width) > largest:
@@ -85,10 +196,39 @@ class Family(ABC):
                 f"latents of {height}x{width}: the model's position table holds {largest}x{largest} at most"
             )
 
-    def input_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of one input of a model of `dtype`: timesteps stay fp32, as schedulers give them."""
-        return torch.float32 if name == "timestep" else dtype
 
-    def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """The arguments of the transformer's own `forward`."""
-        return dict(model_inputs)
+class PatchFamily(Family):
+    """A family whose latents are pictures, (B, C, H, W), that the model patchifies itself, as in DiT."""
+
+    def patch_size(self, config: Mapping[str, Any]) -> int:
+        """See `Family.patch_size`."""
+        return int(config["patch_size"])
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """See `Family.latent_channels`."""
+        return int(config["in_channels"])
+
+    def default_latent_size(self, config: Mapping[str, Any]) -> int:
+        """See `Family.default_latent_size`."""
+        return int(config["sample_size"])
+
+    def noise_shape(self, config: Mapping[str, Any], dims: StepDims) -> Shape:
+        """See `Family.noise_shape`."""
+        return (dims.batch, config["out_channels"], dims.latent_height, dims.latent_width)
+
+    def noise_tokens(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+        """See `Family.noise_tokens`: tokens row by row; in a token row, column, channel."""
+        patch = config["patch_size"]
+        batch, channels, height, width = noise.shape
+        patches = noise.reshape(batch, channels, height // patch, patch, width // patch, patch)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(
+            batch, (height // patch) * (width // patch), patch * patch * channels
+        )
+
+    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[int, int]:
+        """See `Family.grid`."""
+        if latents.dim() != 4:
+            raise ShapeError(f"{LATENTS}: expected latents (B, C, H, W), got shape {tuple(latents.shape)}")
+        height, width = latents.shape[-2:]
+        self.check_latent_size(config, height, width)
+        return height // config["patch_size"], width // config["patch_size"]

@@ -1,44 +1,55 @@
-"""Stable Diffusion 3: joint attention over image and text rows (Esser et al. 2024, arXiv 2403.03206)."""
+"""Stable Diffusion 3 and 3.5: joint attention over image and text rows (Esser et al. 2024, arXiv 2403.03206)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cat_pruning.exporter.families.family import Family
+from cat_pruning.errors import SettingsError
+from cat_pruning.exporter.families.attention import CachedAttention
+from cat_pruning.exporter.families.family import PatchFamily
 from cat_pruning.exporter.interception import TokenReuse
-from cat_pruning.step_io import CacheRows, CacheSpec, Shape, StepDims
+from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
 
 T5_LENGTH = 256  # StableDiffusion3Pipeline's default max_sequence_length
+LAYER_GATES = "layer_gates"
 
 
-class StableDiffusion3(Family):
-    """SD3-medium and every SD3Transformer2DModel of its kind."""
+class StableDiffusion3(PatchFamily):
+    """Every SD3Transformer2DModel.
+
+    Skip-layer guidance calls the model without some of its blocks. A block whose gates are zero adds nothing, so
+    `layer_gates`, one factor per block, makes that a matter of inputs: the same graph serves such calls, and since the
+    gates depend on the timestep only, the product is not even in the step.
+    """
 
     name = "sd3"
     transformer_class = "SD3Transformer2DModel"
-    pipeline_class = "StableDiffusion3Pipeline"
-    hub_id = "stabilityai/stable-diffusion-3-medium-diffusers"
-    published_config = "sd3-medium.json"
-    input_names = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections")
+    timestep_inputs = (TIMESTEP, "pooled_projections", LAYER_GATES)
+    prompt_inputs = ("encoder_hidden_states",)
 
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
         """See `Family.intercept`."""
         transformer.pos_embed.register_forward_hook(lambda module, args, tokens: reuse.gather(tokens))
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows))
         layer = 0
-        for block in transformer.transformer_blocks:
-            block.attn.set_processor(CachedJointAttention(reuse, layer))
+        for index, block in enumerate(transformer.transformer_blocks):
+            block.norm1.register_forward_hook(_gated(reuse, index))
+            if not block.context_pre_only:
+                block.norm1_context.register_forward_hook(_gated(reuse, index))
+            block.attn.set_processor(CachedAttention(reuse, layer, CacheRows.JOINT))
             layer += 1
             if block.use_dual_attention:
-                block.attn2.set_processor(CachedJointAttention(reuse, layer))
+                block.attn2.set_processor(CachedAttention(reuse, layer, CacheRows.IMAGE))
                 layer += 1
+
+    def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """See `Family.forward_kwargs`."""
+        return {name: tensor for name, tensor in model_inputs.items() if name != LAYER_GATES}
 
     def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
         """See `Family.caches`."""
@@ -50,15 +61,6 @@ class StableDiffusion3(Family):
                 specs.append(CacheSpec(CacheRows.IMAGE, width))
         return specs
 
-    def patchify(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """See `Family.patchify`."""
-        patch = config["patch_size"]
-        batch, channels, height, width = noise.shape
-        patches = noise.reshape(batch, channels, height // patch, patch, width // patch, patch)
-        return patches.permute(0, 2, 4, 3, 5, 1).reshape(
-            batch, (height // patch) * (width // patch), patch * patch * channels
-        )
-
     def text_length(self, model_inputs: Mapping[str, Tensor]) -> int:
         """See `Family.text_length`."""
         return model_inputs["encoder_hidden_states"].shape[1]
@@ -66,16 +68,36 @@ class StableDiffusion3(Family):
     def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
         """See `Family.input_shapes`."""
         return {
-            "hidden_states": (dims.batch, config["in_channels"], dims.latent_height, dims.latent_width),
-            "timestep": (dims.batch,),
+            LATENTS: (dims.batch, config["in_channels"], dims.latent_height, dims.latent_width),
+            TIMESTEP: (dims.batch,),
             "encoder_hidden_states": (dims.batch, dims.text_length, config["joint_attention_dim"]),
             "pooled_projections": (dims.batch, config["pooled_projection_dim"]),
+            LAYER_GATES: (config["num_layers"],),
         }
+
+    def argument_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `Family.argument_names`."""
+        return ("encoder_hidden_states", "pooled_projections")
+
+    def conditioning(
+        self, arguments: Mapping[str, Tensor], config: Mapping[str, Any], grid: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """See `Family.conditioning`."""
+        return {**arguments, LAYER_GATES: torch.ones(config["num_layers"])}
+
+    def without_layers(
+        self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...], config: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """See `Family.without_layers`."""
+        num_layers = config["num_layers"]
+        if outside := [layer for layer in layers if not 0 <= layer < num_layers]:
+            raise SettingsError(f"skip_layers {outside}: the model has blocks 0 to {num_layers - 1}")
+        gates = torch.tensor([0.0 if layer in layers else 1.0 for layer in range(num_layers)])
+        return {**conditioning, LAYER_GATES: gates.to(conditioning[LAYER_GATES])}
 
     def pipeline_text_length(self, directory: Path) -> int:
         """See `Family.pipeline_text_length`: CLIP's tokens, then T5's, or as many empty ones where there is no T5."""
-        tokenizer = json.loads((directory / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return int(tokenizer["model_max_length"]) + T5_LENGTH
+        return self.tokenizer_length(directory / "tokenizer") + T5_LENGTH
 
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
         """See `Family.pipeline_arguments`."""
@@ -86,59 +108,16 @@ class StableDiffusion3(Family):
         return int(config["pos_embed_max_size"] * config["patch_size"])
 
 
-class CachedJointAttention:
-    """Attention of the kept image rows, and the text rows where there are any, over all cached rows.
+def _gated(reuse: TokenReuse, layer: int) -> Any:
+    """A hook on a block's adaptive norm: its gates times the block's `layer_gates`.
 
-    The arithmetic of diffusers' JointAttnProcessor2_0, with its concatenation of keys and values
-    replaced by one scatter into the caches. Serves SD3.5's second attention too, which has no text rows.
+    AdaLayerNormZero and SD35AdaLayerNormZeroX return the normed rows, gate, shift, scale, gate and, with dual
+    attention, normed rows and gate again.
     """
 
-    def __init__(self, reuse: TokenReuse, layer: int) -> None:
-        self.reuse = reuse
-        self.layer = layer
+    def hook(module: Any, arguments: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        factor = reuse.inputs[LAYER_GATES][layer]
+        gates = {1, 4, 6}
+        return tuple(output * factor if index in gates else output for index, output in enumerate(outputs))
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,  # (B, n, D)
-        encoder_hidden_states: Tensor | None = None,  # (B, T, D)
-        attention_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The attention of one block; called by diffusers' `Attention`."""
-        num_kept = hidden_states.shape[1]
-        rows = CacheRows.IMAGE
-        query = _normed(attn.to_q(hidden_states), attn.norm_q, attn.heads)
-        key = _normed(attn.to_k(hidden_states), attn.norm_k, attn.heads)
-        value = attn.to_v(hidden_states)
-        if encoder_hidden_states is not None:
-            rows = CacheRows.JOINT
-            text_query = _normed(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q, attn.heads)
-            text_key = _normed(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k, attn.heads)
-            query = torch.cat([query, text_query], dim=1)  # (B, n + T, D)
-            key = torch.cat([key, text_key], dim=1)
-            value = torch.cat([value, attn.add_v_proj(encoder_hidden_states)], dim=1)
-
-        key, value = self.reuse.update(self.layer, rows, key, value)  # (B, S, D)
-        hidden_states = F.scaled_dot_product_attention(
-            _split_heads(query, attn.heads), _split_heads(key, attn.heads), _split_heads(value, attn.heads)
-        )
-        hidden_states = hidden_states.transpose(1, 2).flatten(2)  # (B, n + T, D)
-
-        image_states: Tensor = attn.to_out[1](attn.to_out[0](hidden_states[:, :num_kept]))
-        if encoder_hidden_states is None:
-            return image_states
-        text_states = hidden_states[:, num_kept:]
-        return image_states, text_states if attn.context_pre_only else attn.to_add_out(text_states)
-
-
-def _split_heads(rows: Tensor, heads: int) -> Tensor:
-    heads_last: Tensor = rows.unflatten(-1, (heads, -1))
-    return heads_last.transpose(1, 2)  # (B, heads, rows, D / heads)
-
-
-def _normed(rows: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
-    """The per-head norm of queries and keys (SD3.5); SD3 has none."""
-    if norm is None:
-        return rows
-    normed: Tensor = norm(rows.unflatten(-1, (heads, -1)))
-    return normed.flatten(2)
+    return hook

@@ -2,6 +2,9 @@
 
 One graph serves full and pruned steps; `keep_indices` says which tokens it computes.
 Exporter, engine builds and step engines all read the names and shapes from here.
+
+What a sampling loop would compute again and again from the same inputs is not in that graph but in two others
+(`cat_pruning.exporter.split`), whose results it takes as inputs: see `Part`.
 """
 
 from __future__ import annotations
@@ -15,12 +18,28 @@ Shape = tuple[Dim, ...]
 
 KEEP_INDICES = "keep_indices"
 NOISE = "noise"
+LATENTS = "hidden_states"
+TIMESTEP = "timestep"
+MAX_TIMESTEPS = 64  # that timestep.onnx computes at once: a bound on the memory of its results
+
+
+class Part(StrEnum):
+    """The graphs of an export, by what their results depend on; each is `{part}.onnx`."""
+
+    PROMPT = "prompt"  # on what is said of the image: run once per image
+    TIMESTEP = "timestep"  # on the timestep and the pooled text: run once for all steps of a schedule
+    STEP = "step"  # on the latents too: run on every step
+
+    @property
+    def onnx(self) -> str:
+        """The file's name in a bundle."""
+        return f"{self.value}.onnx"
 
 
 class CacheRows(StrEnum):
     """Which rows the key and value caches of an attention hold."""
 
-    JOINT = "joint"  # N image rows, then T text rows
+    JOINT = "joint"  # N image rows and T text rows, in the family's order
     IMAGE = "image"  # N image rows
 
 
@@ -68,6 +87,10 @@ class StepDims:
             num_kept=num_kept,
         )
 
+    def named(self, shape: Shape) -> Shape:
+        """`shape` with the names of dimensions replaced by their values here."""
+        return tuple(getattr(self, dim) if isinstance(dim, str) else dim for dim in shape)
+
 
 SYMBOLIC = StepDims(
     batch="batch",
@@ -96,13 +119,10 @@ def output_names(num_caches: int) -> list[str]:
 
 
 def input_shapes(
-    dims: StepDims, out_channels: int, caches: Sequence[CacheSpec], model_inputs: Mapping[str, Shape]
+    dims: StepDims, noise: Shape, caches: Sequence[CacheSpec], model_inputs: Mapping[str, Shape]
 ) -> dict[str, Shape]:
     """Every input's shape, by name and in graph order: keep_indices, noise, the caches, the transformer's own."""
-    shapes: dict[str, Shape] = {
-        KEEP_INDICES: (dims.batch, dims.num_kept),
-        NOISE: (dims.batch, out_channels, dims.latent_height, dims.latent_width),
-    }
+    shapes: dict[str, Shape] = {KEEP_INDICES: (dims.batch, dims.num_kept), NOISE: noise}
     for name, spec in zip(cache_names(len(caches)), (spec for spec in caches for _ in range(2)), strict=True):
         shapes[name] = spec.shape(dims)
     return {**shapes, **model_inputs}

@@ -4,17 +4,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from cat_pruning.engines import build
-from cat_pruning.engines.build import build_rtx_plan, can_build_rtx, rtx_plan_spec
+from cat_pruning.engines.build import build_rtx_plan, can_build_rtx, rtx_plan_specs
 from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.profiles import step_dims
+from cat_pruning.engines.profiles import PlanProfile, plan_profiles, profile_spec
+from cat_pruning.engines.records import Geometry
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.families import family_named
-from cat_pruning.step_io import Shape
+from cat_pruning.exporter.export import graph_spec
+from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
 
 needs_rtx = pytest.mark.skipif(not can_build_rtx(), reason="TensorRT-RTX is not installed; pip install '.[rtx]'")
 
@@ -32,14 +35,10 @@ with new_bundle(Path(sys.argv[2]), force=False, needed_bytes=1) as writer:
 """
 
 
-def shapes_of(bundle: Bundle) -> list[dict[str, Shape]]:
+def shapes_of(bundle: Bundle) -> list[PlanProfile]:
+    """The profiles of the plan of step.onnx."""
     manifest = bundle.manifest
-    family = family_named(manifest.family)
-    return [
-        family.step_shapes(manifest.transformer_config, dims)
-        for profile in manifest.profiles
-        for dims in step_dims(profile, manifest.geometry.patch_size)
-    ]
+    return plan_profiles(manifest.graph(Part.STEP), manifest.profiles, manifest.geometry.patch_size)
 
 
 def fake_builder(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
@@ -54,23 +53,44 @@ def fake_builder(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
 
 
 @needs_rtx
-def test_the_bundle_has_the_plan_that_its_manifest_lists(mini_bundle: Path) -> None:
+def test_the_bundle_has_the_plans_that_its_manifest_lists(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle)
-    (plan,) = bundle.manifest.plans
-    assert plan == rtx_plan_spec()
-    assert plan.version in plan.file
-    assert bundle.manifest.versions["tensorrt_rtx"] == plan.version
-    weights = (mini_bundle / "step.onnx.data").stat().st_size
-    assert bundle.verified(plan.file).stat().st_size == bundle.manifest.files[plan.file].size > weights / 2
+    plans = bundle.manifest.plans
+    assert plans == rtx_plan_specs()
+    assert [plan.part for plan in plans] == list(Part)
+    assert len({plan.file for plan in plans}) == 3
+    for plan in plans:
+        assert plan.version in plan.file
+        assert bundle.manifest.versions["tensorrt_rtx"] == plan.version
+        weights = (mini_bundle / f"{plan.part.onnx}.data").stat().st_size
+        assert bundle.verified(plan.file).stat().st_size == bundle.manifest.files[plan.file].size > weights / 2
 
 
 @needs_rtx
-@pytest.mark.parametrize("kind", ["not onnx", "operator unknown", "no weights"])
-def test_a_graph_that_cannot_be_built(mini_bundle: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("part", list(Part))
+@pytest.mark.parametrize("kind", ["sd3.5", "pixart", "flux-dev"])
+def test_every_family_can_be_built(tiny_export: Any, tmp_path: Path, part: Part) -> None:
+    """In fp32, for which there is no fused attention kernel."""
+    family, config = tiny_export.step.family, tiny_export.step.transformer.config
+    geometry = Geometry(pixels_per_latent=8, patch_size=2, latent_channels=4, max_latent_size=None, text_length=7)
+    guidance = family.batched_guidance
+    profile = profile_spec(80, 64, 1, geometry=geometry, settings=PruneSettings(num_clusters=4), guidance=guidance)
+    assert geometry.patch_size == family.patch_size(config)
+    graph = graph_spec(part, tiny_export.graphs[part])
+    profiles = plan_profiles(graph, [profile], geometry.patch_size)
+    assert len(profiles) == (2 if part is Part.STEP else 1)
+    plan = tmp_path / "plans" / "tiny.plan"
+    build_rtx_plan(tiny_export.directory / graph.file, plan, profiles)
+    assert plan.stat().st_size > (tiny_export.directory / f"{part.onnx}.data").stat().st_size / 2
+
+
+@needs_rtx
+@pytest.mark.parametrize("problem", ["not onnx", "operator unknown", "no weights"])
+def test_a_graph_that_cannot_be_built(mini_bundle: Path, tmp_path: Path, problem: str) -> None:
     step_onnx = tmp_path / "step.onnx"
-    if kind == "not onnx":
+    if problem == "not onnx":
         step_onnx.write_bytes(b"not a model")
-    elif kind == "no weights":
+    elif problem == "no weights":
         shutil.copyfile(mini_bundle / "step.onnx", step_onnx)
     else:
         value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
@@ -86,7 +106,7 @@ def test_a_graph_that_cannot_be_built(mini_bundle: Path, tmp_path: Path, kind: s
 
 @needs_rtx
 def test_profiles_that_the_graph_cannot_have(mini_bundle: Path, tmp_path: Path) -> None:
-    shapes = [{**shapes, "noise": (2, 3, 5, 7)} for shapes in shapes_of(Bundle.open(mini_bundle))]
+    shapes = [{**shapes, "noise": ((2, 3, 5, 7),) * 3} for shapes in shapes_of(Bundle.open(mini_bundle))]
     with pytest.raises(EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: \S"):
         build_rtx_plan(mini_bundle / "step.onnx", tmp_path / "rtx.plan", shapes)
 
@@ -121,4 +141,4 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     assert not can_build_rtx()
     with pytest.raises(EngineError, match=r"--target rtx: TensorRT-RTX is not installed.*pip install"):
-        rtx_plan_spec()
+        rtx_plan_specs()

@@ -17,17 +17,11 @@ import pytest
 
 from cat_pruning.dtype import DType
 from cat_pruning.engines.bundle import Bundle, BundleWriter, new_bundle
-from cat_pruning.engines.manifest import (
-    MANIFEST_NAME,
-    CacheSpec,
-    Geometry,
-    Manifest,
-    PipelineSpec,
-    ProfileSpec,
-    Source,
-)
+from cat_pruning.engines.manifest import MANIFEST_NAME, Manifest
+from cat_pruning.engines.records import Geometry, GraphSpec, PipelineSpec, ProfileSpec, Source
 from cat_pruning.errors import BundleError, EngineError, OutputError
 from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
 
 STEP = b"a step graph"
 
@@ -53,6 +47,8 @@ def die_at_last(event, arguments):
 
 sys.addaudithook(die_at_last)
 with new_bundle(out, force=force, needed_bytes=1) as writer:
+    for name in ("prompt.onnx", "timestep.onnx"):
+        (writer.path / name).write_bytes(b"a graph")
     with (writer.path / "step.onnx").open("wb") as file:
         file.write(b"a step")
         file.flush()
@@ -111,7 +107,7 @@ def manifest() -> Manifest:
         geometry=Geometry(
             pixels_per_latent=8, patch_size=2, latent_channels=16, max_latent_size=None, text_length=13
         ),
-        caches=(CacheSpec(name="key_cache_0", rows="joint", width=64),),
+        graphs=tuple(GraphSpec(part=part, file=part.onnx, inputs=(), outputs=()) for part in Part),
         profiles=(profile,),
         pipeline=PipelineSpec(kind="copied", path="pipeline"),
         versions={"torch": "2.13.0"},
@@ -119,7 +115,8 @@ def manifest() -> Manifest:
 
 
 def fill(writer: BundleWriter, step: bytes = STEP) -> None:
-    (writer.path / "step.onnx").write_bytes(step)
+    for part in Part:
+        (writer.path / part.onnx).write_bytes(step if part is Part.STEP else b"a graph")
     (writer.path / "pipeline" / "vae").mkdir(parents=True)
     (writer.path / "pipeline" / "model_index.json").write_text("{}")
     (writer.path / "pipeline" / "vae" / "config.json").write_text("{}")
@@ -180,7 +177,10 @@ def live_pid() -> Iterator[int]:
 def test_round_trip(tmp_path: Path, bundle: Bundle, manifest: Manifest) -> None:
     opened = Bundle.open(tmp_path / "sd3")
     assert opened == bundle == Bundle.open(str(tmp_path / "sd3"))
-    assert set(opened.manifest.files) == {"step.onnx", "pipeline/model_index.json", "pipeline/vae/config.json"}
+    assert set(opened.manifest.files) == {
+        *("prompt.onnx", "timestep.onnx", "step.onnx"),
+        *("pipeline/model_index.json", "pipeline/vae/config.json"),
+    }
     assert opened.manifest.with_files({}) == manifest
     assert opened.verified("step.onnx").read_bytes() == STEP
     assert opened.verified_tree("pipeline") == tmp_path / "sd3" / "pipeline"
@@ -223,8 +223,8 @@ def test_no_manifest(bundle: Bundle) -> None:
 
 def test_another_format_version(bundle: Bundle) -> None:
     path = bundle.path / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(BundleError, match=r"format version 2, .* version 1; .* cat-export --model some/sd3 --out"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3}))
+    with pytest.raises(BundleError, match=r"format version 3, .* version 2; .* cat-export --model some/sd3 --out"):
         Bundle.open(bundle.path)
 
 

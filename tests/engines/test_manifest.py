@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 import shlex
 from pathlib import Path
@@ -11,24 +10,29 @@ import torch
 from pydantic import ValidationError
 
 from cat_pruning.dtype import DType
-from cat_pruning.engines.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    FileSpec,
-    Manifest,
-    PipelineSpec,
-    PlanSpec,
-    Source,
-    read_manifest,
-)
+from cat_pruning.engines.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
+from cat_pruning.engines.records import FileSpec, PipelineSpec, PlanSpec, Source
 from cat_pruning.errors import BundleError
 from cat_pruning.settings import Pooling, PruneSettings
+from cat_pruning.step_io import Part, StepDims
+
+TEXT = {"name": "encoder_hidden_states", "dtype": "FLOAT16", "shape": ["batch", "text_length", 24]}
+TIMESTEP = {"name": "timestep", "dtype": "FLOAT", "shape": ["batch"]}
+PROMPT_STATES = {"name": "prompt_states_0", "dtype": "FLOAT16", "shape": [2, "batch", "text_length", 64]}
+TIMESTEP_STATES = {"name": "timestep_states_0", "dtype": "FLOAT16", "shape": [22, "batch", 1, 64]}
 
 # As it lies on disk: a small SD3, 256 tokens at 256 x 256, 76 of them kept.
 FIELDS: dict[str, Any] = {
-    "format_version": 1,
+    "format_version": 2,
     "family": "sd3",
-    "source": {"kind": "hub", "location": "some/sd3", "revision": "0123abcd", "seed": None},
+    "source": {
+        "kind": "hub",
+        "location": "some/sd3",
+        "revision": "0123abcd",
+        "seed": None,
+        "loras": [{"path": "/adapters/ink.safetensors", "scale": 0.5}],
+        "in_memory": False,
+    },
     "transformer_class": "SD3Transformer2DModel",
     "transformer_config": {"num_layers": 2, "dual_attention_layers": [0, 1], "qk_norm": None},
     "dtype": "fp16",
@@ -41,9 +45,20 @@ FIELDS: dict[str, Any] = {
         "max_latent_size": 32,
         "text_length": 13,
     },
-    "caches": [
-        {"name": "key_cache_0", "rows": "joint", "width": 64},
-        {"name": "value_cache_1", "rows": "image", "width": 64},
+    "graphs": [
+        {"part": "prompt", "file": "prompt.onnx", "inputs": [TEXT], "outputs": [PROMPT_STATES]},
+        {"part": "timestep", "file": "timestep.onnx", "inputs": [TIMESTEP], "outputs": [TIMESTEP_STATES]},
+        {
+            "part": "step",
+            "file": "step.onnx",
+            "inputs": [
+                {"name": "keep_indices", "dtype": "INT32", "shape": ["batch", "num_kept"]},
+                {"name": "key_cache_0", "dtype": "FLOAT16", "shape": ["batch", "joint_rows", 64]},
+                PROMPT_STATES,
+                TIMESTEP_STATES,
+            ],
+            "outputs": [{"name": "key_cache_0_out", "dtype": "FLOAT16", "shape": ["batch", "joint_rows", 64]}],
+        },
     ],
     "profiles": [
         {
@@ -66,12 +81,18 @@ FIELDS: dict[str, Any] = {
             "full_attention": 290,
             "pruned_linear": 210,
             "pruned_attention": 100,
+            "prompt_linear": 7,
+            "timestep_linear": 5,
         }
     ],
-    "plans": [{"flavour": "tensorrt_rtx", "version": "1.7.0", "architectures": ["sm_90"], "file": "rtx.plan"}],
+    "plans": [
+        {"part": "step", "flavour": "tensorrt_rtx", "version": "1.7.0", "architectures": ["sm_90"], "file": "rtx.plan"}
+    ],
     "pipeline": {"kind": "copied", "path": "pipeline", "hub_id": None, "revision": None},
     "versions": {"torch": "2.13.0"},
     "files": {
+        "prompt.onnx": {"size": 1, "sha256": "3" * 64},
+        "timestep.onnx": {"size": 2, "sha256": "4" * 64},
         "step.onnx": {"size": 3, "sha256": "0" * 64},
         "rtx.plan": {"size": 4, "sha256": "1" * 64},
         "pipeline/vae/config.json": {"size": 5, "sha256": "2" * 64},
@@ -81,7 +102,7 @@ FIELDS: dict[str, Any] = {
 
 def changed(path: str, value: object) -> dict[str, Any]:
     """FIELDS with one value replaced, found by its dotted path."""
-    fields = copy.deepcopy(FIELDS)
+    fields = json.loads(json.dumps(FIELDS))  # deepcopy would keep tensors shared by two graphs shared
     *parents, last = path.split("/")
     place: Any = fields
     for key in parents:
@@ -140,7 +161,15 @@ def test_derived_values() -> None:
     manifest = Manifest.model_validate_json(json.dumps(FIELDS))
     profile, macs = manifest.profiles[0], manifest.macs[0]
     assert (macs.full_total, macs.pruned_total) == (890, 310)
-    assert [cache.num_rows(profile) for cache in manifest.caches] == [256 + 13, 256]
+    dims = StepDims.of(batch=2, latent_height=32, latent_width=32, patch_size=2, text_length=13, num_kept=76)
+    assert manifest.graph(Part.PROMPT).input_shapes(dims) == {"encoder_hidden_states": (2, 13, 24)}
+    assert manifest.graph(Part.TIMESTEP).input_shapes(dims) == {"timestep": (2,)}
+    assert manifest.graph(Part.STEP).input_shapes(dims) == {
+        "keep_indices": (2, 76),
+        "key_cache_0": (2, 256 + 13, 64),
+        "prompt_states_0": (2, 2, 13, 64),
+        "timestep_states_0": (22, 2, 1, 64),
+    }
     assert profile.model_copy(update={"width": 512}).resolution == "256x512"
 
 
@@ -169,7 +198,23 @@ def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
         ("settings/keep_ratio", "0.3", "settings: .*wrong type"),
         ("settings/keep_ration", 0.3, "settings: .*unknown settings keep_ration"),
         ("geometry/patch_size", 0, r"geometry\.patch_size: .*greater than 0"),
-        ("caches/0/rows", "text", r"caches\.0\.rows: Input should be 'joint' or 'image'"),
+        ("graphs/0/part", "image", r"graphs\.0\.part: Input should be 'prompt', 'timestep' or 'step'"),
+        ("graphs/0/part", "step", "graphs of step, timestep, step; expected one each of prompt, timestep, step"),
+        ("graphs", FIELDS["graphs"][:2], "graphs of prompt, timestep; expected one each of prompt, timestep, step"),
+        ("graphs", [*FIELDS["graphs"], FIELDS["graphs"][0]], "graphs of prompt, timestep, step, prompt; expected one"),
+        ("graphs/0/file", "../prompt.onnx", r"graphs\.0\.file: .*not a path inside the bundle"),
+        ("graphs/1/file", "other.onnx", r"graphs that are not among the files: other\.onnx"),
+        ("graphs/2/inputs/0/name", "", r"graphs\.2\.inputs\.0\.name:"),
+        (
+            "graphs/2/inputs/0/shape",
+            ["batch", "num_keep"],
+            "'num_keep' is no dimension; known are batch, latent_height",
+        ),
+        ("graphs/2/inputs/1/shape", ["batch", "joint_rows", 0], r"graphs\.2\.inputs\.1\.shape\.2.*greater than 0"),
+        ("graphs/0/outputs/0/name", "other", "the step does not take other"),
+        ("graphs/0/outputs/0/shape", [3, "batch", "text_length", 64], "the step does not take prompt_states_0"),
+        ("graphs/1/outputs/0/dtype", "FLOAT", "the step does not take timestep_states_0"),
+        ("graphs/2/inputs", FIELDS["graphs"][2]["inputs"][:2], "does not take prompt_states_0, timestep_states_0"),
         ("profiles", [], "profiles:"),
         ("profiles/0/height", "256", r"profiles\.0\.height: Input should be a valid integer"),
         ("profiles/0/height", 512, "profile 256x256: height is 512, the other fields make it 256"),
@@ -180,6 +225,8 @@ def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
         ("geometry/max_latent_size", 16, "latent_height is 32, the other fields make it 16"),
         ("profiles", FIELDS["profiles"] * 2, "two profiles of one name"),
         ("macs/0/profile", "512x512", "macs of unknown profiles 512x512; known are 256x256"),
+        ("macs/0/prompt_linear", -1, r"macs\.0\.prompt_linear: .*greater than or equal to 0"),
+        ("plans/0/part", "image", r"plans\.0\.part: Input should be 'prompt', 'timestep' or 'step'"),
         ("plans/0/flavour", "openvino", r"plans\.0\.flavour"),
         ("plans/0/file", "other.plan", r"not among the files: other\.plan"),
         ("plans/0/file", "/etc/passwd", r"plans\.0\.file: .*not a path inside the bundle"),
@@ -204,6 +251,17 @@ def test_a_missing_field_is_refused(tmp_path: Path, field: str) -> None:
         read_manifest(write(tmp_path, {key: value for key, value in FIELDS.items() if key != field}))
 
 
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [("macs/0", "prompt_linear"), ("macs/0", "timestep_linear"), ("plans/0", "part"), ("graphs/1", "outputs")],
+)
+def test_a_missing_field_of_a_record_is_refused(tmp_path: Path, record: str, field: str) -> None:
+    name, index = record.split("/")
+    fields = {key: value for key, value in FIELDS[name][int(index)].items() if key != field}
+    with pytest.raises(BundleError, match=rf"{name}\.{index}\.{field}: Field required"):
+        read_manifest(write(tmp_path, changed(record, fields)))
+
+
 def test_a_missing_setting_is_not_replaced_by_the_default(tmp_path: Path) -> None:
     settings = {key: value for key, value in FIELDS["settings"].items() if key != "keep_ratio"}
     with pytest.raises(BundleError, match=r"settings: .*missing keep_ratio"):
@@ -217,7 +275,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> 
         read_manifest(write(tmp_path, FIELDS | {"files": files}))
 
 
-@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, "1", None])
+@pytest.mark.parametrize("version", [0, 1, FORMAT_VERSION + 1, "2", None])
 def test_another_format_version_is_told_before_the_schema(tmp_path: Path, version: object) -> None:
     fields = {"format_version": version, "source": {"location": "my models/sd3"}, "something": "new"}
     with pytest.raises(BundleError) as caught:
@@ -251,8 +309,8 @@ def test_no_manifest(tmp_path: Path) -> None:
 def test_export_command_makes_the_bundle_again() -> None:
     manifest = Manifest.model_validate_json(json.dumps(FIELDS))
     assert manifest.export_command(Path("/b/sd3")) == (
-        "cat-export --model some/sd3 --dtype fp16 --revision 0123abcd --resolution 256x256 --batch 1 "
-        "--text-length 13 --keep-ratio 0.3 --target rtx --out /b/sd3 --force"
+        "cat-export --model some/sd3 --dtype fp16 --revision 0123abcd --lora /adapters/ink.safetensors:0.5 "
+        "--resolution 256x256 --batch 1 --text-length 13 --keep-ratio 0.3 --target rtx --out /b/sd3 --force"
     )
     assert "--target rtx --target tensorrt " in manifest.export_command(Path("/b"), "tensorrt", "tensorrt_rtx")
 
@@ -278,9 +336,12 @@ def test_export_command_tells_what_is_not_the_default() -> None:
 def test_with_files_is_validated() -> None:
     manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"files": {}}))
     file = FileSpec(size=1, sha256="0" * 64)
-    with pytest.raises(ValidationError, match=r"not among the files: rtx\.plan"):
-        manifest.with_files({"step.onnx": file})
-    files = {"step.onnx": file, "rtx.plan": file, "pipeline/model_index.json": file}
+    graphs = {f"{part}.onnx": file for part in ("prompt", "timestep", "step")}
+    with pytest.raises(ValidationError, match=r"plans that are not among the files: rtx\.plan"):
+        manifest.with_files(graphs)
+    with pytest.raises(ValidationError, match=r"graphs that are not among the files: prompt\.onnx, timestep\.onnx"):
+        manifest.with_files({"step.onnx": file, "rtx.plan": file})
+    files = graphs | {"rtx.plan": file, "pipeline/model_index.json": file}
     assert manifest.with_files(files).files == files
     assert manifest.files == {}
 
@@ -291,4 +352,4 @@ def test_parts_say_what_they_lack() -> None:
     with pytest.raises(ValidationError, match="seed"):
         Source(kind="random", location="x")
     with pytest.raises(ValidationError, match="not a path inside"):
-        PlanSpec(flavour="tensorrt", version="10.15", architectures=("sm_90",), file="../x.plan")
+        PlanSpec(part=Part.STEP, flavour="tensorrt", version="10.15", architectures=("sm_90",), file="../x.plan")

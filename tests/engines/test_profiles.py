@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from cat_pruning.engines.manifest import Geometry
-from cat_pruning.engines.profiles import profile_spec, step_dims
+from cat_pruning.engines.profiles import TYPICAL_STEPS, plan_profiles, profile_spec, step_dims
+from cat_pruning.engines.records import Geometry, GraphSpec, TensorSpec
 from cat_pruning.errors import ShapeError
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import StepDims
+from cat_pruning.step_io import MAX_TIMESTEPS, Part, StepDims
 
 SD3 = Geometry(pixels_per_latent=8, patch_size=2, latent_channels=16, max_latent_size=384, text_length=333)
 
@@ -67,3 +67,55 @@ def test_as_large_as_the_position_table() -> None:
 def test_fewer_tokens_than_clusters() -> None:
     with pytest.raises(ShapeError, match=r"16 tokens, fewer than num_clusters=20; use a larger resolution"):
         spec(64, 64)
+
+
+# ------------------------------------------------------------------ what plans are built for
+
+
+def graph(part: Part, **inputs: tuple[int | str, ...]) -> GraphSpec:
+    tensors = tuple(TensorSpec(name=name, dtype="FLOAT", shape=shape) for name, shape in inputs.items())
+    return GraphSpec(part=part, file=part.onnx, inputs=tensors, outputs=())
+
+
+STEP = graph(Part.STEP, keep_indices=("batch", "num_kept"), key_cache_0=("batch", "joint_rows", 64))
+PROMPT = graph(Part.PROMPT, encoder_hidden_states=("batch", "text_length", 4096))
+TIMESTEPS = graph(Part.TIMESTEP, timestep=("batch",), pooled=("batch", 2048), layer_gates=(24,))
+
+
+def static(**shapes: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {name: (shape, shape, shape) for name, shape in shapes.items()}
+
+
+def test_a_step_has_a_full_and_a_pruned_profile_each_static() -> None:
+    profiles = plan_profiles(STEP, [spec(1024, 1024), spec(512, 512, 2)], 2)
+    assert profiles == [
+        static(keep_indices=(2, 4096), key_cache_0=(2, 4429, 64)),
+        static(keep_indices=(2, 1228), key_cache_0=(2, 4429, 64)),
+        static(keep_indices=(4, 1024), key_cache_0=(4, 1357, 64)),
+        static(keep_indices=(4, 307), key_cache_0=(4, 1357, 64)),
+    ]
+
+
+def test_a_pruned_step_that_keeps_every_token_is_no_second_profile() -> None:
+    settings = PruneSettings(keep_ratio=1.0)
+    profile = profile_spec(1024, 1024, 1, geometry=SD3, settings=settings, guidance=True)
+    assert plan_profiles(STEP, [profile], 2) == [static(keep_indices=(2, 4096), key_cache_0=(2, 4429, 64))]
+
+
+def test_the_prompt_has_a_profile_for_every_number_of_prompts() -> None:
+    profiles = [spec(1024, 1024), spec(512, 512), spec(512, 512, 3)]
+    assert plan_profiles(PROMPT, profiles, 2) == [
+        static(encoder_hidden_states=(2, 333, 4096)),
+        static(encoder_hidden_states=(6, 333, 4096)),
+    ]
+
+
+def test_the_timesteps_are_one_to_many_at_once() -> None:
+    assert (TYPICAL_STEPS, MAX_TIMESTEPS) == (28, 64)
+    one = {"timestep": ((2,), (56,), (128,)), "pooled": ((2, 2048), (56, 2048), (128, 2048))}
+    three = {"timestep": ((6,), (168,), (384,)), "pooled": ((6, 2048), (168, 2048), (384, 2048))}
+    gates = static(layer_gates=(24,))
+    assert plan_profiles(TIMESTEPS, [spec(1024, 1024), spec(512, 512), spec(512, 512, 3)], 2) == [
+        one | gates,
+        three | gates,
+    ]

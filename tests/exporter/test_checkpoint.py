@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 
 from cat_pruning.dtype import DType
-from cat_pruning.engines.manifest import Source
+from cat_pruning.engines.records import Source
 from cat_pruning.errors import CheckpointError
-from cat_pruning.exporter.checkpoint import find_checkpoint, load_transformer, random_transformer
+from cat_pruning.exporter.checkpoint import find_checkpoint, load_transformer
+from cat_pruning.exporter.published import published_models
 from cat_pruning.models import miniatures
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -46,6 +47,54 @@ def test_a_local_directory(tiny_checkpoint: Path, make_tiny_sd3: Any, monkeypatc
     assert same_weights(transformer, make_tiny_sd3())
 
 
+@pytest.mark.parametrize(
+    ("kind", "family", "text_length"),
+    [("sd3", "sd3", 13 + 256), ("sd3.5", "sd3", 13 + 256), ("pixart", "pixart", 13), ("flux-dev", "flux", 21)],
+)
+def test_a_pipeline_of_every_family(
+    write_checkpoint: Any, make_tiny: Any, tmp_path: Path, kind: str, family: str, text_length: int
+) -> None:
+    checkpoint = find_checkpoint(str(write_checkpoint(tmp_path / "pipeline", kind)))
+    assert checkpoint.family.name == family
+    assert checkpoint.text_length == text_length
+    assert checkpoint.pixels_per_latent == 4
+    assert checkpoint.default_resolution == (128 if family == "flux" else 16) * 4
+    transformer = load_transformer(checkpoint.source, DType.FP32)
+    assert type(transformer) is type(make_tiny(kind))
+    assert same_weights(transformer, make_tiny(kind))
+
+
+@pytest.mark.parametrize(("kind", "tokenizer", "text_length"), [("pixart", "tokenizer", 300),
+                                                                ("flux-dev", "tokenizer_2", 512)])  # fmt: skip
+def test_text_as_long_as_the_pipelines_default_where_the_tokenizer_has_more(
+    write_checkpoint: Any, tmp_path: Path, kind: str, tokenizer: str, text_length: int
+) -> None:
+    directory = write_checkpoint(tmp_path / "pipeline", kind)
+    (directory / tokenizer / "tokenizer_config.json").write_text('{"model_max_length": 4096}')
+    assert find_checkpoint(str(directory)).text_length == text_length
+
+
+def test_a_transformer_alone(make_tiny: Any, kind: str, tmp_path: Path) -> None:
+    transformer = make_tiny(kind)
+    transformer.save_pretrained(tmp_path)
+    checkpoint = find_checkpoint(str(tmp_path))
+    assert checkpoint.source == Source(kind="directory", location=str(tmp_path))
+    assert checkpoint.family.transformer_class == type(transformer).__name__
+    assert checkpoint.components == ()
+    assert checkpoint.pixels_per_latent == 8
+    assert checkpoint.text_length == {"sd3": 333, "pixart": 300, "flux": 512}[checkpoint.family.name]
+    assert same_weights(load_transformer(checkpoint.source, DType.FP32), transformer)
+
+
+@pytest.mark.parametrize("index", [{}, {"_class_name": "DiTTransformer2DModel"}])
+def test_a_model_alone_of_another_class(tmp_path: Path, index: dict[str, str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(index))
+    name = index.get("_class_name")
+    known = "SD3Transformer2DModel, PixArtTransformer2DModel, FluxTransformer2DModel"
+    with pytest.raises(CheckpointError, match=f"class {name} is not supported; supported are {known}"):
+        find_checkpoint(str(tmp_path))
+
+
 def test_an_old_config_gets_what_it_leaves_out_and_loses_what_is_unknown(tiny_checkpoint: Path) -> None:
     path = tiny_checkpoint / "transformer" / "config.json"
     path.write_text(path.read_text().replace('"qk_norm": null', '"of_the_future": 1'))
@@ -76,42 +125,10 @@ def test_a_snapshot_of_the_hub(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     checkpoint = find_checkpoint(model, revision="v2")
-    hub_id = hub_id or checkpoint.family.hub_id
+    hub_id = hub_id or published_models()[model].hub_id
     assert checkpoint.source == Source(kind="hub", location=hub_id, revision=COMMIT)  # not the branch, which moves
     load_transformer(checkpoint.source, DType.FP32)
     assert asked == [(hub_id, "v2"), (hub_id, COMMIT)]
-
-
-def test_random_weights_of_the_published_architecture_need_no_memory_to_be_found() -> None:
-    checkpoint = find_checkpoint("sd3", random_weights=True)
-    assert checkpoint.source == Source(kind="random", location="sd3", seed=0)
-    assert checkpoint.directory is None
-    assert checkpoint.num_parameters == pytest.approx(2.03e9, rel=0.03)
-    assert (checkpoint.default_resolution, checkpoint.text_length) == (1024, 333)
-
-
-def test_random_weights_are_the_same_for_the_same_seed_and_normal(make_tiny_sd3: Any) -> None:
-    config = dict(make_tiny_sd3().config)
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    one, same, other = (random_transformer("SD3Transformer2DModel", config, DType.FP32, seed) for seed in (0, 0, 1))
-    assert same_weights(one, same)
-    assert not same_weights(one, other)
-    values = torch.cat([parameter.flatten() for parameter in one.parameters()])
-    assert values.mean().item() == pytest.approx(0.0, abs=3e-4)
-    assert values.std().item() == pytest.approx(0.02, rel=0.01)
-    assert values.abs().max() > 0.06
-    matrices = [parameter.flatten()[:16] for parameter in one.parameters()]
-    assert len({tuple(values.tolist()) for values in matrices}) == len(matrices)  # a generator for each
-
-
-@pytest.mark.parametrize("dtype", list(DType))
-def test_random_weights_have_a_real_position_table(make_tiny_sd3: Any, dtype: DType) -> None:
-    real = make_tiny_sd3()
-    config = {key: value for key, value in real.config.items() if not key.startswith("_")}
-    transformer = random_transformer("SD3Transformer2DModel", config, dtype, 0)
-    assert isinstance(transformer, SD3Transformer2DModel)
-    assert {tensor.dtype for tensor in transformer.state_dict().values()} == {dtype.torch}
-    assert torch.equal(transformer.pos_embed.pos_embed, real.pos_embed.pos_embed.to(dtype.torch))
 
 
 def test_a_checkpoint_that_has_gone(tiny_checkpoint: Path) -> None:

@@ -10,7 +10,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
+from cat_pruning.exporter.checkpoint import model_names
+
 CatExport = Callable[..., tuple[int, str, list[str]]]
+PUBLISHED = r"flux-dev, flux-schnell, pixart-sigma, sd3\.5-large, sd3\.5-medium, sd3"
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def refused(cat_export: CatExport, tmp_path: Path) -> Callable[..., None]:
         (["--target", "tensorrt"], "--target tensorrt: this version builds no TensorRT plans yet; --target rtx"),
         (["--target", "coreml"], r"--target: invalid choice: 'coreml' .*onnx.*rtx"),
         (["--verify", "--dtype", "bf16"], "--verify: .*bf16; verify with --dtype fp32"),
-        (["--random-weights"], r"--random-weights needs a published architecture \(sd3\), got"),
+        (["--random-weights"], rf"--random-weights needs a published architecture \({PUBLISHED}\), got"),
         (["--revision", "main"], "--revision 'main': .* is a local directory, which has no revisions"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate; see cat-export --help"),
     ],
@@ -73,7 +76,7 @@ def test_no_arguments(cat_export: CatExport) -> None:
 
 
 def test_random_weights_of_a_miniature(refused: Callable[..., None]) -> None:
-    refused(r"--random-weights needs a published architecture \(sd3\), got 'sd3-mini'", "--model", "sd3-mini",
+    refused(rf"--random-weights needs a published architecture \({PUBLISHED}\), got 'sd3-mini'", "--model", "sd3-mini",
             "--random-weights")  # fmt: skip
 
 
@@ -95,7 +98,9 @@ def test_rtx_where_it_is_not_installed(
 
 @pytest.mark.parametrize("model", ["sd9", "./nowhere", "/nowhere/at/all", "a/b/c", ""])
 def test_a_model_that_is_nothing(refused: Callable[..., None], model: str) -> None:
-    refused(rf"--model {model!r}: no such directory, and neither a hub id .*\(sd3, sd3-mini\)", "--model", model)
+    assert {"flux-dev", "pixart-sigma", "sd3", "sd3-mini", "sd3.5-large"} <= set(model_names())
+    names = re.escape(", ".join(model_names()))
+    refused(rf"--model {model!r}: no such directory, and neither a hub id .*\({names}\)$", "--model", model)
 
 
 def test_a_directory_that_is_no_pipeline(refused: Callable[..., None], tmp_path: Path) -> None:
@@ -109,8 +114,9 @@ def test_a_directory_that_is_no_pipeline(refused: Callable[..., None], tmp_path:
         ("model_index.json", "[]", r"model_index\.json: expected a JSON object"),
         ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet"]}',
          "is a StableDiffusionPipeline without a transformer; supported are .*SD3Transformer2DModel"),
-        ("model_index.json", '{"transformer": ["diffusers", "FluxTransformer2DModel"]}',
-         "class FluxTransformer2DModel is not supported; supported are SD3Transformer2DModel"),
+        ("model_index.json", '{"transformer": ["diffusers", "DiTTransformer2DModel"]}',
+         "class DiTTransformer2DModel is not supported; supported are SD3Transformer2DModel, "
+         "PixArtTransformer2DModel, FluxTransformer2DModel"),
         ("transformer/config.json", None, r"has no transformer: transformer/config\.json is missing"),
         ("transformer/config.json", '{"num_layers": "two"}', "config.json"),
         ("vae/config.json", None, r"has no VAE: vae/config\.json is missing"),

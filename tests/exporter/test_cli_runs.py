@@ -93,7 +93,7 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
         "--model", tiny_checkpoint, "--out", out, "--verify", "--keep-ratio", "0.5", *shapes, *target
     )
     assert (code, errors) == (0, [])
-    for text in ("step.onnx", "step.onnx.data", "MACs of a step", "64x64-p1", "72x48-p2", "bound"):
+    for text in ("step.onnx", "step.onnx.data", "MACs of a step", "64x64-p1", "72x48-p2", "bound", "once per image"):
         assert text in printed
     assert [path.name for path in out.parent.iterdir()] == ["tiny"]
     bundle = Bundle.open(out)
@@ -101,8 +101,9 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
         bundle.verified(name)
     assert [profile.name for profile in bundle.manifest.profiles] == ["64x64-p1", "64x64-p2", "72x48-p1", "72x48-p2"]
     assert bundle.manifest.geometry.text_length == 13 + 256
-    assert len(bundle.manifest.caches) == 4
-    assert str(tmp_path) not in (out / "step.onnx").read_bytes().decode(errors="replace")
+    assert [graph.file for graph in bundle.manifest.graphs] == ["prompt.onnx", "timestep.onnx", "step.onnx"]
+    for graph in bundle.manifest.graphs:
+        assert str(tmp_path) not in (out / graph.file).read_bytes().decode(errors="replace")
 
     again = cli._parser().parse_args(shlex.split(bundle.export_command())[1:])
     assert Path(again.model) == tiny_checkpoint

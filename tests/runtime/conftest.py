@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.exporter.checkpoint import quiet_diffusers
 from cat_pruning.models import miniatures
 from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.step_engine import StepEngine, StepSession
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import TIMESTEP, Part
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 ENGINES = ("onnxruntime", "torch")
@@ -127,25 +135,62 @@ def sample() -> Callable[..., Sampled]:
                 assert module.last_step is not None
                 sampled.calls.append(module.last_step)
 
+        callbacks: dict[str, Any] = {"callback_on_step_end": after_step}
+        if isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):  # theirs are of the older kind
+            callbacks = {
+                "callback": lambda step, timestep, latents: after_step(pipe, step, timestep, {"latents": latents})
+            }
+            callbacks |= {"use_resolution_binning": False, "clean_caption": False}
         seeds = [torch.Generator().manual_seed(s) for s in ([seed] if isinstance(seed, int) else seed)]
         hook = pipe.transformer.register_forward_hook(after_call)
         try:
-            pipe(
-                prompt,
-                height=size[0],
-                width=size[1],
-                num_inference_steps=steps,
-                generator=seeds if isinstance(prompt, list) else seeds[0],
-                max_sequence_length=24,
-                output_type="latent",
-                callback_on_step_end=after_step,
-                **arguments,
-            )
+            with warnings.catch_warnings():
+                # diffusers' schedulers, of the pair of torch and numpy; nothing that a test is about.
+                warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+                pipe(
+                    prompt,
+                    height=size[0],
+                    width=size[1],
+                    num_inference_steps=steps,
+                    generator=seeds if isinstance(prompt, list) else seeds[0],
+                    max_sequence_length=24,
+                    output_type="latent",
+                    **callbacks,
+                    **arguments,
+                )
         finally:
             hook.remove()
         return sampled
 
     return run
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tokens of every step that any session computes meanwhile, side branches' too; cleared by the test."""
+    tokens: list[Tensor] = []
+    original = StepSession.step
+
+    def step(session: StepSession, latents: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
+        tokens.append(keep_indices)
+        return original(session, latents, timestep, keep_indices)
+
+    monkeypatch.setattr(StepSession, "step", step)
+    return tokens
+
+
+@pytest.fixture
+def small_graph_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Part, int]]:
+    """Every run of prompt.onnx and timestep.onnx meanwhile, with the number of timesteps; cleared by the test."""
+    runs: list[tuple[Part, int]] = []
+    original = OnnxRuntimeStepEngine.run
+
+    def run(engine: OnnxRuntimeStepEngine, part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        runs.append((part, inputs[TIMESTEP].unique().numel() if part is Part.TIMESTEP else 0))
+        return original(engine, part, inputs)
+
+    monkeypatch.setattr(OnnxRuntimeStepEngine, "run", run)
+    return runs
 
 
 @pytest.fixture(scope="session")

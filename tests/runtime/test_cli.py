@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from cat_pruning.runtime import cli
+from cat_pruning.runtime import cli, generate
+from cat_pruning.runtime.generate import GenerateConfig
+from cat_pruning.settings import PruneSettings
 
 PROMPT = "a large blue star on a plain black background"
 SHORT = ["--steps", "5", "--full-steps", "3", "--resolution", "64x96"]  # 96 tokens
@@ -66,6 +70,40 @@ def test_the_bundles_own_size(mini_bundle: Path, tmp_path: Path) -> None:
     run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", "--steps", 2)
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (128, 128)
+
+
+def test_the_pipelines_own_steps_and_guidance(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`StableDiffusion3Pipeline`'s, which are not those of the other families."""
+    configs: list[GenerateConfig] = []
+    original = generate.generate
+
+    def remember(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Any:
+        configs.append(config)
+        return original(pipe, settings, dataclasses.replace(config, steps=2))  # 28 take a while
+
+    monkeypatch.setattr(generate, "generate", remember)
+    size = ["--resolution", "64x96"]
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *size)
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *size, "--steps", 3, "--guidance-scale", 1.5)
+    assert [(config.steps, config.guidance_scale) for config in configs] == [(28, 7.0), (3, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        (["--steps", "3"], "none of 3 steps is pruned: the first 8 are full (--full-steps)"),
+        (["--steps", "5", "--full-steps", "5"], "none of 5 steps is pruned: the first 5 are full (--full-steps)"),
+        (["--steps", "5", "--full-steps", "4"], ""),
+    ],
+)
+def test_a_run_without_a_pruned_step_says_so(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], note: str
+) -> None:
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", "--resolution", "64x96", *arguments)
+    assert " ".join(capsys.readouterr().err.split()) == note
+    assert (tmp_path / "out.png").exists()
 
 
 def test_everything_that_it_draws(mini_bundle: Path, tmp_path: Path) -> None:
@@ -130,7 +168,7 @@ def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
         (["--out", "out.jpg"], ["out.jpg", ".png"]),
         (["--out", "nowhere/out.png"], ["nowhere", "does not exist", "make it"]),
         (["--out", "taken.png"], ["taken.png", "cannot be written", "--out"]),
-        (["--compare", "--summary", "taken.png", "--steps", "2"], ["--summary", "cannot be written", "another path"]),
+        (["--compare", "--summary", "taken.png"], ["--summary", "cannot be written", "another path"]),
     ],
 )
 def test_bad_arguments(
@@ -143,10 +181,9 @@ def test_bad_arguments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.png").mkdir()
-    steps = [] if "--steps" in arguments or "--full-steps" in arguments else ["--steps", "2"]
-    if "--token-map" in arguments or "--full-steps" in arguments:
-        steps = []
-    line = fails(mini_bundle, PROMPT, *steps, *arguments)
+    # Few steps where it gets as far as that, and one pruned, for the note that none is would be a line of its own.
+    few = [] if "--steps" in arguments or "--full-steps" in arguments else ["--steps", "3", "--full-steps", "2"]
+    line = fails(mini_bundle, PROMPT, *few, *arguments)
     for words in said:
         assert words in line
     if "--summary" not in arguments:  # which is written last

@@ -11,12 +11,8 @@ import cat_pruning
 _IMPORT_ALL = """
 import importlib, pkgutil, sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("tensorrt", "tensorrt_rtx", "polygraphy"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
+for name in ("tensorrt", "tensorrt_rtx", "polygraphy"):
+    sys.modules[name] = None  # as Python itself marks what cannot be imported
 import cat_pruning
 names = [module.name for module in pkgutil.walk_packages(cat_pruning.__path__, "cat_pruning.")]
 for name in names:

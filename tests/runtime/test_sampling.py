@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cat_pruning.runtime import kmeans, selection
-from cat_pruning.runtime.sampling import Memory, Sampling, guiding_rows
+from cat_pruning.runtime.image import Memory
+from cat_pruning.runtime.sampling import Sampling, guiding_rows
 from cat_pruning.runtime.step_engine import StepEngine, StepSession
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import StepDims
@@ -24,30 +25,52 @@ class NoiseSession(StepSession):
 
     def __init__(self, engine: StepEngine) -> None:
         super().__init__(engine)
+        self.begun: list[dict[str, Tensor]] = []
+        self.expected: list[list[float]] = []
+        self.timesteps: list[float] = []
         self.kept: list[Tensor] = []
         self.noises: list[Tensor] = []
 
     def _allocate(self, dims: StepDims) -> None:
         pass
 
-    def _run(self, model_inputs: Mapping[str, Tensor], keep_indices: Tensor, noise: Tensor) -> Tensor:
+    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
+        self.begun.append(conditioning)
+        self.expected.append(list(timesteps))
+
+    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
         family, config = self.engine.family, self.engine.config
         new = torch.randn(noise.shape, generator=torch.Generator().manual_seed(len(self.noises)))
         # Whether a latent pixel's token is kept, by way of a latent that holds every pixel's own number.
         pixels = torch.arange(noise[0].numel()).reshape(1, *noise.shape[1:]).expand(noise.shape)
-        tokens = family.patchify(pixels, config)
+        tokens = family.noise_tokens(pixels, config)
         kept = torch.zeros(noise.shape[0], noise[0].numel(), dtype=torch.bool)
         for row, indices in enumerate(keep_indices.long()):
             kept[row, tokens[row, indices].flatten()] = True
         merged = torch.where(kept.view(noise.shape), new, noise)
+        self.timesteps.append(timestep)
         self.kept.append(keep_indices)
         self.noises.append(merged)
         return merged
 
 
 @pytest.fixture
-def session(engines: dict[str, StepEngine]) -> NoiseSession:
-    return NoiseSession(engines["torch"])
+def sessions(engines: dict[str, StepEngine], monkeypatch: pytest.MonkeyPatch) -> list[NoiseSession]:
+    """Those that the engine made: the image's first, then one for every side branch."""
+    made: list[NoiseSession] = []
+
+    def make() -> NoiseSession:
+        made.append(NoiseSession(engines["torch"]))
+        return made[-1]
+
+    monkeypatch.setattr(engines["torch"], "session", make)
+    make()
+    return made
+
+
+@pytest.fixture
+def session(sessions: list[NoiseSession]) -> NoiseSession:
+    return sessions[0]
 
 
 @pytest.fixture
@@ -66,7 +89,7 @@ def latents(batch: int = 2) -> Tensor:
 def run(sampling: Sampling, conditioning: dict[str, Tensor], timesteps: Tensor = TIMESTEPS) -> str:
     kinds = ""
     for timestep in timesteps:
-        sampling.call({"hidden_states": latents(), "timestep": timestep.expand(2), **conditioning})
+        sampling.call(latents(), timestep.expand(2), conditioning)
         assert sampling.record is not None
         kinds += sampling.record.kind.value[0].upper()
     return kinds
@@ -98,7 +121,7 @@ def test_the_timeline(
 ) -> None:
     sampling = Sampling(session, SETTINGS)
     assert run(sampling, conditioning) == "FFFFPPPPPP"
-    tokens = [session.engine.family.patchify(noise, session.engine.config) for noise in session.noises]
+    tokens = [session.engine.family.noise_tokens(noise, session.engine.config) for noise in session.noises]
     both = torch.tensor([1, 1])  # the conditional row is both rows' guide
 
     # Clusters once, on n_{F-1} - n_{F-2}; so is the first selection.
@@ -128,7 +151,7 @@ def test_extra_full_steps_count_for_every_token(
     sampling = Sampling(session, SETTINGS.replace(extra_full_steps=(4, 6)))
     assert run(sampling, conditioning) == "FFFFFPFPPP"
     assert [kept.shape[1] for kept in session.kept] == [64] * 5 + [25] + [64] + [25] * 3
-    tokens = [session.engine.family.patchify(noise, session.engine.config) for noise in session.noises]
+    tokens = [session.engine.family.noise_tokens(noise, session.engine.config) for noise in session.noises]
     (first,) = spied["first_selection"]
     torch.testing.assert_close(first[0], (tokens[4] - tokens[2])[torch.tensor([1, 1])])
     counts = spied["next_selection"][0][2]
@@ -171,6 +194,26 @@ def test_the_clusters_are_recorded(session: NoiseSession, conditioning: dict[str
     assert sampling.record.cluster_ids is not None
     assert sampling.record.cluster_ids.shape == (2, 64)
     assert sampling.record.timestep == TIMESTEPS[4].item()
+
+
+def test_an_image_begins_once_and_expects_its_schedule(session: NoiseSession, conditioning: dict[str, Tensor]) -> None:
+    sampling = Sampling(session, SETTINGS)
+    run(sampling, conditioning)
+    run(sampling, conditioning, TIMESTEPS[3:])
+    assert session.expected == [TIMESTEPS.tolist()] * 2
+    assert session.timesteps == [*TIMESTEPS.tolist(), *TIMESTEPS[3:].tolist()]
+
+
+def test_timesteps_that_come_one_by_one_are_expected_again(
+    session: NoiseSession, conditioning: dict[str, Tensor]
+) -> None:
+    """As FluxPipeline's, which are no views of a schedule."""
+    sampling = Sampling(session, SETTINGS)
+    for steps in (4, 4, 2, 3):
+        for timestep in TIMESTEPS[:steps]:
+            sampling.call(latents(), timestep.clone(), conditioning)
+    seen = TIMESTEPS.tolist()
+    assert session.expected == [[], seen[:4], seen[:4], seen[:2]]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ def inputs(engine: StepEngine, size: tuple[int, int] = (16, 16), timestep: float
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("skip_layers", [1]),
         ("joint_attention_kwargs", {"scale": 0.5}),
         ("block_controlnet_hidden_states", [torch.zeros(2, 64, 192)]),
         ("block_controlnet_hidden_states", torch.zeros(2, 64, 192)),
@@ -83,7 +82,7 @@ def test_sizes_that_the_model_cannot_take(engine: StepEngine, size: tuple[int, i
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("hidden_states", (4, 16, 16)),
+        ("hidden_states", (2, 16, 16)),
         ("hidden_states", (2, 3, 16, 16)),
         ("encoder_hidden_states", (1, 48, 192)),
         ("encoder_hidden_states", (2, 48, 191)),
@@ -94,6 +93,24 @@ def test_sizes_that_the_model_cannot_take(engine: StepEngine, size: tuple[int, i
 def test_shapes_that_do_not_fit_each_other(engine: StepEngine, name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match=rf"{name}.*\({shape[0]}, "[:-2]):
         CatTransformer(engine, SETTINGS)(**inputs(engine) | {name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("layers", [[6], [-1], [0, 99]])
+def test_blocks_that_are_not_there_cannot_be_skipped(engine: StepEngine, layers: list[int]) -> None:
+    transformer = CatTransformer(engine, SETTINGS)
+    transformer(**inputs(engine))
+    with pytest.raises(SettingsError, match=rf"skip_layers \[{layers[-1]}\]: the model has blocks 0 to 5"):
+        transformer(**inputs(engine), skip_layers=layers)
+
+
+def test_a_cache_context_ends_with_an_error(engine: StepEngine) -> None:
+    """Or the next image would be taken for a call on the side."""
+    transformer = CatTransformer(engine, SETTINGS)
+    with pytest.raises(ShapeError), transformer.cache_context("uncond"):
+        transformer(**inputs(engine, (15, 16)))
+    assert transformer.last_step is None
+    transformer(**inputs(engine))
+    assert transformer.last_step is not None
 
 
 def test_results_as_diffusers_returns_them(engine: StepEngine) -> None:

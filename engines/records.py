@@ -1,0 +1,179 @@
+"""The records that a manifest is made of: every one frozen, strict, and refusing unknown fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal, Self
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, Strict, model_validator
+
+from cat_pruning.step_io import Part, Shape, StepDims
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+
+
+def _inside(path: str) -> str:
+    if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r} is not a path inside the bundle: expected relative, with '/', without '..'")
+    return path
+
+
+def _dimension(name: str) -> str:
+    if name not in (known := [field.name for field in dataclasses.fields(StepDims)]):
+        raise ValueError(f"{name!r} is no dimension; known are {', '.join(known)}")
+    return name
+
+
+BundlePath = Annotated[str, AfterValidator(_inside)]
+_DimName = Annotated[str, AfterValidator(_dimension)]
+
+
+class Record(BaseModel):
+    """The base of all."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class LoraSpec(Record):
+    """An adapter that was fused into the weights, and the factor of its change."""
+
+    path: str
+    scale: float
+
+
+class Source(Record):
+    """Where the weights came from; `seed` belongs to random ones, `revision` to the hub's.
+
+    `in_memory` weights were a module's that a program passed; what `kind` says is where the rest came from.
+    """
+
+    kind: Literal["directory", "hub", "packaged", "random"]
+    location: str
+    revision: str | None = None
+    seed: int | None = None
+    loras: Annotated[tuple[LoraSpec, ...], Strict(False)] = ()
+    in_memory: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "random" and self.seed is None:
+            raise ValueError("random weights need a seed, or nobody can make them again")
+        return self
+
+
+class Geometry(Record):
+    """How pixels become tokens. `max_latent_size` is the side of the position table, None where there is none."""
+
+    pixels_per_latent: PositiveInt
+    patch_size: PositiveInt
+    latent_channels: PositiveInt
+    max_latent_size: PositiveInt | None
+    text_length: PositiveInt
+
+
+class ProfileSpec(Record):
+    """One set of shapes that the engine runs at; `height` and `width` in pixels, `batch` in rows."""
+
+    name: Annotated[str, Field(min_length=1)]
+    height: PositiveInt
+    width: PositiveInt
+    prompts: PositiveInt
+    batch: PositiveInt
+    latent_height: PositiveInt
+    latent_width: PositiveInt
+    num_tokens: PositiveInt
+    num_kept: PositiveInt
+    text_length: PositiveInt
+
+    @property
+    def resolution(self) -> str:
+        """HEIGHTxWIDTH in pixels, as on the command line."""
+        return f"{self.height}x{self.width}"
+
+
+class TensorSpec(Record):
+    """An input or output of a graph: its ONNX type, and its shape with the dynamic dimensions by name."""
+
+    name: Annotated[str, Field(min_length=1)]
+    dtype: str
+    shape: Annotated[tuple[PositiveInt | _DimName, ...], Strict(False)]
+
+    def shape_at(self, dims: StepDims) -> Shape:
+        """The shape with numbers for names."""
+        return dims.named(self.shape)
+
+
+class GraphSpec(Record):
+    """One ONNX graph of the bundle. The outputs of the prompt's and the timestep's are inputs of the step's.
+
+    The dimension `batch` of the timestep's graph counts the rows of all the steps that it computes at once.
+    """
+
+    part: Annotated[Part, Strict(False)]
+    file: BundlePath
+    inputs: Annotated[tuple[TensorSpec, ...], Strict(False)]
+    outputs: Annotated[tuple[TensorSpec, ...], Strict(False)]
+
+    def input_shapes(self, dims: StepDims) -> dict[str, Shape]:
+        """Every input's shape, by name and in graph order."""
+        return {tensor.name: tensor.shape_at(dims) for tensor in self.inputs}
+
+
+class MacsSpec(Record):
+    """Multiply-accumulates at a profile: linear and convolution layers, and apart from them QKᵀ and PV.
+
+    full, pruned: of one step. prompt: of what is computed once per image. timestep: of what is computed once for every
+    step of a schedule. A model that is not split computes the last two on every step.
+    """
+
+    profile: str
+    full_linear: NonNegativeInt
+    full_attention: NonNegativeInt
+    pruned_linear: NonNegativeInt
+    pruned_attention: NonNegativeInt
+    prompt_linear: NonNegativeInt
+    timestep_linear: NonNegativeInt
+
+    @property
+    def full_total(self) -> int:
+        """A full step, attention included."""
+        return self.full_linear + self.full_attention
+
+    @property
+    def pruned_total(self) -> int:
+        """A pruned step, attention included."""
+        return self.pruned_linear + self.pruned_attention
+
+
+class PlanSpec(Record):
+    """A built engine of one graph: the builder and its version, and the GPU architectures that it runs on."""
+
+    part: Annotated[Part, Strict(False)]
+    flavour: Flavour
+    version: str
+    architectures: Annotated[tuple[str, ...], Strict(False)]
+    file: BundlePath
+
+
+class PipelineSpec(Record):
+    """The pipeline's other parts: copied below `path`, or on the hub under `hub_id` at `revision`."""
+
+    kind: Literal["copied", "hub"]
+    path: BundlePath | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        needed = "path" if self.kind == "copied" else "hub_id"
+        if getattr(self, needed) is None:
+            raise ValueError(f"a pipeline of kind {self.kind!r} needs {needed}")
+        return self
+
+
+class FileSpec(Record):
+    """What a file of the bundle must be; `sha256` in lower-case hexadecimal."""
+
+    size: NonNegativeInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -1,0 +1,32 @@
+"""What diffusers and transformers say on the side, and the first line of what they raise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import diffusers
+import transformers
+
+
+@contextmanager
+def quiet_diffusers(*, errors: bool = True) -> Iterator[None]:
+    """Without the progress bars and hints of a load that the caller reports on itself; nor `errors`, if false."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity(logging.ERROR if errors else logging.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

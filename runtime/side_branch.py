@@ -1,0 +1,82 @@
+"""Calls of the transformer that go with an image's steps and are none themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from cat_pruning.runtime.image import Image, every_token
+from cat_pruning.runtime.step_engine import StepSession
+from cat_pruning.step_io import LATENTS
+
+
+class SideBranch:
+    """Calls that a pipeline makes beside those of the image: skip-layer guidance, true guidance in FLUX.
+
+    They are at the image's noise level, for its last rows, and get the tokens of its step, but caches of their own. A
+    branch whose caches are not of the step before computes every token. What the image does is not changed by them.
+    """
+
+    def __init__(self, session: StepSession) -> None:
+        self.session = session
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the image."""
+        self.session.reset()
+        self._image: Image | None = None
+        self._skipped: tuple[int, ...] = ()
+        self._last_step: int | None = None
+
+    def call(
+        self,
+        latents: Tensor,
+        timestep: float,
+        arguments: Mapping[str, Tensor],
+        skip_layers: tuple[int, ...],
+        tokens: Tensor | None,
+        step: int | None,
+        timesteps: Sequence[float],
+    ) -> Tensor:
+        """Compute one call.
+
+        Args:
+            latents: as for `Sampling.call`.
+            timestep: its value.
+            arguments: as for `Sampling.call`.
+            skip_layers: blocks that it leaves out.
+            tokens: (B, n), what the image computes at this timestep; None if it does not.
+            step: the number of that step; None likewise.
+            timesteps: those that are expected.
+        """
+        if self._image is None or self._skipped != skip_layers or not self._image.holds(latents, arguments):
+            self._begin(latents, arguments, skip_layers, timesteps)
+        assert self._image is not None
+        latents = self.session.to_engine(LATENTS, latents)
+        rows, num_tokens = latents.shape[0], int(self._image.dims.num_tokens)
+        follows = step is not None and self._last_step is not None and self._last_step in (step, step - 1)
+        if tokens is None or not follows or tokens.shape[0] < rows:
+            tokens = every_token(latents, num_tokens)
+        try:
+            noise = self.session.step(latents, timestep, tokens[-rows:])
+        except BaseException:
+            self.reset()
+            raise
+        self._last_step = step
+        return noise
+
+    def _begin(
+        self,
+        latents: Tensor,
+        arguments: Mapping[str, Tensor],
+        skip_layers: tuple[int, ...],
+        timesteps: Sequence[float],
+    ) -> None:
+        self.reset()
+        engine, image = self.session.engine, Image(self.session, latents, arguments)
+        conditioning = image.conditioning
+        if skip_layers:
+            conditioning = engine.family.without_layers(conditioning, skip_layers, engine.config)
+        self.session.begin(image.dims, conditioning, timesteps)
+        self._image, self._skipped = image, skip_layers

@@ -1,0 +1,68 @@
+"""What depends on the timestep only, computed for many steps of a schedule at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cat_pruning.step_io import MAX_TIMESTEPS, SYMBOLIC, TIMESTEP, Shape
+
+Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # inputs of timestep.onnx by name -> its outputs by name
+
+
+class TimestepStates:
+    """The results of `timestep.onnx` for the steps of one image, in batches of at most `MAX_TIMESTEPS` steps.
+
+    Args:
+        run: runs the graph.
+        outputs: the shapes of its outputs by name, with dynamic dimensions by name; `batch` counts rows of all steps.
+        inputs: the rows of one step: what the graph reads but for the timestep. Those whose name is in `per_row` have
+            one row per row of the batch, the others hold for all rows.
+        batch: rows of one step.
+        timesteps: those that are expected, in order.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        outputs: Mapping[str, Shape],
+        inputs: Mapping[str, Tensor],
+        per_row: set[str],
+        batch: int,
+        timesteps: Sequence[float],
+    ) -> None:
+        self._run, self._outputs, self._inputs = run, outputs, inputs
+        self._per_row, self._batch, self._timesteps = per_row, batch, timesteps
+        self._states: dict[float, dict[str, Tensor]] = {}
+
+    def at(self, timestep: float) -> dict[str, Tensor]:
+        """The results for one step by name, each contiguous. Runs the graph when they are not there yet."""
+        if timestep not in self._states:
+            expected = list(dict.fromkeys(self._timesteps))
+            start = expected.index(timestep) if timestep in expected else len(expected)
+            self._states = self._compute(expected[start : start + MAX_TIMESTEPS] or [timestep])
+        return self._states[timestep]
+
+    def _compute(self, timesteps: Sequence[float]) -> dict[float, dict[str, Tensor]]:
+        count, batch = len(timesteps), self._batch
+        inputs = {
+            name: tensor.repeat(count, *[1] * (tensor.dim() - 1)) if name in self._per_row else tensor
+            for name, tensor in self._inputs.items()
+        }
+        rows = torch.tensor(timesteps, dtype=torch.float32).repeat_interleave(batch)
+        inputs[TIMESTEP] = rows.to(next(iter(inputs.values())).device) if inputs else rows
+        states: dict[float, dict[str, Tensor]] = {timestep: {} for timestep in timesteps}
+        for name, packed in self._run(inputs).items():
+            shape = self._outputs[name]
+            if SYMBOLIC.batch not in shape:
+                steps = [packed] * count
+            else:
+                axis = shape.index(SYMBOLIC.batch)
+                # Step by step in memory, so that the step reads its part as it lies.
+                by_step = packed.unflatten(axis, (count, batch)).movedim(axis, 0).contiguous()
+                steps = list(by_step.unbind())
+            for timestep, tensor in zip(timesteps, steps, strict=True):
+                states[timestep][name] = tensor
+        return states

@@ -1,0 +1,163 @@
+"""What each family says of its transformers, against the transformers themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cat_pruning.errors import CheckpointError, SettingsError, ShapeError
+from cat_pruning.exporter.families import FAMILIES, family_named, family_of_class
+from cat_pruning.exporter.interception import StepModule
+from cat_pruning.exporter.step_graph import run_step
+from cat_pruning.step_io import SYMBOLIC, Part, StepDims
+
+SD3, PIXART, FLUX = FAMILIES
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_noise_tokens_are_the_rows_of_the_output_projection(
+    tiny_transformer: Any, pipeline_call: Any, grid: tuple[int, int]
+) -> None:
+    call, rows = pipeline_call(tiny_transformer, batch=3, grid=grid), []
+    tiny_transformer.proj_out.register_forward_hook(lambda module, args, output: rows.append(output))
+    noise = call.noise(tiny_transformer)
+    assert torch.equal(call.family.noise_tokens(noise, call.config), rows[0])
+
+
+def test_predicted_noise_of_pixart_is_the_mean_without_the_variance(tiny_pixart: Any, pipeline_call: Any) -> None:
+    call = pipeline_call(tiny_pixart, batch=2, grid=(3, 5))
+    noise = call.noise(tiny_pixart)
+    mean = noise.chunk(2, dim=1)[0]  # as PixArtSigmaPipeline does
+    tokens = PIXART.predicted_noise(noise, call.config)
+    assert tokens.shape == (2, 15, 2 * 2 * 4)
+    assert torch.equal(tokens, PIXART.noise_tokens(mean, call.config))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_predicted_noise_of_the_others_is_all_of_it(make_tiny: Any, pipeline_call: Any, kind: str) -> None:
+    transformer = make_tiny(kind)
+    call = pipeline_call(transformer, batch=2, grid=(3, 5))
+    noise = call.noise(transformer)
+    assert torch.equal(call.family.predicted_noise(noise, call.config), call.family.noise_tokens(noise, call.config))
+
+
+# ------------------------------------------------------------------ inputs
+
+
+def test_shapes_are_those_of_a_pipelines_call(tiny_transformer: Any, pipeline_call: Any) -> None:
+    call = pipeline_call(tiny_transformer, batch=3, grid=(3, 5), text=6)
+    dims = call.family.dims(call.config, (3, 5), batch=3, text_length=6, num_kept=4)
+    assert dims == StepDims.of(batch=3, latent_height=6, latent_width=10, patch_size=2, text_length=6, num_kept=4)
+    shapes = call.family.input_shapes(call.config, dims)
+    inputs = call.inputs()
+    assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == shapes
+    assert list(shapes)[:2] == ["hidden_states", "timestep"]
+    assert tuple(call.noise(tiny_transformer).shape) == call.family.noise_shape(call.config, dims)
+
+
+def test_no_input_of_the_timesteps_has_a_dimension_of_image_or_text(tiny_transformer: Any) -> None:
+    family = family_of_class(type(tiny_transformer).__name__)
+    shapes = family.input_shapes(tiny_transformer.config, SYMBOLIC)
+    for name in family.timestep_inputs:
+        assert {dim for dim in shapes.get(name, ()) if isinstance(dim, str)} <= {"batch"}
+    assert family.part_of("timestep") is Part.TIMESTEP
+    assert family.part_of("encoder_hidden_states") is Part.PROMPT
+    assert {family.part_of(name) for name in ("hidden_states", "noise", "keep_indices", "key_cache_0")} == {Part.STEP}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_timesteps_and_positions_stay_fp32(tiny_transformer: Any, pipeline_call: Any, dtype: torch.dtype) -> None:
+    inputs = pipeline_call(tiny_transformer.to(dtype), batch=1, grid=(3, 5)).inputs()
+    fp32 = {"timestep", "guidance", "position", "rotary_cos", "rotary_sin"}
+    for name, tensor in inputs.items():
+        assert tensor.dtype is (torch.float32 if name in fp32 else dtype), name
+
+
+def test_flux_takes_ids_with_a_batch_as_older_pipelines_pass_them(tiny_flux: Any, pipeline_call: Any) -> None:
+    call = pipeline_call(tiny_flux, batch=2, grid=(3, 5))
+    ids = {name: call.arguments[name].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}
+    older = type(call)(call.family, call.config, call.arguments | ids)
+    assert FLUX.grid(call.arguments["hidden_states"], ids, call.config) == (3, 5)
+    for name, tensor in call.inputs().items():
+        assert torch.equal(older.inputs()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "message"),
+    [
+        ("sd3", (1, 4, 5, 8), r"latents of 5x8: both sides must be multiples of the patch size 2"),
+        ("sd3", (1, 4, 0, 8), r"latents of 0x8: both sides must be multiples"),
+        ("sd3", (1, 4, 8, 50), r"latents of 8x50: the model's position table holds 48x48 at most"),
+        ("sd3", (1, 16, 4), r"expected latents \(B, C, H, W\), got shape \(1, 16, 4\)"),
+        ("pixart", (1, 4, 8, 7), r"latents of 8x7: both sides must be multiples of the patch size 2"),
+        ("flux-dev", (1, 16, 16), r"expected packed latents \(B, N, C\) .* img_ids of 3 rows and 5 columns"),
+        ("flux-dev", (1, 16, 3, 5), r"expected packed latents \(B, N, C\)"),
+    ],
+)
+def test_latents_that_do_not_fit(
+    make_tiny: Any, pipeline_call: Any, kind: str, shape: tuple[int, ...], message: str
+) -> None:
+    transformer = make_tiny(kind)
+    call = pipeline_call(transformer, batch=1, grid=(3, 5))
+    with pytest.raises(ShapeError, match=message):
+        call.family.grid(torch.zeros(shape), call.arguments, call.config)
+
+
+def test_pixart_has_no_largest_size(tiny_pixart: Any) -> None:
+    assert PIXART.grid(torch.zeros(1, 4, 512, 2), {}, tiny_pixart.config) == (256, 1)
+
+
+# ------------------------------------------------------------------ skip-layer guidance
+
+
+def noise_without(transformer: Any, call: Any, step_inputs: Any, layers: tuple[int, ...]) -> Tensor:
+    step, inputs = StepModule(transformer, SD3), call.inputs()
+    conditioning = {name: inputs[name] for name in inputs if name not in ("hidden_states", "timestep")}
+    gated = SD3.without_layers(conditioning, layers, call.config)
+    assert torch.equal(conditioning["layer_gates"], torch.ones(3))  # the other calls of the image need it
+    return run_step(step, step_inputs(step, batch=2, grid=(3, 5)) | inputs | gated)["noise_out"]
+
+
+@pytest.mark.parametrize("layers", [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("kind", ["sd3", "sd3.5"])
+def test_skipped_layers_are_diffusers_own_to_the_bit(
+    make_tiny: Any, pipeline_call: Any, step_inputs: Any, kind: str, layers: tuple[int, ...]
+) -> None:
+    transformer = make_tiny(kind, num_layers=3)
+    call = pipeline_call(transformer, batch=2, grid=(3, 5))
+    expected = call.noise(transformer, skip_layers=list(layers))
+    assert torch.equal(noise_without(transformer, call, step_inputs, layers), expected)
+    assert torch.equal(expected, call.noise(transformer)) == (layers == ())
+
+
+@pytest.mark.parametrize("layers", [(3,), (0, -1)])
+def test_layers_that_the_model_does_not_have(make_tiny: Any, pipeline_call: Any, layers: tuple[int, ...]) -> None:
+    call = pipeline_call(make_tiny("sd3", num_layers=3), batch=1, grid=(3, 5))
+    with pytest.raises(SettingsError, match=rf"skip_layers \[{layers[-1]}\]: the model has blocks 0 to 2"):
+        SD3.without_layers(call.inputs(), layers, call.config)
+
+
+@pytest.mark.parametrize("family", [PIXART, FLUX], ids=lambda family: family.name)
+def test_families_without_skip_layer_guidance(family: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"skip_layers=\[1\]: {family.transformer_class} has no skip-layer"):
+        family.without_layers({}, (1,), {})
+
+
+# ------------------------------------------------------------------ names
+
+
+def test_families_are_found_by_name_and_class() -> None:
+    assert [family.name for family in FAMILIES] == ["sd3", "pixart", "flux"]
+    for family in FAMILIES:
+        assert family_named(family.name) is family_of_class(family.transformer_class) is family
+
+
+def test_what_is_no_family() -> None:
+    with pytest.raises(CheckpointError, match=r"'dit' is not known to this .*; known are sd3, pixart, flux"):
+        family_named("dit")
+    known = "SD3Transformer2DModel, PixArtTransformer2DModel, FluxTransformer2DModel"
+    with pytest.raises(CheckpointError, match=rf"class DiTTransformer2DModel is not supported; supported are {known}"):
+        family_of_class("DiTTransformer2DModel")

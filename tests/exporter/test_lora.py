@@ -1,0 +1,155 @@
+"""Adapters: fused by `--lora`, fused by the user, and loaded into a module; always in the exported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import peft
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cat_pruning.dtype import DType
+from cat_pruning.engines.records import Source
+from cat_pruning.errors import CatError, CheckpointError, SettingsError
+from cat_pruning.exporter.checkpoint import load_transformer
+from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.families import FAMILIES
+from cat_pruning.exporter.interception import StepModule
+from cat_pruning.exporter.lora import parse_lora
+from cat_pruning.exporter.step_graph import example_inputs, run_step
+from cat_pruning.exporter.verify import run_graphs
+
+TARGETS = ["to_q", "to_k", "add_v_proj", "norm1.linear"]  # the last one is in timestep.onnx
+SCALE = 0.7
+
+
+def adapter(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """A random adapter of rank 2 for `model`, as diffusers' training scripts save it: A and B by module name."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and any(name.endswith(target) for target in TARGETS):
+            weights[f"transformer.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=generator)
+            weights[f"transformer.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=generator)
+    return weights
+
+
+def with_adapter(model: Any, weights: dict[str, Tensor], scale: float) -> Any:
+    """The reference, by hand: W + scale · B A."""
+    with torch.no_grad():
+        for name, a in weights.items():
+            if name.endswith("lora_A.weight"):
+                module = model.get_submodule(name.removeprefix("transformer.").removesuffix(".lora_A.weight"))
+                module.weight += scale * weights[name.replace("lora_A", "lora_B")] @ a
+    return model
+
+
+@pytest.fixture(scope="module")
+def base(make_tiny_sd3: Callable[..., SD3Transformer2DModel]) -> Callable[[], SD3Transformer2DModel]:
+    return lambda: make_tiny_sd3(num_layers=2)
+
+
+@pytest.fixture
+def lora_file(base: Callable[[], Any], tmp_path: Path) -> Path:
+    path = tmp_path / "style.safetensors"
+    save_file(adapter(base()), path, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture
+def lora_directory(base: Callable[[], Any], tmp_path: Path) -> Path:
+    """The same adapter as PEFT writes it, for classes that diffusers loads no LoRA files for."""
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS))
+    state = {f"base_model.model.{k.removeprefix('transformer.')}": v for k, v in adapter(base()).items()}
+    peft.set_peft_model_state_dict(model, state)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def outputs_of(bundle: Path, reference: Any, family: Any) -> tuple[Tensor, Tensor]:
+    """The noise of one pruned step: from the bundle's graphs, and from the reference module."""
+    step = StepModule(reference, family)
+    dims = family.dims(reference.config, (5, 6), batch=2, text_length=7, num_kept=9)
+    inputs = example_inputs(step, dims)
+    sessions = [onnxruntime.InferenceSession(bundle / f"{part}.onnx") for part in ("prompt", "timestep", "step")]
+    results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return torch.from_numpy(results["noise_out"]), run_step(step, inputs)["noise_out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_fused_adapter_is_in_the_exported_weights(
+    kind: str, request: pytest.FixtureRequest, base: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(f"lora_{kind}")
+    lora = parse_lora(f"{path}:{SCALE}")
+    bundle = export(
+        ExportConfig(model=str(tiny_checkpoint), out=tmp_path / "out", loras=(lora,), targets=(Target.ONNX,))
+    )
+    reference = with_adapter(base(), adapter(base()), SCALE)
+    got, expected = outputs_of(bundle.path, reference, FAMILIES[0])
+    without = outputs_of(bundle.path, base(), FAMILIES[0])[1]
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (without - expected).abs().max() > 0.05 * expected.abs().max()  # or the adapter would not matter
+    assert bundle.manifest.source.loras == (lora,)
+    assert f"--lora {path}:{SCALE}" in bundle.export_command()
+    # The torch engine of the bundle has them too.
+    loaded: Any = load_transformer(bundle.manifest.source, DType.FP32)
+    weight = loaded.transformer_blocks[0].attn.to_q.weight
+    torch.testing.assert_close(weight, reference.transformer_blocks[0].attn.to_q.weight)
+
+
+def test_an_adapter_that_is_loaded_but_not_fused_is_exported_with_its_module(
+    base: Any, lora_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    adapted = base()
+    adapted.load_lora_adapter(str(lora_file.parent), weight_name=lora_file.name, prefix="transformer")
+    config = ExportConfig(model=str(tiny_checkpoint), out=tmp_path / "out", targets=(Target.ONNX,))
+    bundle = export(config, transformer=adapted)
+    got, expected = outputs_of(bundle.path, with_adapter(base(), adapter(base()), 1.0), FAMILIES[0])
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert any(isinstance(module, peft.tuners.lora.LoraLayer) for module in adapted.modules())  # still the user's own
+    assert bundle.manifest.source.in_memory
+    with pytest.raises(CheckpointError, match="a module in memory"):
+        load_transformer(bundle.manifest.source, DType.FP32)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [("a.safetensors", "a.safetensors", 1.0), ("a:0.5", "a", 0.5), ("c:/a", "c:/a", 1.0), ("b:1e-1", "b", 0.1)],
+)
+def test_an_adapter_on_the_command_line(text: str, path: str, scale: float) -> None:
+    lora = parse_lora(text)
+    assert (lora.path, lora.scale) == (str(Path(path).resolve()), scale)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    make_tiny_sd3: Any, tiny_checkpoint: Path, tmp_path: Path, cat_export: Any
+) -> None:
+    other = make_tiny_sd3(num_attention_heads=2, caption_projection_dim=16)
+    path = tmp_path / "other.safetensors"
+    save_file(adapter(other), path)
+    for bad in (path, tmp_path / "missing.safetensors", tiny_checkpoint / "model_index.json"):
+        code, _, errors = cat_export("--model", tiny_checkpoint, "--out", tmp_path / "out", "--lora", bad)
+        assert code == 2
+        assert len(errors) == 1
+        assert f"--lora {bad} cannot be fused" in errors[0]
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_module_must_be_of_the_checkpoint(base: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = ExportConfig(model=str(tiny_checkpoint), out=tmp_path / "out", targets=(Target.ONNX,))
+    with pytest.raises(CheckpointError, match="a Linear"):
+        export(config, transformer=torch.nn.Linear(2, 2))
+    with pytest.raises(SettingsError, match="bfloat16"):
+        export(config, transformer=base().bfloat16())
+    with pytest.raises(CatError, match="says nothing about random weights"):
+        export(
+            ExportConfig(model="sd3", out=tmp_path / "out", random_weights=True, loras=(parse_lora("a"),)),
+        )
+    assert Source(kind="packaged", location="sd3-mini").loras == ()

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cat_pruning.dtype import DType
+from cat_pruning.engines.records import Source
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter import memory
+from cat_pruning.exporter.families import family_of_class
+from cat_pruning.exporter.interception import StepModule
+from cat_pruning.exporter.memory import check_memory, total_memory
+from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer, random_transformer
+from cat_pruning.exporter.step_graph import export_step_graph
+from cat_pruning.step_io import Part
+
+GIB = 1 << 30
+
+
+def architecture(transformer: Any) -> tuple[str, dict[str, Any]]:
+    """Class and config, as a checkpoint has them."""
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    return type(transformer).__name__, config
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_they_are_the_same_for_the_same_seed_and_normal(tiny_transformer: Any) -> None:
+    of = architecture(tiny_transformer)
+    one, same, other = (random_transformer(*of, DType.FP32, seed) for seed in (0, 0, 1))
+    assert type(one) is type(tiny_transformer)
+    assert not one.training
+    assert same_weights(one, same)
+    assert not same_weights(one, other)
+    values = torch.cat([parameter.flatten() for parameter in one.parameters()])
+    assert values.mean().item() == pytest.approx(0.0, abs=4e-4)
+    assert values.std().item() == pytest.approx(0.02, rel=0.01)
+    assert values.abs().max() > 0.06
+    large = [parameter.flatten()[:8] for parameter in one.parameters() if parameter.numel() >= 8]
+    assert len({tuple(values.tolist()) for values in large}) == len(large)  # a generator for each
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+def test_buffers_are_real(tiny_transformer: Any, dtype: DType) -> None:
+    for module in (hollow_transformer(*architecture(tiny_transformer), dtype),
+                   random_transformer(*architecture(tiny_transformer), dtype, 0)):  # fmt: skip
+        assert {parameter.dtype for parameter in module.parameters()} == {dtype.torch}
+        buffers, real = dict(module.named_buffers()), dict(tiny_transformer.named_buffers())
+        assert buffers.keys() == real.keys()
+        for name, buffer in buffers.items():
+            assert torch.equal(buffer, real[name].to(dtype.torch)), name
+
+
+def test_a_hollow_transformer_has_every_shape_and_no_memory(tiny_transformer: Any) -> None:
+    hollow = hollow_transformer(*architecture(tiny_transformer), DType.BF16)
+    shapes = {name: parameter.shape for name, parameter in tiny_transformer.named_parameters()}
+    assert {name: parameter.shape for name, parameter in hollow.named_parameters()} == shapes
+    assert all(parameter.untyped_storage().nbytes() == 2 for parameter in hollow.parameters())
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("sd3", DType.BF16), ("pixart", DType.FP32)])
+def test_an_export_that_makes_them_while_it_writes_writes_the_same_bytes(
+    make_tiny: Any, tmp_path: Path, kind: str, dtype: DType
+) -> None:
+    of = architecture(make_tiny(kind, num_layers=1))
+    family = family_of_class(of[0])
+    hollow, filled = hollow_transformer(*of, dtype), random_transformer(*of, dtype, 3)
+    for name in ("streamed", "held"):
+        (tmp_path / name).mkdir()
+    weights = RandomWeights(hollow, dtype, 3)
+    export_step_graph(StepModule(hollow, family), tmp_path / "streamed", weights=weights)
+    export_step_graph(StepModule(filled, family), tmp_path / "held")
+    for part in Part:
+        for name in (part.onnx, f"{part.onnx}.data"):
+            assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "held" / name).read_bytes(), name
+    assert (tmp_path / "held" / "step.onnx.data").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------ memory
+
+HUB, RANDOM = Source(kind="hub", location="some/sd3"), Source(kind="random", location="sd3", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "builds_plans", "source", "message"),
+    [
+        (20, False, HUB, r"^weights of 20\.0 GiB need about 22 GiB of memory to be exported, and this machine has 16 "
+         r"GiB; export with --dtype bf16 if it was another one, or on a larger machine$"),
+        (8, True, HUB, r"^weights of 8\.0 GiB need about 18 GiB of memory for an engine to be built from them, and "
+         r"this machine has 16 GiB; --target onnx needs about 10 GiB, "),
+        (8, True, RANDOM, r"an engine to be built from them, .* --target onnx needs about 2 GiB"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_is_told_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, weights: int, builds_plans: bool, source: Source, message: str
+) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
+    with pytest.raises(EngineError, match=message):
+        check_memory(weights * GIB, builds_plans=builds_plans, source=source)
+
+
+@pytest.mark.parametrize(
+    ("weights", "builds_plans", "source"), [(14, False, HUB), (7, True, HUB), (500, False, RANDOM), (7, True, RANDOM)]
+)
+def test_enough_memory(monkeypatch: pytest.MonkeyPatch, weights: int, builds_plans: bool, source: Source) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
+    check_memory(weights * GIB, builds_plans=builds_plans, source=source)
+
+
+@pytest.mark.parametrize(("content", "expected"), [("max", None), (str(GIB), GIB), (str(1 << 60), None), (None, None)])
+def test_memory_is_the_machines_or_the_control_groups(
+    monkeypatch: pytest.MonkeyPatch, content: str | None, expected: int | None
+) -> None:
+    def read(path: Path) -> str:
+        assert str(path) == "/sys/fs/cgroup/memory.max"
+        if content is None:
+            raise FileNotFoundError
+        return f"{content}\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    machine = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES")
+    assert total_memory() == (expected or machine)

@@ -1,0 +1,165 @@
+"""FLUX: guidance in the model or as a call of its own, timesteps that are no views, few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline
+from torch import Tensor
+
+from cat_pruning.step_io import Part
+
+Make = Callable[..., Any]
+Runs = list[tuple[Part, int]]
+STEPS = 10
+KINDS = "FFFFPPPPPP"
+SETTINGS = {"keep_ratio": 0.4, "full_steps": 4, "num_clusters": 6}
+SIZE = (64, 48)
+PROMPTS = ["a large red circle left of a small blue star", "a small green square"]
+TRUE_GUIDANCE = {"true_cfg_scale": 3.0, "negative_prompt": "a large blue star"}
+ENGINES = ["torch", "onnxruntime"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_guidance_is_an_input_of_the_model(models: Make, engine: str, sample: Make) -> None:
+    model = models("flux-middle")
+    finals = []
+    for scale in (1.0, 6.0):
+        expected = sample(model.pipeline(), STEPS, SIZE, guidance_scale=scale)
+        actual = sample(model.drop_in(engine, **SETTINGS | {"keep_ratio": 1.0}), STEPS, SIZE, guidance_scale=scale)
+        assert {record.keep_indices.shape[0] for record in actual.records} == {1}
+        torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=1e-4)
+        finals.append(actual.final)
+    assert (finals[0] - finals[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_prompts_of_one_seed_are_generated_as_if_alone(models: Make, engine: str, sample: Make) -> None:
+    model = models("flux-tiny")
+    pipe = model.drop_in(engine, **SETTINGS)
+    together = sample(pipe, STEPS, SIZE, PROMPTS, [5, 5])
+    assert together.kinds == KINDS
+    for row, prompt in enumerate(PROMPTS):
+        alone = sample(pipe, STEPS, SIZE, [prompt], [5])
+        torch.testing.assert_close(together.final[row : row + 1], alone.final, rtol=0, atol=1e-3)
+        for both, one in zip(together.records, alone.records, strict=True):
+            assert torch.equal(both.keep_indices[row], one.keep_indices[0])
+    one, other = together.records[4].keep_indices
+    assert not torch.equal(one, other)
+
+
+def test_rows_of_equal_latents_follow_themselves(models: Make) -> None:
+    """Where batches of guidance would follow the last half: the same latents on every call, two texts."""
+    model = models("flux-tiny")
+    pipe, config = model.drop_in("torch", **SETTINGS), model.transformer.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(6.0))
+    arguments = {
+        "encoder_hidden_states": torch.randn(2, 9, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(9, 3),
+    }
+    for step in range(5):
+        latents = torch.randn(1, 48, config.in_channels, generator=generator).repeat(2, 1, 1)
+        pipe.transformer(latents, timestep=torch.full((2,), 1 - step / 10), **arguments)
+    assert pipe.transformer.last_step.step == 4
+    one, other = pipe.transformer.last_step.keep_indices
+    assert one.shape == (19,)
+    assert not torch.equal(one, other)
+
+
+def test_the_timesteps_of_the_first_image_are_expected_of_the_second(
+    models: Make, sample: Make, small_graph_runs: Runs
+) -> None:
+    """The pipeline passes timestep / 1000: no view of a schedule, so the first image computes them one by one."""
+    pipe = models("flux-middle").drop_in("onnxruntime", **SETTINGS)
+    first = sample(pipe, STEPS, SIZE)
+    assert small_graph_runs == [(Part.PROMPT, 0), *[(Part.TIMESTEP, 1)] * STEPS]
+    small_graph_runs.clear()
+    second = sample(pipe, STEPS, SIZE)
+    assert small_graph_runs == [(Part.PROMPT, 0), (Part.TIMESTEP, STEPS)]
+    assert second.same_tokens_as(first)
+    torch.testing.assert_close(second.final, first.final, rtol=0, atol=1e-5)
+
+    small_graph_runs.clear()
+    other = sample(pipe, STEPS + 1, SIZE)  # 1 is in both schedules, no other timestep
+    assert other.kinds == KINDS + "P"
+    assert sum(count for part, count in small_graph_runs if part is Part.TIMESTEP) == 2 * STEPS
+    fresh = sample(models("flux-middle").drop_in("onnxruntime", **SETTINGS), STEPS + 1, SIZE)
+    torch.testing.assert_close(other.final, fresh.final, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["flux-tiny", "flux-middle"])
+def test_true_guidance_keeping_every_token(models: Make, name: str, engine: str, sample: Make) -> None:
+    model = models(name)
+    expected = sample(model.pipeline(), STEPS, SIZE, PROMPTS, [1, 2], **TRUE_GUIDANCE | _negative(2))
+    plain = sample(model.pipeline(), STEPS, SIZE, PROMPTS, [1, 2])
+    assert (expected.final - plain.final).abs().max() > 1e-2
+    pipe = model.drop_in(engine, **SETTINGS | {"keep_ratio": 1.0})
+    actual = sample(pipe, STEPS, SIZE, PROMPTS, [1, 2], **TRUE_GUIDANCE | _negative(2))
+    assert len(actual.calls) == 2 * STEPS
+    assert actual.kinds == KINDS
+    torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=1e-4)
+
+
+def _negative(count: int) -> dict[str, Any]:
+    return {"negative_prompt": [TRUE_GUIDANCE["negative_prompt"]] * count}
+
+
+@pytest.mark.parametrize("name", ["flux-tiny", "flux-middle"])
+def test_true_guidance_is_pruned(
+    models: Make, name: str, sample: Make, computed: list[Tensor], small_graph_runs: Runs
+) -> None:
+    model = models(name)
+    runs = []
+    for engine in ENGINES:
+        pipe = model.drop_in(engine, **SETTINGS)
+        computed.clear()
+        runs.append(sample(pipe, STEPS, SIZE, **TRUE_GUIDANCE))
+        prompts, negatives = computed[::2], computed[1::2]
+        assert [tokens.shape[1] for tokens in prompts] == [48] * 4 + [19] * 6
+        assert all(torch.equal(one, other) for one, other in zip(prompts, negatives, strict=True))
+        assert runs[-1].kinds == KINDS
+        assert [record.step for record in runs[-1].records] == list(range(STEPS))
+    assert runs[0].same_tokens_as(runs[1])
+    torch.testing.assert_close(runs[1].final, runs[0].final, rtol=0, atol=1e-3)
+    full = sample(model.pipeline(), STEPS, SIZE, **TRUE_GUIDANCE)
+    assert (runs[0].final - full.final).abs().max() > 1e-2
+
+    small_graph_runs.clear()
+    again = sample(pipe, STEPS, SIZE, **TRUE_GUIDANCE)  # ONNX Runtime's, a second image
+    assert again.same_tokens_as(runs[1])
+    torch.testing.assert_close(again.final, runs[1].final, rtol=0, atol=1e-5)
+    assert sorted(small_graph_runs) == [(Part.PROMPT, 0)] * 2 + [(Part.TIMESTEP, STEPS)] * 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_steps_are_never_pruned(models: Make, engine: str, sample: Make) -> None:
+    """FLUX.1-schnell at the default settings."""
+    model = models("flux-tiny")
+    expected = sample(model.pipeline(), 4, (96, 96))
+    actual = sample(model.drop_in(engine), 4, (96, 96))
+    assert actual.kinds == "FFFF"
+    torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=0 if engine == "torch" else 1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_image_to_image(models: Make, engine: str, sample: Make) -> None:
+    model = models("flux-middle")
+    arguments = {"image": torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(0)), "strength": 0.7}
+    expected = sample(model.pipeline(pipeline_class=FluxImg2ImgPipeline), 12, SIZE, **arguments)
+    every = model.drop_in(engine, pipeline_class=FluxImg2ImgPipeline, **SETTINGS | {"keep_ratio": 1.0})
+    torch.testing.assert_close(sample(every, 12, SIZE, **arguments).final, expected.final, rtol=0, atol=1e-4)
+    pruned = sample(model.drop_in(engine, pipeline_class=FluxImg2ImgPipeline, **SETTINGS), 12, SIZE, **arguments)
+    assert pruned.kinds == "FFFFPPPPP"  # 9 of the 12
+    assert (pruned.final - expected.final).abs().max() > 1e-2
+    weak = arguments | {"strength": 0.3}
+    expected = sample(model.pipeline(pipeline_class=FluxImg2ImgPipeline), 12, SIZE, **weak)
+    unpruned = sample(model.drop_in(engine, pipeline_class=FluxImg2ImgPipeline, **SETTINGS), 12, SIZE, **weak)
+    assert unpruned.kinds == "FFFF"
+    torch.testing.assert_close(unpruned.final, expected.final, rtol=0, atol=1e-4)
