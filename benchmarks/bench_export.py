@@ -1,7 +1,10 @@
-"""SD3-medium at full size, random weights in bf16, to a TensorRT-RTX plan: time and memory; `make bench-export`.
+"""A full-size export with random weights: time and memory of each stage; `make bench-export`.
 
 Memory is that of the whole process tree, polled ten times a second. `anonymous` is what the processes allocated;
-`resident` adds the pages of files they have mapped (the ONNX file's weights), which the kernel may drop at any time.
+`resident` adds the pages of files they have mapped (a checkpoint's weights), which the kernel may drop at any time.
+
+Random weights are made one at a time while they are written, so they say nothing about the memory that a checkpoint
+needs. `--from-directory` first writes them as one, sharded safetensors as on the hub, and measures an export of that.
 """
 
 from __future__ import annotations
@@ -18,34 +21,47 @@ from pathlib import Path
 import psutil
 from machine import write_result
 from rich.console import Console
+from safetensors.torch import save_file
+
+from cat_pruning.dtype import DType
+from cat_pruning.exporter.published import published_models
+from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer
 
 _STAGE = re.compile(r"✓ (.+?) ([\d.]+) s$")
+_SHARD_BYTES = 4 << 30
 
 
 def main() -> None:
-    """Export, measure, print, and write benchmarks/results/export.json."""
+    """Export, measure, print, and write benchmarks/results/export-MODEL.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd3")
-    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--dtype", type=DType, choices=list(DType), default=DType.BF16)
     parser.add_argument("--resolution", default="1024x1024")
-    parser.add_argument("--name", default="export", help="of the file in benchmarks/results")
+    parser.add_argument("--target", default="rtx", choices=["onnx", "rtx"])
+    parser.add_argument("--from-directory", action="store_true", help="export a checkpoint on disk")
+    parser.add_argument("--name", help="of the file in benchmarks/results (default: export-MODEL)")
     arguments = parser.parse_args()
     work = Path("build")  # on a disk: a temporary directory may be memory
     work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        out = Path(folder) / "bundle"
-        options = ["--model", arguments.model, "--dtype", arguments.dtype, "--resolution", arguments.resolution]
-        command = [sys.executable, "-m", "cat_pruning.exporter.cli", *options, "--random-weights", "--target", "rtx"]
+        out, source = Path(folder) / "bundle", [arguments.model, "--random-weights"]
+        if arguments.from_directory:
+            source = [str(_write_checkpoint(Path(folder) / "transformer", arguments.model, arguments.dtype))]
+        options = ["--dtype", arguments.dtype, "--resolution", arguments.resolution, "--target", arguments.target]
+        command = [sys.executable, "-m", "cat_pruning.exporter.cli", "--model", *source, *options]
         started = time.perf_counter()
         with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True) as process:
             resident, anonymous = _watch(process)
             assert process.stderr is not None
-            stages = dict(found.groups() for line in process.stderr if (found := _STAGE.search(line.strip())))
+            log = process.stderr.readlines()
         seconds = time.perf_counter() - started
         if process.returncode:
-            sys.exit(process.returncode)
+            sys.exit("".join(log))
+        stages = dict(found.groups() for line in log if (found := _STAGE.search(line.strip())))
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     result = {
+        "model": arguments.model,
+        "weights": "a checkpoint on disk" if arguments.from_directory else "random, made while they are written",
         "options": options,
         "seconds": round(seconds, 1),
         "stage_seconds": {title: float(value) for title, value in stages.items()},
@@ -55,7 +71,32 @@ def main() -> None:
         "macs": manifest["macs"],
     }
     Console().print_json(data=result)
-    Console().print(f"written to {write_result(arguments.name, result)}")
+    Console().print(f"written to {write_result(arguments.name or f'export-{arguments.model}', result)}")
+
+
+def _write_checkpoint(folder: Path, model: str, dtype: DType) -> Path:
+    """The published architecture with random weights as `save_pretrained` would write it, a shard at a time."""
+    published = published_models()[model]
+    hollow = hollow_transformer(published.transformer_class, published.transformer, dtype)
+    weights = RandomWeights(hollow, dtype, seed=0)
+    hollow.save_config(folder)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in weights.shapes.items():
+        size += shape.numel() * dtype.num_bytes
+        if size > _SHARD_BYTES:
+            shards.append([])
+            size = shape.numel() * dtype.num_bytes
+        shards[-1].append(name)
+    index = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: weights(name) for name in names}, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+    total = sum(shape.numel() * dtype.num_bytes for shape in weights.shapes.values())
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(content))
+    return folder
 
 
 def _watch(process: subprocess.Popen[str]) -> tuple[int, int]:
