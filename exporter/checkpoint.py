@@ -57,6 +57,11 @@ class Checkpoint:
         """Side in pixels of the images that the model was trained on."""
         return self.family.default_latent_size(self.config) * self.pixels_per_latent
 
+    @property
+    def transformer_directory(self) -> Path | None:
+        """Where the transformer's own files are; None for random weights."""
+        return None if self.directory is None else _transformer_directory(self.directory)
+
 
 def model_names() -> list[str]:
     """Every name that `--model` knows."""
@@ -135,7 +140,7 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
         raise CheckpointError(f"the checkpoint {source.location} is not there any more; export it again")
     checkpoint = _local(directory, source)
     transformer_class = getattr(diffusers, checkpoint.family.transformer_class)
-    folder = directory / "transformer" if (directory / "model_index.json").is_file() else directory
+    folder = _transformer_directory(directory)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no *.safetensors weights; download or convert them")
     try:
@@ -148,6 +153,10 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
             f"{folder} cannot be loaded ({first_line(error)}); download or convert it again"
         ) from error
     return fuse_loras(module, source.loras).eval()
+
+
+def _transformer_directory(directory: Path) -> Path:
+    return directory / "transformer" if (directory / "model_index.json").is_file() else directory
 
 
 def _random(name: str, published: Published) -> Checkpoint:

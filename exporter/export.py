@@ -36,7 +36,7 @@ from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter.checkpoint import Checkpoint, find_checkpoint, load_transformer
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.macs import Macs, count_macs
-from cat_pruning.exporter.memory import check_memory
+from cat_pruning.exporter.memory import check_memory, held_bytes
 from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
@@ -143,7 +143,11 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         for prompts in dict.fromkeys(config.prompts)
     )
     plans = rtx_plan_specs() if Target.RTX in config.targets else ()
-    check_memory(checkpoint.num_parameters * config.dtype.num_bytes, builds_plans=bool(plans), source=checkpoint.source)
+    check_memory(
+        checkpoint.num_parameters * config.dtype.num_bytes,
+        held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify),
+        builds_plans=bool(plans),
+    )
     with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint)) as writer:
         graphs = _write_graphs(config, checkpoint, transformer, writer.path, stage)
         with stage("Count MACs"):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cat_pruning.engines.records import Source
+from safetensors import SafetensorError, safe_open
+
+from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
+from cat_pruning.exporter.checkpoint import Checkpoint
 
 # Of the weights' size, beside what Python and the libraries take: measured on the builds of SD3-medium in
 # benchmarks/RESULTS.md, where the builder's process held 1.9 times the weights.
@@ -15,23 +18,26 @@ _BASE_BYTES = 2 << 30
 _GIB = 1 << 30
 
 
-def check_memory(weights_bytes: int, *, builds_plans: bool, source: Source) -> None:
-    """Check that the weights of `weights_bytes` can be exported from `source` here.
+def check_memory(weights_bytes: int, *, held_bytes: int, builds_plans: bool) -> None:
+    """Check that weights of `weights_bytes` can be exported here.
 
-    Random weights are made one at a time while they are written; others are held once. The builder of a plan, which
-    runs when they are let go, holds them twice.
+    Args:
+        weights_bytes: in the dtype of the export. The builder of a plan, which runs when the weights are let go, holds
+            them twice.
+        held_bytes: what the exporter itself holds of them; see `held_bytes`.
+        builds_plans: whether plans are built.
 
     Raises:
         EngineError: the machine has less memory than that.
     """
-    held = 0 if source.kind == "random" else weights_bytes
-    writing, building = held + _BASE_BYTES, int(weights_bytes * _BUILDER_COPIES) + _BASE_BYTES
+    writing, building = held_bytes + _BASE_BYTES, int(weights_bytes * _BUILDER_COPIES) + _BASE_BYTES
     memory = total_memory()
     weights = f"weights of {weights_bytes / _GIB:.1f} GiB"
     if writing > memory:
         raise EngineError(
             f"{weights} need about {writing / _GIB:.0f} GiB of memory to be exported, and this machine has "
-            f"{memory / _GIB:.0f} GiB; export with --dtype bf16 if it was another one, or on a larger machine"
+            f"{memory / _GIB:.0f} GiB; in the dtype of the checkpoint's own files, and without adapters, they need not "
+            "be held (--dtype), or export on a larger machine"
         )
     if builds_plans and building > memory:
         raise EngineError(
@@ -39,6 +45,38 @@ def check_memory(weights_bytes: int, *, builds_plans: bool, source: Source) -> N
             f"machine has {memory / _GIB:.0f} GiB; --target onnx needs about {writing / _GIB:.0f} GiB, engines can be "
             "built from the same command on a larger machine"
         )
+
+
+def held_bytes(checkpoint: Checkpoint, dtype: DType, *, verify: bool) -> int:
+    """The bytes of weights that an exporter of `checkpoint` allocates: all or none.
+
+    Random weights are made one at a time while they are written. Safetensors files of the export's own dtype are
+    mapped, so that the kernel reads a weight when it is written and may drop it afterwards. All others are converted
+    when they are loaded; adapters change them; and --verify computes with them.
+    """
+    mapped = checkpoint.source.kind == "random" or (
+        not checkpoint.source.in_memory
+        and not checkpoint.source.loras
+        and dtypes_on_disk(checkpoint.transformer_directory) == {_ON_DISK[dtype]}
+    )
+    return 0 if mapped and not verify else checkpoint.num_parameters * dtype.num_bytes
+
+
+_ON_DISK = {DType.FP32: "F32", DType.FP16: "F16", DType.BF16: "BF16"}
+
+
+def dtypes_on_disk(folder: Path | None) -> set[str]:
+    """The dtypes of the weights in a folder, as safetensors names them; reads the files' headers only."""
+    dtypes: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors") if folder else ()):
+        if ".fp16." in path.name:
+            continue  # a variant, which is not loaded
+        try:
+            with safe_open(path, framework="pt") as file:
+                dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  # no mapping
+        except (OSError, SafetensorError):
+            return set()  # which the load will tell
+    return dtypes
 
 
 def total_memory() -> int:

@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from cat_pruning.dtype import DType
-from cat_pruning.engines.records import Source
-from cat_pruning.errors import EngineError
-from cat_pruning.exporter import memory
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
-from cat_pruning.exporter.memory import check_memory, total_memory
 from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer, random_transformer
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.step_io import Part
@@ -80,49 +76,3 @@ def test_an_export_that_makes_them_while_it_writes_writes_the_same_bytes(
         for name in (part.onnx, f"{part.onnx}.data"):
             assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "held" / name).read_bytes(), name
     assert (tmp_path / "held" / "step.onnx.data").stat().st_size > 10_000
-
-
-# ------------------------------------------------------------------ memory
-
-HUB, RANDOM = Source(kind="hub", location="some/sd3"), Source(kind="random", location="sd3", seed=0)
-
-
-@pytest.mark.parametrize(
-    ("weights", "builds_plans", "source", "message"),
-    [
-        (20, False, HUB, r"^weights of 20\.0 GiB need about 22 GiB of memory to be exported, and this machine has 16 "
-         r"GiB; export with --dtype bf16 if it was another one, or on a larger machine$"),
-        (8, True, HUB, r"^weights of 8\.0 GiB need about 18 GiB of memory for an engine to be built from them, and "
-         r"this machine has 16 GiB; --target onnx needs about 10 GiB, "),
-        (8, True, RANDOM, r"an engine to be built from them, .* --target onnx needs about 2 GiB"),
-    ],
-)  # fmt: skip
-def test_too_little_memory_is_told_before_the_work(
-    monkeypatch: pytest.MonkeyPatch, weights: int, builds_plans: bool, source: Source, message: str
-) -> None:
-    monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
-    with pytest.raises(EngineError, match=message):
-        check_memory(weights * GIB, builds_plans=builds_plans, source=source)
-
-
-@pytest.mark.parametrize(
-    ("weights", "builds_plans", "source"), [(14, False, HUB), (7, True, HUB), (500, False, RANDOM), (7, True, RANDOM)]
-)
-def test_enough_memory(monkeypatch: pytest.MonkeyPatch, weights: int, builds_plans: bool, source: Source) -> None:
-    monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
-    check_memory(weights * GIB, builds_plans=builds_plans, source=source)
-
-
-@pytest.mark.parametrize(("content", "expected"), [("max", None), (str(GIB), GIB), (str(1 << 60), None), (None, None)])
-def test_memory_is_the_machines_or_the_control_groups(
-    monkeypatch: pytest.MonkeyPatch, content: str | None, expected: int | None
-) -> None:
-    def read(path: Path) -> str:
-        assert str(path) == "/sys/fs/cgroup/memory.max"
-        if content is None:
-            raise FileNotFoundError
-        return f"{content}\n"
-
-    monkeypatch.setattr(Path, "read_text", read)
-    machine = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES")
-    assert total_memory() == (expected or machine)

@@ -1,0 +1,123 @@
+"""Is the memory that an export needs told before the work, and is it what the export then holds?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cat_pruning.dtype import DType
+from cat_pruning.engines.records import LoraSpec
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter import memory
+from cat_pruning.exporter.checkpoint import find_checkpoint, load_transformer
+from cat_pruning.exporter.memory import check_memory, held_bytes, total_memory
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("weights", "held", "builds_plans", "message"),
+    [
+        (20, 20, False, r"^weights of 20\.0 GiB need about 22 GiB of memory to be exported, and this machine has 16 "
+         r"GiB; in the dtype of the checkpoint's own files, .* \(--dtype\), or export on a larger machine$"),
+        (8, 8, True, r"^weights of 8\.0 GiB need about 18 GiB of memory for an engine to be built from them, and "
+         r"this machine has 16 GiB; --target onnx needs about 10 GiB, "),
+        (8, 0, True, r"an engine to be built from them, .* --target onnx needs about 2 GiB"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_is_told_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, weights: int, held: int, builds_plans: bool, message: str
+) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
+    with pytest.raises(EngineError, match=message):
+        check_memory(weights * GIB, held_bytes=held * GIB, builds_plans=builds_plans)
+
+
+@pytest.mark.parametrize(
+    ("weights", "held", "builds_plans"), [(14, 14, False), (7, 7, True), (500, 0, False), (7, 0, True)]
+)
+def test_enough_memory(monkeypatch: pytest.MonkeyPatch, weights: int, held: int, builds_plans: bool) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
+    check_memory(weights * GIB, held_bytes=held * GIB, builds_plans=builds_plans)
+
+
+def test_the_exporter_of_a_machine_that_is_too_small_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, cat_export: Callable[..., Any], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
+    out = tmp_path / "out"
+    options = ["--model", "flux-dev", "--random-weights", "--dtype", "bf16", "--out", out]
+    code, _, errors = cat_export(*options, "--target", "rtx")
+    assert code == 2
+    assert len(errors) == 1
+    assert "weights of 22.2 GiB need about 46 GiB of memory for an engine to be built from them" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ what is held
+
+
+@pytest.mark.parametrize("on_disk", list(DType))
+@pytest.mark.parametrize("dtype", list(DType))
+def test_weights_of_the_dtype_on_disk_are_mapped(
+    write_checkpoint: Callable[..., Path], make_tiny: Any, tmp_path: Path, on_disk: DType, dtype: DType
+) -> None:
+    directory = write_checkpoint(tmp_path / "pipeline")
+    make_tiny("sd3").to(on_disk.torch).save_pretrained(directory / "transformer")
+    checkpoint = find_checkpoint(str(directory))
+    held = held_bytes(checkpoint, dtype, verify=False)
+    assert held == (0 if dtype is on_disk else checkpoint.num_parameters * dtype.num_bytes)
+    # What the loaded module says of it: a mapped weight is no memory that torch allocated.
+    transformer = load_transformer(checkpoint.source, dtype)
+    allocated = sum(
+        parameter.numel() * dtype.num_bytes for parameter in transformer.parameters() if not _is_mapped(parameter)
+    )
+    assert allocated == held
+
+
+def _is_mapped(parameter: torch.Tensor) -> bool:
+    address = parameter.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split(" ", 1)[0].split("-"))
+        if start <= address < end:
+            return line.endswith(".safetensors")
+    return False
+
+
+def test_what_else_is_held(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "pipeline")
+    everything = held_bytes(find_checkpoint(str(directory)), DType.FP32, verify=True)
+    assert everything > 0
+    adapted = find_checkpoint(str(directory), loras=(LoraSpec(path="adapter", scale=1.0),))
+    assert held_bytes(adapted, DType.FP32, verify=False) == everything
+    random = find_checkpoint("sd3", random_weights=True)
+    assert held_bytes(random, DType.BF16, verify=False) == 0
+    assert held_bytes(random, DType.BF16, verify=True) == 2 * random.num_parameters
+
+
+def test_damaged_weights_are_left_to_the_load(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "pipeline")
+    (directory / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no header")
+    assert held_bytes(find_checkpoint(str(directory)), DType.FP32, verify=False) > 0
+
+
+# ------------------------------------------------------------------ what there is
+
+
+@pytest.mark.parametrize(("content", "expected"), [("max", None), (str(GIB), GIB), (str(1 << 60), None), (None, None)])
+def test_memory_is_the_machines_or_the_control_groups(
+    monkeypatch: pytest.MonkeyPatch, content: str | None, expected: int | None
+) -> None:
+    def read(path: Path) -> str:
+        assert str(path) == "/sys/fs/cgroup/memory.max"
+        if content is None:
+            raise FileNotFoundError
+        return f"{content}\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    machine = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES")
+    assert total_memory() == (expected or machine)
