@@ -207,6 +207,12 @@ def test_pixart_sigma_against_the_paper(pixart: Count) -> None:
     assert image.pruned_image(28, settings) == pytest.approx(60.08e12, rel=0.007)
     assert image.unpruned(50) == pytest.approx(215.40e12, rel=0.005)
     assert image.pruned_image(50, settings) == pytest.approx(88.24e12, rel=0.005)
+    # As the paper counts: only the cross-attention's keys and values are kept, and only by pruned steps.
+    captions = 2 * 300 * (4096 * 1152 + 1152 * 1152)  # the projection of 2 rows of 300 tokens
+    pruned = image.pruned + image.timestep + captions
+    assert pruned == pytest.approx(1.282e12, rel=0.0005)
+    assert 8 * image.unpruned(1) + 20 * pruned == pytest.approx(60.08e12, rel=0.001)
+    assert 8 * image.unpruned(1) + 42 * pruned == pytest.approx(88.24e12, rel=0.001)
 
 
 def test_totals_follow_the_schedule() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from cat_pruning.exporter.checkpoint import quiet_diffusers
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
+from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.models import miniatures
 from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
@@ -31,6 +33,7 @@ from cat_pruning.runtime.step_engine import StepEngine
 from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
 
 TEXT_LENGTH = 24  # of CLIP in sd3-mini; T5 takes any
 
@@ -75,12 +78,14 @@ _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @dataclass
 class Model:
-    """A random transformer, its pipeline's class and other parts, and both engines over it."""
+    """A random transformer, its pipeline's class and other parts, its exported graphs, and both engines over it."""
 
     name: str
     transformer: Any
     pipeline_class: Any
     parts: dict[str, Any]
+    directory: Path
+    graphs: dict[Part, Graph]
     engines: dict[str, StepEngine] = field(default_factory=dict)
 
     def pipeline(self, transformer: Any = None, scheduler: Any = None, pipeline_class: Any = None) -> Any:
@@ -111,12 +116,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
         transformer = _random(transformer_class, config | _text_widths(pipeline_class, config, parts))
         family = family_of_class(transformer_class.__name__)
         directory = tmp_path_factory.mktemp(name)
-        export_step_graph(StepModule(transformer, family), directory)
+        graphs = export_step_graph(StepModule(transformer, family), directory)
         engines = {
             "onnxruntime": OnnxRuntimeStepEngine(directory, family, transformer.config, torch.float32),
             "torch": TorchStepEngine(transformer),
         }
-        return Model(name, transformer, pipeline_class, parts, engines)
+        return Model(name, transformer, pipeline_class, parts, directory, graphs, engines)
 
     return make
 

@@ -1,0 +1,40 @@
+"""TensorRT-RTX plans of the middle sizes, 1024 tokens, in fp32; `tests/engines/test_build.py` has the tiny ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_pruning.engines.build import build_rtx_plan, can_build_rtx
+from cat_pruning.engines.profiles import plan_profiles, profile_spec
+from cat_pruning.engines.records import Geometry
+from cat_pruning.exporter.export import graph_spec
+from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
+
+Make = Callable[..., Any]
+TEXT_LENGTH = 48
+
+
+@pytest.mark.skipif(not can_build_rtx(), reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize("part", list(Part))
+@pytest.mark.parametrize("name", ["pixart-middle", "flux-middle", "sd35-middle"])
+def test_the_middle_sizes_can_be_built(models: Make, name: str, part: Part, tmp_path: Path) -> None:
+    model = models(name)
+    family, config = model.engines["torch"].family, model.transformer.config
+    geometry = Geometry(
+        pixels_per_latent=4,
+        patch_size=family.patch_size(config),
+        latent_channels=family.latent_channels(config),
+        max_latent_size=family.max_latent_size(config),
+        text_length=TEXT_LENGTH,
+    )
+    guidance = family.batched_guidance
+    profile = profile_spec(256, 256, 1, geometry=geometry, settings=PruneSettings(), guidance=guidance)
+    assert (profile.num_tokens, profile.num_kept) == (1024, 307)
+    graph = graph_spec(part, model.graphs[part])
+    build_rtx_plan(model.directory / graph.file, tmp_path / "plan", plan_profiles(graph, [profile], 2))
+    assert (tmp_path / "plan").stat().st_size > (model.directory / f"{graph.file}.data").stat().st_size / 2
