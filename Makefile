@@ -11,7 +11,7 @@ EXPORT_sd3-mini := --text-length 48
 GENERATE_sd3-mini := --guidance-scale 4
 PROMPT := a large red circle left of a small blue star on a plain black background
 
-.PHONY: install check test demo bench bench-export clean
+.PHONY: install check test demo bench bench-export bench-macs clean
 
 install: .venv/installed
 
@@ -44,6 +44,9 @@ bench: install
 
 bench-export: install
 	$(BIN)/python benchmarks/bench_export.py
+
+bench-macs: install
+	$(BIN)/python benchmarks/bench_macs.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

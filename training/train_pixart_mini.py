@@ -1,6 +1,6 @@
 """Train pixart-mini, or continue an existing one; a killed run resumes with the same command.
 
-    python training/train_pixart_mini.py build/training-pixart --vae models/sd3-mini/vae --steps 4000
+    python training/train_pixart_mini.py build/training-pixart --vae models/sd3-mini/vae --side 64 --steps 3600
     python training/train_pixart_mini.py build/training-pixart --init models/pixart-mini --steps 2000 --peak-lr 4e-4
 
 Writes into the folder: `checkpoint.pt`, `pixart-mini-latest/` at each checkpoint, `pixart-mini/` at the end.
@@ -18,9 +18,7 @@ def configuration(arguments: list[str] | None = None) -> TrainConfig:
         arguments,
         miniature="pixart-mini",
         description=__doc__,
-        batch_size=16,
-        peak_lr=2e-3,
-        warmup_steps=100,
+        peak_lr=1.5e-3,
         ema_decay=0.998,
     )
 
