@@ -152,7 +152,7 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
         raise CheckpointError(
             f"{folder} cannot be loaded ({first_line(error)}); download or convert it again"
         ) from error
-    return fuse_loras(module, source.loras).eval()
+    return fuse_loras(module, checkpoint.family, source.loras).eval()
 
 
 def _transformer_directory(directory: Path) -> Path:

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from cat_pruning.engines.records import LoraSpec
-from cat_pruning.errors import CheckpointError
+from cat_pruning.errors import CheckpointError, SettingsError
+from cat_pruning.exporter.families.family import Family
 from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "transformer."
+_ADAPTED = re.compile(r"\.(lora_|lora\.|lokr_)")  # what follows a module's name
 
 
 def parse_lora(text: str) -> LoraSpec:
-    """`--lora PATH[:SCALE]`: the adapter and the factor of its change, 1 unless given."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        return LoraSpec(path=str(Path(path).resolve()), scale=float(scale)) if colon else _unscaled(text)
-    except ValueError:  # a path with a colon
-        return _unscaled(text)
-
-
-def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:
-    """Add each adapter's change of the weights, scale · B A · alpha / r, to `transformer`, in place.
-
-    An adapter is a diffusers file (`*.safetensors`, whose keys begin with "transformer." or with a module's name), or
-    a directory that PEFT wrote (with `adapter_config.json`).
+    """`--lora PATH[:SCALE]`: the adapter and the factor of its change, 1 unless given.
 
     Raises:
-        CheckpointError: PEFT is not installed, or an adapter is missing, unreadable or of another model.
+        SettingsError: a scale that is not finite.
+    """
+    path, colon, number = text.rpartition(":")
+    try:
+        scale = float(number) if colon else 1.0
+    except ValueError:  # a path with a colon
+        path, scale = text, 1.0
+    if not math.isfinite(scale):
+        raise SettingsError(f"--lora {text}: expected a finite scale")
+    return LoraSpec(path=str(Path(path or text).resolve()), scale=scale)
+
+
+def fuse_loras(transformer: nn.Module, family: Family, loras: Sequence[LoraSpec]) -> nn.Module:
+    """Add each adapter's change of the weights, scale · B A · alpha / r, to `transformer`, in place.
+
+    An adapter is a file that diffusers' pipeline of the family loads (`*.safetensors`; for FLUX Kohya's and XLabs'
+    too), or a directory that PEFT wrote (with `adapter_config.json`). What a file has for text encoders is left out,
+    with a warning.
+
+    Raises:
+        CheckpointError: PEFT is not installed, or an adapter is missing, unreadable, damaged, or of another model, be
+            it in part.
     """
     for lora in loras:
         try:
             with quiet_diffusers(errors=False):
-                transformer = _fuse(transformer, lora)
+                transformer = _fuse(transformer, family, lora)
         except ImportError as error:
             raise CheckpointError("--lora: PEFT is not installed here; pip install 'cat-pruning[lora]'") from error
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(
                 f"--lora {lora.path} cannot be fused into this {type(transformer).__name__} ({first_line(error)}); "
                 "give an adapter of this model: a diffusers *.safetensors file or a PEFT directory"
@@ -46,11 +65,7 @@ def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:
     return transformer
 
 
-def _unscaled(path: str) -> LoraSpec:
-    return LoraSpec(path=str(Path(path).resolve()), scale=1.0)
-
-
-def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
+def _fuse(transformer: Any, family: Family, lora: LoraSpec) -> nn.Module:
     import peft
 
     path = Path(lora.path)
@@ -63,15 +78,39 @@ def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
         return merged
     if not path.is_file():
         raise FileNotFoundError("no such file, and no directory with adapter_config.json")
-    if not hasattr(transformer, "load_lora_adapter"):
+    if family.lora_loader is None:
         raise ValueError("diffusers loads no LoRA files for this class; a PEFT directory works")
-    from safetensors.torch import load_file
-
-    weights = load_file(path)
-    prefix = "transformer" if any(name.startswith("transformer.") for name in weights) else None
-    transformer.load_lora_adapter(weights, prefix=prefix)
-    if not getattr(transformer, "peft_config", None):
-        raise ValueError("none of its weights belongs to this model")
+    weights, alphas, metadata = _read(path, family.lora_loader)
+    _check(weights, transformer)
+    # Its own metadata says what the alphas would, and diffusers takes one of them only.
+    transformer.load_lora_adapter(weights, network_alphas=None if metadata else alphas, metadata=metadata)
     transformer.fuse_lora(lora_scale=lora.scale)
     transformer.unload_lora()
     return transformer  # type: ignore[no-any-return]
+
+
+def _read(path: Path, loader: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any] | None]:
+    """An adapter's weights and alphas by name, beginning with "transformer.", and its metadata."""
+    read = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+    weights, *more = loader.lora_state_dict(str(path.parent), **read, return_alphas=True, return_lora_metadata=True)
+    metadata, alphas = more[-1], dict(more[0] or {}) if len(more) == 2 else {}  # only FLUX's loader returns alphas
+    alphas |= {name: weights.pop(name) for name in list(weights) if name.endswith(".alpha")}
+    if others := sorted({name.split(".")[0] for name in weights if name.startswith("text_encoder")}):
+        logger.warning("%s: what it has for %s is not exported; load it into the pipeline", path, ", ".join(others))
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("text_encoder")}
+    if not any(name.startswith(_PREFIX) for name in weights):
+        weights, alphas = ({f"{_PREFIX}{name}": each for name, each in by.items()} for by in (weights, alphas))
+        metadata = metadata and {f"{_PREFIX}{name}": value for name, value in metadata.items()}
+    return weights, alphas, metadata
+
+
+def _check(weights: dict[str, Tensor], transformer: nn.Module) -> None:
+    """That every weight is of a module of `transformer`; diffusers leaves out what does not fit."""
+    modules = {name for name, _ in transformer.named_modules()}
+    for name, weight in weights.items():
+        if _ADAPTED.split(name.removeprefix(_PREFIX))[0] not in modules or not name.startswith(_PREFIX):
+            raise ValueError(f"its {name} belongs to no module of the model")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"its {name} is not finite")
+    if not weights:
+        raise ValueError("it has no weights for the transformer")

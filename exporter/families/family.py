@@ -31,6 +31,8 @@ class Family(ABC):
         fp32_inputs: the inputs that stay fp32 whatever the model computes in.
         text_first: joint attention's order of rows, as the model's blocks have it.
         max_timestep: where its timesteps begin; they end at 0.
+        lora_loader: diffusers' reader of its LoRA files; None where there is none.
+        former_norm_type: the `norm_type` of its config under the former class, Transformer2DModel; None without one.
         batched_guidance: classifier-free guidance doubles the rows of a batch, [negative; positive].
     """
 
@@ -41,6 +43,8 @@ class Family(ABC):
     fp32_inputs: ClassVar[tuple[str, ...]] = (TIMESTEP,)
     text_first: ClassVar[bool] = False
     max_timestep: ClassVar[float] = 1000.0
+    lora_loader: ClassVar[Any] = None
+    former_norm_type: ClassVar[str | None] = None
     batched_guidance: ClassVar[bool] = True
 
     # The module: where it is intercepted, and how it is called.

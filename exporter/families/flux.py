@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ class Flux(Family):
     fp32_inputs = (TIMESTEP, "guidance", *ROTARY)
     text_first = True
     max_timestep = 1.0
+    lora_loader = FluxLoraLoaderMixin
     batched_guidance = False
 
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:

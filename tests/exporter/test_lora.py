@@ -10,7 +10,7 @@ import onnxruntime
 import peft
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,14 +19,15 @@ from cat_pruning.engines.records import Source
 from cat_pruning.errors import CatError, CheckpointError, SettingsError
 from cat_pruning.exporter.checkpoint import load_transformer
 from cat_pruning.exporter.export import ExportConfig, Target, export
-from cat_pruning.exporter.families import FAMILIES
+from cat_pruning.exporter.families import FAMILIES, family_of_class
 from cat_pruning.exporter.interception import StepModule
-from cat_pruning.exporter.lora import parse_lora
+from cat_pruning.exporter.lora import fuse_loras, parse_lora
 from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.exporter.verify import run_graphs
 
 TARGETS = ["to_q", "to_k", "add_v_proj", "norm1.linear"]  # the last one is in timestep.onnx
 SCALE = 0.7
+ALPHA = 8.0  # alpha / r, where an adapter has one
 
 
 def adapter(model: Any, seed: int = 0) -> dict[str, Tensor]:
@@ -65,7 +66,7 @@ def lora_file(base: Callable[[], Any], tmp_path: Path) -> Path:
 @pytest.fixture
 def lora_directory(base: Callable[[], Any], tmp_path: Path) -> Path:
     """The same adapter as PEFT writes it, for classes that diffusers loads no LoRA files for."""
-    model = peft.get_peft_model(base(), peft.LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS))
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=2, lora_alpha=2 * ALPHA, target_modules=TARGETS))
     state = {f"base_model.model.{k.removeprefix('transformer.')}": v for k, v in adapter(base()).items()}
     peft.set_peft_model_state_dict(model, state)
     model.save_pretrained(str(tmp_path / "adapter"))
@@ -91,7 +92,7 @@ def test_a_fused_adapter_is_in_the_exported_weights(
     bundle = export(
         ExportConfig(model=str(tiny_checkpoint), out=tmp_path / "out", loras=(lora,), targets=(Target.ONNX,))
     )
-    reference = with_adapter(base(), adapter(base()), SCALE)
+    reference = with_adapter(base(), adapter(base()), SCALE * (ALPHA if kind == "directory" else 1.0))
     got, expected = outputs_of(bundle.path, reference, FAMILIES[0])
     without = outputs_of(bundle.path, base(), FAMILIES[0])[1]
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -117,6 +118,88 @@ def test_an_adapter_that_is_loaded_but_not_fused_is_exported_with_its_module(
     assert bundle.manifest.source.in_memory
     with pytest.raises(CheckpointError, match="a module in memory"):
         load_transformer(bundle.manifest.source, DType.FP32)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+@pytest.mark.parametrize("says", ["metadata", "alpha keys", "names without a prefix"])
+def test_alpha_counts_however_a_file_says_it(make_tiny: Any, tmp_path: Path, kind: str, says: str) -> None:
+    model, weights = make_tiny(kind), adapter(make_tiny(kind))
+    path = tmp_path / "style.safetensors"
+    if says == "metadata":
+        model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2 * ALPHA, target_modules=TARGETS))
+        peft.set_peft_model_state_dict(model, {k.removeprefix("transformer."): v for k, v in weights.items()})
+        pipeline = FluxPipeline if kind.startswith("flux") else StableDiffusion3Pipeline
+        metadata = {"transformer_lora_adapter_metadata": model.peft_config["default"].to_dict()}
+        layers = peft.get_peft_model_state_dict(model)
+        pipeline.save_lora_weights(tmp_path, layers, weight_name=path.name, **metadata)
+        model = make_tiny(kind)
+    else:
+        modules = {name.partition(".lora_")[0] for name in weights}
+        file = weights | {f"{name}.alpha": torch.tensor(2 * ALPHA) for name in modules}
+        prefix = "" if says == "alpha keys" else "transformer."
+        save_file({name.removeprefix(prefix): weight for name, weight in file.items()}, path)
+    fused: Any = fuse_loras(model, family_of_class(type(model).__name__), (parse_lora(f"{path}:{SCALE}"),))
+    expected = with_adapter(make_tiny(kind), weights, SCALE * ALPHA)
+    for (name, got), reference in zip(fused.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, reference, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_an_adapter_of_kohya_for_flux(make_tiny: Any, tmp_path: Path) -> None:
+    model, expected = make_tiny("flux-dev"), make_tiny("flux-dev")
+    generator = torch.Generator().manual_seed(0)
+    width = model.inner_dim
+    down, up = torch.randn(2, 4 * width, generator=generator), torch.randn(width, 2, generator=generator)
+    name = "lora_unet_double_blocks_0_img_mlp_2"
+    path = tmp_path / "kohya.safetensors"
+    layers = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(16.0)}
+    save_file({f"{name}.{part}": value for part, value in layers.items()}, path)
+    fused: Any = fuse_loras(model, FAMILIES[2], (parse_lora(str(path)),))
+    expected.transformer_blocks[0].ff.net[2].weight.data += 16.0 / 2 * up @ down
+    got = fused.transformer_blocks[0].ff.net[2].weight
+    torch.testing.assert_close(got, expected.transformer_blocks[0].ff.net[2].weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": (2, 32)}, r"transformer_blocks\.7\.attn\.to_q.* "
+         r"belongs to no module"),
+        ({"lora_unet_double_blocks_0_img_mlp_2.lora_down.weight": (2, 32)}, "belongs to no module"),
+        ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "nan"}, "is not finite"),
+        ({"": "nothing"}, "no weights for the transformer"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_fits_in_part_is_refused(
+    base: Any, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    weights = adapter(base())
+    for name, shape in change.items():
+        if shape == "nothing":
+            weights = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)}
+        else:
+            weights[name] = torch.full((2, 32), float("nan")) if shape == "nan" else torch.ones(shape)
+    path = tmp_path / "bad.safetensors"
+    save_file(weights, path)
+    model = base()
+    with pytest.raises(CheckpointError, match=rf"--lora {path} cannot be fused .*{message}"):
+        fuse_loras(model, FAMILIES[0], (parse_lora(str(path)),))
+    for got, before in zip(model.parameters(), base().parameters(), strict=True):
+        assert torch.equal(got, before)
+
+
+def test_weights_of_text_encoders_are_told(base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "both.safetensors"
+    save_file(adapter(base()) | {"text_encoder.text_model.x.lora_A.weight": torch.ones(2, 4)}, path)
+    fused = fuse_loras(base(), FAMILIES[0], (parse_lora(str(path)),))
+    expected = with_adapter(base(), adapter(base()), 1.0)
+    assert torch.equal(fused.transformer_blocks[0].attn.to_q.weight, expected.transformer_blocks[0].attn.to_q.weight)
+    assert "what it has for text_encoder is not exported" in caplog.text
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_a_scale_must_be_finite(scale: str) -> None:
+    with pytest.raises(SettingsError, match="finite scale"):
+        parse_lora(f"a.safetensors:{scale}")
 
 
 @pytest.mark.parametrize(
