@@ -90,5 +90,5 @@ def _last_words(result: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
     died = f"its process ended with {result.returncode}"
     if result.returncode == -9:
-        died += " (killed: probably out of memory; it needs about three times the weights)"
+        died += " (killed: probably out of memory; it needs about twice the weights)"
     return f"{died}: {lines[-1]}" if lines else died

@@ -157,12 +157,16 @@ class PlanSpec(Record):
 
 
 class PipelineSpec(Record):
-    """The pipeline's other parts: copied below `path`, or on the hub under `hub_id` at `revision`."""
+    """The pipeline's other parts: copied below `path`, or on the hub under `hub_id` at `revision`.
+
+    variant: of the copied weights, where a part has no plain ones; as diffusers' `from_pretrained` takes it.
+    """
 
     kind: Literal["copied", "hub"]
     path: BundlePath | None = None
     hub_id: str | None = None
     revision: str | None = None
+    variant: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

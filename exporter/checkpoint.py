@@ -27,10 +27,10 @@ from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
 from cat_pruning.exporter.lora import fuse_loras
 from cat_pruning.exporter.published import Published, published_models
 from cat_pruning.exporter.random_weights import random_transformer
+from cat_pruning.exporter.variants import chosen_variant
 from cat_pruning.models import miniatures
 
-# What older checkpoints call PixArt's transformer, as diffusers itself reads them.
-_LEGACY_CLASS, _LEGACY_NORMS = "Transformer2DModel", {"ada_norm_single": "PixArtTransformer2DModel"}
+_FORMER_CLASS = "Transformer2DModel"  # of several families; diffusers tells them apart by their norms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,11 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
     try:
         with quiet_diffusers():
             module = transformer_class.from_pretrained(
-                folder, dtype=dtype.torch, use_safetensors=True, local_files_only=True
+                folder,
+                variant=chosen_variant(path.name for path in folder.iterdir()),
+                dtype=dtype.torch,
+                use_safetensors=True,
+                local_files_only=True,
             )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(
@@ -227,7 +231,11 @@ def _transformer_alone(directory: Path, source: Source) -> Checkpoint:
 
 def _class_of(name: str, config: dict[str, Any]) -> str:
     """The class of a transformer, by the name that the checkpoint gives it and its config."""
-    return _LEGACY_NORMS.get(str(config.get("norm_type")), name) if name == _LEGACY_CLASS else name
+    if name == _FORMER_CLASS:
+        for family in FAMILIES:
+            if family.former_norm_type and family.former_norm_type == config.get("norm_type"):
+                return family.transformer_class
+    return name
 
 
 def _config(transformer: Any) -> dict[str, Any]:

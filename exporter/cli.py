@@ -15,6 +15,8 @@ from rich.table import Table
 
 from cat_pruning import console
 from cat_pruning.dtype import DType
+from cat_pruning.exporter.published import published_models
+from cat_pruning.models import miniatures
 from cat_pruning.settings import PruneSettings
 
 if TYPE_CHECKING:
@@ -57,8 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument(
         "--model",
         required=True,
-        help="sd3, sd3.5-medium, sd3.5-large, pixart-sigma, flux-dev, flux-schnell, a miniature (sd3-mini, "
-        "pixart-mini), a local diffusers directory, or a hub id (owner/name)",
+        help=f"{', '.join([*published_models(), *miniatures()])}; a local diffusers directory; or a hub id, owner/name",
     )
     checkpoint.add_argument("--revision", help="branch, tag or commit on the hub")
     checkpoint.add_argument(

@@ -40,6 +40,7 @@ from cat_pruning.exporter.memory import check_memory, held_bytes
 from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
+from cat_pruning.exporter.variants import variant_of, without_other_variants
 from cat_pruning.exporter.verify import verify_step_graph
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
@@ -191,6 +192,8 @@ def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportCon
             f"the transformer is a {type(transformer).__name__}, {config.model} has a "
             f"{checkpoint.family.transformer_class}"
         )
+    if (device := next(transformer.parameters()).device).type != "cpu":
+        raise SettingsError(f"the transformer is on {device}; an export traces it on the CPU: transformer.to('cpu')")
     if (dtype := next(transformer.parameters()).dtype) != config.dtype.torch:
         raise SettingsError(f"the transformer's weights are {dtype}, the export's dtype is {config.dtype}")
     return dataclasses.replace(
@@ -277,13 +280,9 @@ def _pipeline_files(checkpoint: Checkpoint) -> list[Path]:
     root = checkpoint.directory
     parts = [root / "model_index.json"]
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name in checkpoint.components):
-        parts += [path for path in sorted(folder.rglob("*")) if path.suffix in _PIPELINE_SUFFIXES and path.is_file()]
-    plain = [path for path in parts if ".fp16." not in path.name or not path.with_name(_plain_name(path)).exists()]
-    return [path for path in plain if path.parent.name != "transformer" or path.name == "config.json"]
-
-
-def _plain_name(path: Path) -> str:
-    return path.name.replace(".fp16.", ".")
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix in _PIPELINE_SUFFIXES and path.is_file()]
+        parts += without_other_variants(files)
+    return [path for path in parts if path.parent.name != "transformer" or path.name == "config.json"]
 
 
 def _add_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineSpec | None:
@@ -291,11 +290,18 @@ def _add_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineSpec | None:
         return PipelineSpec(kind="hub", hub_id=checkpoint.source.location, revision=checkpoint.source.revision)
     if checkpoint.directory is None or not checkpoint.components:
         return None
-    for path in _pipeline_files(checkpoint):
+    files = _pipeline_files(checkpoint)
+    for path in files:
         target = folder / path.relative_to(checkpoint.directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    return PipelineSpec(kind="copied", path=folder.name)
+    variants = {variant for path in files if (variant := variant_of(path.name))}
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"{checkpoint.directory} has some parts as {' and others as '.join(sorted(variants))} only; "
+            "no pipeline loads them together: save them all in one precision"
+        )
+    return PipelineSpec(kind="copied", path=folder.name, variant=variants.pop() if variants else None)
 
 
 def _versions(plans: tuple[PlanSpec, ...]) -> dict[str, str]:

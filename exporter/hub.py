@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,9 @@ from cat_pruning.exporter.library_logs import first_line
 
 # What an export reads. The pipeline's other parts stay on the hub; the bundle refers to them by id and revision.
 _NEEDED = ["model_index.json", "transformer/*", "vae/config.json", "tokenizer*/tokenizer_config.json"]
-_NOT_OF_THE_PIPELINE = ["transformer/*.safetensors", "*.bin", "*.msgpack", "*.onnx*"]
+_INDEX = "model_index.json"
+_PARTS = ("*.json", "*.txt", "*.model", "*.safetensors")  # of a component's folder
+_VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"]  # the same weights again
 
 
 def is_hub_id(model: str) -> bool:
@@ -35,16 +38,26 @@ def download_checkpoint(hub_id: str, revision: str | None) -> tuple[Path, str]:
 
 
 def pipeline_snapshot(hub_id: str, revision: str | None) -> Path:
-    """Everything but the transformer's weights of a pipeline on the hub.
+    """What diffusers loads of a pipeline on the hub, but for the transformer's weights.
+
+    The components that its index names and nothing else: beside them lie single-file checkpoints as large again.
 
     Raises:
-        CheckpointError: likewise.
+        CheckpointError: likewise, or its index cannot be read.
     """
-    return _download(hub_id, revision, ignore_patterns=_NOT_OF_THE_PIPELINE)[0]
+    directory = _download(hub_id, revision, allow_patterns=[_INDEX])[0]
+    try:
+        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        components = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{hub_id}: {_INDEX} cannot be read ({first_line(error)}); download it again") from error
+    allowed = [f"{component}/{part}" for component in components for part in _PARTS]
+    allowed += [_INDEX, "transformer/config.json"]
+    return _download(hub_id, revision, allow_patterns=allowed, ignore_patterns=_VARIANTS)[0]
 
 
 def _download(
-    hub_id: str, revision: str | None, allow_patterns: list[str] | None = None, ignore_patterns: list[str] | None = None
+    hub_id: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
 ) -> tuple[Path, str]:
     """The snapshot's directory and its commit; the patterns are those of `snapshot_download`."""
     at = f"{hub_id} at {revision}" if revision else hub_id

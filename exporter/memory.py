@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.checkpoint import Checkpoint
+from cat_pruning.exporter.variants import without_other_variants
 
 # Of the weights' size, beside what Python and the libraries take: measured on the builds of SD3-medium in
 # benchmarks/RESULTS.md, where the builder's process held 1.9 times the weights.
@@ -66,11 +67,9 @@ _ON_DISK = {DType.FP32: "F32", DType.FP16: "F16", DType.BF16: "BF16"}
 
 
 def dtypes_on_disk(folder: Path | None) -> set[str]:
-    """The dtypes of the weights in a folder, as safetensors names them; reads the files' headers only."""
+    """The dtypes of the weights that are loaded from a folder, as safetensors names them. Reads headers only."""
     dtypes: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors") if folder else ()):
-        if ".fp16." in path.name:
-            continue  # a variant, which is not loaded
+    for path in without_other_variants(folder.glob("*.safetensors") if folder else ()):
         try:
             with safe_open(path, framework="pt") as file:
                 dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  # no mapping

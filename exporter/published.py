@@ -9,10 +9,10 @@ import functools
 import json
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.families.family import Family
+if TYPE_CHECKING:
+    from cat_pruning.exporter.families.family import Family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,9 @@ class Published:
 
     @property
     def family(self) -> Family:
-        """The family of its transformer."""
+        """The family of its transformer; imports torch, which the names do not need."""
+        from cat_pruning.exporter.families import family_of_class
+
         return family_of_class(self.transformer_class)
 
 

@@ -36,11 +36,13 @@ class Image:
         self._latents_shape = latents.shape
         self._memory = {name: Memory(tensor) for name, tensor in arguments.items()}
 
+    def is_for(self, latents: Tensor) -> bool:
+        """Whether the latents have the image's shape."""
+        return latents.shape == self._latents_shape
+
     def holds(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> bool:
         """Whether a call is of this image."""
-        return latents.shape == self._latents_shape and all(
-            memory.holds(arguments[name]) for name, memory in self._memory.items()
-        )
+        return self.is_for(latents) and all(memory.holds(arguments[name]) for name, memory in self._memory.items())
 
 
 def every_token(latents: Tensor, num_tokens: int) -> Tensor:

@@ -45,7 +45,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         if dtype not in _ONNX_TYPES:
             raise EngineError(
                 f"ONNX Runtime's CPU provider does not compute in {str(dtype).removeprefix('torch.')}; "
-                "export with --dtype fp32, or run the TensorRT engine on a GPU"
+                "export with --dtype fp32, or use --engine torch"
             )
         self.family, self.config, self.dtype = family, config, dtype
         options = onnxruntime.SessionOptions()

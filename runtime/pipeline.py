@@ -12,7 +12,7 @@ import torch
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.errors import BundleError
 from cat_pruning.exporter.hub import pipeline_snapshot
-from cat_pruning.exporter.library_logs import quiet_diffusers
+from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
@@ -37,17 +37,25 @@ def load_pipeline(
         dtype: of the pipeline's other parts; by default the engine's.
 
     Raises:
-        BundleError: no bundle, one that is truncated, edited or of another version, or one without a pipeline.
+        BundleError: no bundle, one that is truncated, edited or of another version, or one without a pipeline that can
+            be loaded.
         EngineError: the engine cannot run here.
         CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
     """
     bundle = Bundle.open(path)
     parts = _pipeline_directory(bundle)
     transformer = CatTransformer(engine_from_bundle(bundle, engine), settings or bundle.manifest.settings)
-    with quiet_diffusers():
-        loaded = diffusers.DiffusionPipeline.from_pretrained(
-            parts, **_absent(parts), dtype=dtype or transformer.dtype, use_safetensors=True
-        )
+    variant = bundle.manifest.pipeline.variant if bundle.manifest.pipeline else None
+    try:
+        with quiet_diffusers():
+            loaded = diffusers.DiffusionPipeline.from_pretrained(
+                parts, **_absent(parts), variant=variant, dtype=dtype or transformer.dtype, use_safetensors=True
+            )
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{parts}: the pipeline's other parts cannot be loaded ({first_line(error)}); "
+            "export again from a checkpoint that diffusers itself loads"
+        ) from error
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
     return type(loaded)(**{**loaded.components, "transformer": transformer})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +17,7 @@ from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import LATENTS
 
-logger = logging.getLogger(__name__)
+_ANOTHER_PROMPT = "another prompt"  # the side branch of calls that no context names
 
 
 class Sampling:
@@ -51,6 +50,7 @@ class Sampling:
 
     def _forget(self) -> None:
         self._step = -1
+        self._new_schedule = False  # seen by a call beside the image
         self._timestep = float("inf")
         self._image: Image | None = None
         self._seen: list[float] = []  # the timesteps of this image
@@ -75,7 +75,9 @@ class Sampling:
         are on it; nothing else here does, unless a pipeline passes timesteps that are no view of a schedule (FLUX).
         """
         value, new_schedule = self._timesteps.read(timestep)
-        is_new = self._noise is None or new_schedule or value > self._timestep
+        is_new = self._noise is None or new_schedule or self._new_schedule or value > self._timestep
+        if not is_new and self._is_beside(latents, value, arguments):
+            return self.call_beside(_ANOTHER_PROMPT, latents, timestep, arguments)
         if is_new or self._image is None or not self._image.holds(latents, arguments):
             self._begin_image(latents, arguments)
         assert self._image is not None
@@ -103,10 +105,25 @@ class Sampling:
         """Compute a call that is no step of the image itself, but goes with one: see `SideBranch`."""
         if name not in self._branches:
             self._branches[name] = SideBranch(self.session.engine.session())
-        value, _ = self._timesteps.read(timestep)
+        value, new_schedule = self._timesteps.read(timestep)
+        self._new_schedule |= new_schedule  # the image's next call begins a new one
         tokens = self._keep_indices if value == self._timestep else None
         step = self._step if value == self._timestep else None
         return self._branches[name].call(latents, value, arguments, skip_layers, tokens, step, self._expected())
+
+    def _is_beside(self, latents: Tensor, timestep: float, arguments: Mapping[str, Tensor]) -> bool:
+        """Whether a call is the other one of true guidance, in a pipeline that does not say so by a `cache_context`.
+
+        Such pipelines (FLUX's, but for text-to-image) call the model with the prompt, then with the negative one.
+        """
+        image = self._image
+        return (
+            image is not None
+            and not self.session.engine.family.batched_guidance
+            and timestep == self._timestep
+            and image.is_for(latents)
+            and not image.holds(latents, arguments)
+        )
 
     def _expected(self) -> list[float]:
         """The timesteps that will come: the schedule's, or where the pipeline hides it, those of the last image."""

@@ -59,8 +59,6 @@ class TorchSession(StepSession):
 
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
-        # Again after the module has moved: it shares its parameters with the copy, but a move replaces its buffers.
-        self._step = StepModule(engine.transformer, engine.family, token_scatter_)
         self._caches = [
             torch.zeros([int(dim) for dim in spec.shape(dims)], dtype=engine.dtype, device=engine.device)
             for spec in engine.family.caches(engine.config)
@@ -68,6 +66,9 @@ class TorchSession(StepSession):
         ]
 
     def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
+        # Anew for every image: the copy shares the module's parameters, but not what has been done to it since, such as
+        # adapters loaded or switched off, or a move, which replaces buffers.
+        self._step = StepModule(self.engine.transformer, self.engine.family, token_scatter_)
         self._conditioning = conditioning
 
     def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:

@@ -112,8 +112,9 @@ class CatTransformer(nn.Module):
     ) -> Any:
         """The call that a diffusers pipeline makes; see the transformer's own `forward` for its arguments.
 
-        Calls within a `cache_context` other than "cond", and calls with `skip_layers`, are no steps of the image: they
-        compute the tokens of the step that they go with, in caches of their own.
+        Calls within a `cache_context` other than "cond", calls with `skip_layers`, and calls with another prompt at the
+        timestep that was just computed are no steps of the image: they compute the tokens of the step that they go
+        with, in caches of their own.
 
         Returns:
             `Transformer2DModelOutput`, or a tuple without `return_dict`: the noise prediction before guidance, in the
@@ -128,17 +129,19 @@ class CatTransformer(nn.Module):
             raise SettingsError(f"timestep: expected a tensor, got {type(timestep).__name__}")
         if tuple(timestep.shape) not in ((), (1,), tuple(hidden_states.shape[:1])):
             raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, expected {tuple(hidden_states.shape[:1])}")
+        if skip_layers is not None and not isinstance(skip_layers, Sequence):
+            raise SettingsError(f"skip_layers: expected a list of blocks, got {skip_layers!r}")
         conditioning = self._conditioning(arguments)
         sampling = self._sampling()
         if sampling.settings != self.settings:
             sampling.settings = self.settings
             sampling.reset()
         context = getattr(self._threads, "context", MAIN_CONTEXT)
-        skipped = tuple(skip_layers or ())
-        if context == MAIN_CONTEXT and not skipped:
+        if context == MAIN_CONTEXT and skip_layers is None:
             noise = sampling.call(hidden_states, timestep, conditioning)
         else:
-            branch = f"{context} without {skipped}" if skipped else context
+            branch = context if skip_layers is None else f"{context} without layers"
+            skipped = tuple(skip_layers or ())
             noise = sampling.call_beside(branch, hidden_states, timestep, conditioning, skipped)
         noise = noise.to(hidden_states)
         return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)

@@ -125,7 +125,10 @@ class Flux(Family):
         inputs = dict(arguments)
         text_ids, image_ids = (inputs.pop(name) for name in ("txt_ids", "img_ids"))
         # With a leading dimension of the batch in older pipelines.
-        ids = torch.cat([each[0] if each.dim() == 3 else each for each in (text_ids, image_ids)])
+        text_ids, image_ids = (each[0] if each.dim() == 3 else each for each in (text_ids, image_ids))
+        if len(text_ids) != (text_length := inputs["encoder_hidden_states"].shape[1]):
+            raise ShapeError(f"txt_ids has {len(text_ids)} rows, expected {text_length} as encoder_hidden_states")
+        ids = torch.cat([text_ids, image_ids])
         rotary = FluxPosEmbed(theta=10000, axes_dim=config["axes_dims_rope"])(ids)
         return {**inputs, **dict(zip(ROTARY, rotary, strict=True))}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from cat_pruning.exporter.families.family import PatchFamily
 from cat_pruning.exporter.interception import TokenReuse
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
 
-T5_LENGTH = 300  # PixArtSigmaPipeline's default max_sequence_length
+# The pipelines' default max_sequence_length.
+T5_LENGTHS = {"PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120}
 POSITION = "position"
 SIZE_CONDITIONS = ("resolution", "aspect_ratio")  # PixArt-α at 1024 x 1024
 
@@ -33,6 +35,7 @@ class PixArt(PatchFamily):
     timestep_inputs = (TIMESTEP, *SIZE_CONDITIONS)
     prompt_inputs = ("encoder_hidden_states", "encoder_attention_mask")
     fp32_inputs = (TIMESTEP, POSITION)
+    former_norm_type = "ada_norm_single"
 
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
         """See `Family.intercept`."""
@@ -111,7 +114,9 @@ class PixArt(PatchFamily):
 
     def pipeline_text_length(self, directory: Path) -> int:
         """See `Family.pipeline_text_length`: no more than the tokenizer makes."""
-        return min(T5_LENGTH, self.tokenizer_length(directory / "tokenizer"))
+        index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+        length = T5_LENGTHS.get(index["_class_name"], T5_LENGTHS["PixArtSigmaPipeline"])
+        return min(length, self.tokenizer_length(directory / "tokenizer"))
 
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
         """See `Family.pipeline_arguments`: without its binning, which would change the size."""

@@ -8,12 +8,16 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from cat_pruning.dtype import DType
 from cat_pruning.engines.records import Source
 from cat_pruning.errors import CheckpointError
 from cat_pruning.exporter.checkpoint import find_checkpoint, load_transformer
+from cat_pruning.exporter.hub import pipeline_snapshot
+from cat_pruning.exporter.memory import held_bytes
 from cat_pruning.exporter.published import published_models
+from cat_pruning.exporter.variants import variant_of
 from cat_pruning.models import miniatures
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -136,3 +140,92 @@ def test_a_checkpoint_that_has_gone(tiny_checkpoint: Path) -> None:
     shutil.rmtree(tiny_checkpoint)
     with pytest.raises(CheckpointError, match=r"tiny-pipeline is not there any more"):
         load_transformer(source, DType.FP32)
+
+
+# ------------------------------------------------------------------ the hub
+
+
+def test_only_the_components_of_a_pipeline_are_downloaded(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own filter over the files that FLUX.1-dev and SD3.5 have there."""
+    snapshot = Path(shutil.copytree(tiny_checkpoint, tmp_path / "snapshots" / COMMIT))
+    index = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "scheduler", "vae")
+    (snapshot / "model_index.json").write_text(json.dumps({"_class_name": "X"} | {name: ["a", "b"] for name in index}))
+    wanted = [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model-00001-of-00002.safetensors",
+        "text_encoder_2/model.safetensors.index.json",
+        "tokenizer/merges.txt",
+        "tokenizer/spiece.model",
+        "transformer/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    others = [
+        "README.md",
+        "ae.safetensors",
+        "flux1-dev.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "text_encoder_2/model.fp16-00001-of-00002.safetensors",
+        "text_encoder_2/model.safetensors.index.fp16.json",
+        "text_encoders/t5xxl_fp16.safetensors",
+        "transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
+    ]
+    taken: list[str] = []
+
+    def download(repo_id: str, *, revision: str | None, **patterns: Any) -> str:
+        taken[:] = filter_repo_objects(wanted + others, **patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert pipeline_snapshot("some/flux", None) == snapshot
+    assert sorted(taken) == wanted
+    (snapshot / "model_index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"some/flux: model_index\.json cannot be read"):
+        pipeline_snapshot("some/flux", None)
+
+
+# ------------------------------------------------------------------ variants
+
+
+def sharded(directory: Path, make_tiny_sd3: Any, variant: str | None) -> None:
+    options = {"max_shard_size": "100KB"} if variant == "bf16" else {}
+    make_tiny_sd3().save_pretrained(directory / "transformer", variant=variant, **options)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_weights_that_are_there_as_a_variant_only(tiny_checkpoint: Path, make_tiny_sd3: Any, variant: str) -> None:
+    (weights,) = (tiny_checkpoint / "transformer").glob("*.safetensors")
+    weights.unlink()
+    sharded(tiny_checkpoint, make_tiny_sd3, variant)
+    names = {path.name for path in (tiny_checkpoint / "transformer").glob("*.safetensors")}
+    assert all(variant_of(name) == variant for name in names)
+    assert len(names) > 1 or variant == "fp16"
+    checkpoint = find_checkpoint(str(tiny_checkpoint))
+    assert same_weights(load_transformer(checkpoint.source, DType.FP32), make_tiny_sd3())
+    assert held_bytes(checkpoint, DType.FP32, verify=False) == 0
+
+
+def test_plain_weights_come_before_variants(tiny_checkpoint: Path, make_tiny_sd3: Any) -> None:
+    make_tiny_sd3().half().save_pretrained(tiny_checkpoint / "transformer", variant="fp16", max_shard_size="100KB")
+    checkpoint = find_checkpoint(str(tiny_checkpoint))
+    assert same_weights(load_transformer(checkpoint.source, DType.FP32), make_tiny_sd3())
+    assert held_bytes(checkpoint, DType.FP32, verify=False) == 0
+
+
+def test_names_of_variants() -> None:
+    names = ["model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"]
+    assert [variant_of(name) for name in names] == ["fp16"] * 3
+    assert variant_of("model.safetensors") is variant_of("model-00001-of-00002.safetensors") is None
+
+
+@pytest.mark.parametrize(("name", "length"), [("PixArtSigmaPipeline", 300), ("PixArtAlphaPipeline", 120)])
+def test_text_rows_of_pixarts_pipelines(tmp_path: Path, write_checkpoint: Any, name: str, length: int) -> None:
+    directory = write_checkpoint(tmp_path / "pixart", "pixart")
+    index = json.loads((directory / "model_index.json").read_text())
+    (directory / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+    (directory / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    assert find_checkpoint(str(directory)).text_length == length

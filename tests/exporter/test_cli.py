@@ -33,6 +33,14 @@ def refused(cat_export: CatExport, tmp_path: Path) -> Callable[..., None]:
     return check
 
 
+def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # or it breaks lines at the names' hyphens
+    code, printed, _ = cat_export("--help")
+    assert code == 0
+    assert ", ".join(["pixart-sigma", "sd3.5-large", "sd3.5-medium", "sd3"]) in " ".join(printed.split())
+    assert all(name in printed for name in model_names())
+
+
 # ------------------------------------------------------------------ arguments
 
 

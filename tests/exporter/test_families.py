@@ -106,6 +106,13 @@ def test_latents_that_do_not_fit(
         call.family.grid(torch.zeros(shape), call.arguments, call.config)
 
 
+def test_flux_text_ids_that_do_not_fit(tiny_flux: Any, pipeline_call: Any) -> None:
+    call = pipeline_call(tiny_flux, batch=1, grid=(3, 5))
+    call.arguments["txt_ids"] = torch.zeros(5, 3)
+    with pytest.raises(ShapeError, match="txt_ids has 5 rows, expected 7 as encoder_hidden_states"):
+        call.inputs()
+
+
 def test_pixart_has_no_largest_size(tiny_pixart: Any) -> None:
     assert PIXART.grid(torch.zeros(1, 4, 512, 2), {}, tiny_pixart.config) == (256, 1)
 

@@ -229,6 +229,8 @@ def test_a_module_must_be_of_the_checkpoint(base: Any, tiny_checkpoint: Path, tm
     config = ExportConfig(model=str(tiny_checkpoint), out=tmp_path / "out", targets=(Target.ONNX,))
     with pytest.raises(CheckpointError, match="a Linear"):
         export(config, transformer=torch.nn.Linear(2, 2))
+    with pytest.raises(SettingsError, match=r"the transformer is on meta; .* transformer\.to\('cpu'\)"):
+        export(config, transformer=base().to("meta"))
     with pytest.raises(SettingsError, match="bfloat16"):
         export(config, transformer=base().bfloat16())
     with pytest.raises(CatError, match="says nothing about random weights"):

@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 
 from cat_pruning.errors import BundleError, CheckpointError, EngineError
+from cat_pruning.exporter.export import ExportConfig, Target, export
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
@@ -110,3 +111,32 @@ def test_a_bundle_without_a_pipeline(copied_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"no text encoders, VAE or scheduler; use CatTransformer\.from_bundle"):
         load_pipeline(copied_bundle)
     assert CatTransformer.from_bundle(copied_bundle).engine.name == "onnxruntime"
+
+
+@pytest.mark.parametrize("plain", [(), ("text_encoder", "vae")])
+def test_parts_that_are_there_as_a_variant_only(
+    mini_pipeline: StableDiffusion3Pipeline, tmp_path: Path, plain: tuple[str, ...]
+) -> None:
+    source = tmp_path / "source"
+    mini_pipeline.save_pretrained(source, variant="fp16")
+    for part in plain:
+        for path in (source / part).glob("*.fp16.safetensors"):
+            path.rename(path.with_name(path.name.replace(".fp16.", ".")))
+    bundle = export(ExportConfig(model=str(source), out=tmp_path / "bundle", text_length=48, targets=(Target.ONNX,)))
+    assert bundle.manifest.pipeline is not None
+    assert bundle.manifest.pipeline.variant == "fp16"
+    pipe = load_pipeline(bundle.path)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        theirs = mini_pipeline.components[part].state_dict()
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in pipe.components[part].state_dict().items())
+
+
+def test_parts_that_diffusers_cannot_load(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_manifest(copied_bundle)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError("no file named model.safetensors")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", fail)
+    with pytest.raises(BundleError, match=r"other parts cannot be loaded \(no file named .*export again"):
+        load_pipeline(copied_bundle)

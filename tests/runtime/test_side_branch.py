@@ -168,3 +168,16 @@ def test_a_failure_begins_it_anew(spied: Spied, engine: StepEngine, monkeypatch:
     spied.step_beside(6)
     assert spied.num_kept(0) == KEPT[:7]  # which goes on
     assert spied.num_kept(1) == [64] * 4 + [25] + [25, 64, 25]  # the one that failed, then all tokens
+
+
+def test_a_new_schedule_that_a_call_beside_sees_first(spied: Spied) -> None:
+    """And that goes on below the last timestep, with the same prompt: nothing else tells of a new image."""
+    for step in range(5):
+        spied.step(step)
+        spied.step_beside(step)
+    lower = TIMESTEPS - 500
+    spied.step_beside(0, timesteps=lower)
+    spied.step(0, lower)
+    assert spied.num_kept(0) == [*KEPT[:5], 64]
+    assert spied.sampling.record is not None
+    assert spied.sampling.record.step == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -218,3 +219,26 @@ def test_from_bundle(mini_bundle: Path) -> None:
         CatTransformer.from_bundle(mini_bundle, "nonsense")
     with pytest.raises(BundleError, match="does not exist"):
         CatTransformer.from_bundle(mini_bundle / "nowhere")
+
+
+def test_an_adapter_that_comes_and_goes_between_images(make_tiny_sd3: Callable[..., Any]) -> None:
+    """The engine's copy of the module is made for an image, and sees what was done to the user's until then."""
+    module = make_tiny_sd3()
+    transformer = CatTransformer.from_model(module, SETTINGS)
+    call = inputs(transformer.engine)
+
+    def image() -> Tensor:
+        with torch.no_grad():
+            expected: Tensor = module(**call, return_dict=False)[0]
+        transformer.reset()
+        assert torch.equal(transformer(**call).sample, expected)
+        return expected
+
+    plain = image()
+    module.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    adapted = image()
+    assert not torch.equal(adapted, plain)
+    module.set_adapters(["default"], [0.2])
+    assert not torch.equal(image(), adapted)
+    module.disable_adapters()
+    assert torch.equal(image(), plain)

@@ -139,6 +139,40 @@ def test_true_guidance_is_pruned(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_true_guidance_of_a_pipeline_that_names_no_context(
+    models: Make, engine: str, sample: Make, computed: list[Tensor]
+) -> None:
+    """FluxImg2ImgPipeline calls the model twice per step, and does not say which call is which."""
+    model = models("flux-tiny")
+    arguments = {"image": torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(0)), "strength": 1.0}
+    arguments |= TRUE_GUIDANCE
+    expected = sample(model.pipeline(None, None, FluxImg2ImgPipeline), STEPS, SIZE, **arguments)
+    pipe = model.drop_in(engine, None, FluxImg2ImgPipeline, **SETTINGS | {"keep_ratio": 1.0})
+    actual = sample(pipe, STEPS, SIZE, **arguments)
+    assert len(actual.calls) == 2 * STEPS
+    torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=1e-4)
+
+    pipe = model.drop_in(engine, None, FluxImg2ImgPipeline, **SETTINGS)
+    for _ in range(2):  # a second image begins anew
+        computed.clear()
+        run = sample(pipe, STEPS, SIZE, **arguments)
+        assert run.kinds == KINDS
+        prompts, negatives = computed[::2], computed[1::2]
+        assert [tokens.shape[1] for tokens in prompts] == [48] * 4 + [19] * 6
+        assert all(torch.equal(one, other) for one, other in zip(prompts, negatives, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_images_of_one_step(models: Make, engine: str, sample: Make) -> None:
+    """Each is at the timestep of the one before, with another prompt: as a second call of its step would be."""
+    model = models("flux-tiny")
+    pipe = model.drop_in(engine, **SETTINGS)
+    for prompt in (*PROMPTS, PROMPTS[0]):
+        expected = sample(model.pipeline(), 1, SIZE, prompt)
+        torch.testing.assert_close(sample(pipe, 1, SIZE, prompt).final, expected.final, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_four_steps_are_never_pruned(models: Make, engine: str, sample: Make) -> None:
     """FLUX.1-schnell at the default settings."""
     model = models("flux-tiny")

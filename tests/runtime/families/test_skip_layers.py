@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cat_pruning.errors import SettingsError
 from cat_pruning.step_io import Part
 
 Make = Callable[..., Any]
@@ -115,3 +116,32 @@ def test_the_small_graphs_run_once_for_the_image_and_once_for_the_branch(
             (Part.PROMPT, 0),
             (Part.TIMESTEP, STEPS - 1),  # from the branch's first step on
         ]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_skipping_nothing_is_a_call_beside_too(models: Make, engine: str, sample: Make) -> None:
+    run = sample(
+        models("sd35-tiny").drop_in(engine, **SETTINGS), STEPS, SIZE, **SKIPPING | {"skip_guidance_layers": []}
+    )
+    assert run.kinds == KINDS
+    assert len(run.calls) == STEPS + BESIDE
+
+
+def test_other_layers_take_the_same_caches(models: Make, sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models("sd35-middle")
+    engine, made = model.engines["torch"], []
+    make = engine.session
+    monkeypatch.setattr(engine, "session", lambda: made.append(make()) or made[-1])
+    pipe = model.drop_in("torch", **SETTINGS)
+    for layers in ([0], [1], [0, 2]):
+        arguments = SKIPPING | {"skip_guidance_layers": layers}
+        run = sample(pipe, STEPS, SIZE, **arguments)
+        alone = sample(model.drop_in("onnxruntime", **SETTINGS), STEPS, SIZE, **arguments)
+        torch.testing.assert_close(run.final, alone.final, rtol=0, atol=1e-3)
+    assert len(made) == 2  # the image's and the branch's
+
+
+def test_layers_that_are_no_list(models: Make) -> None:
+    pipe = models("sd35-tiny").drop_in("torch", **SETTINGS)
+    with pytest.raises(SettingsError, match="skip_layers: expected a list of blocks, got 1"):
+        pipe.transformer(torch.zeros(1, 4, 8, 8), timestep=torch.tensor([1.0]), skip_layers=1)
