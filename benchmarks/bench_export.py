@@ -32,14 +32,14 @@ _SHARD_BYTES = 4 << 30
 
 
 def main() -> None:
-    """Export, measure, print, and write benchmarks/results/export-MODEL.json."""
+    """Export, measure, print, and write benchmarks/results/export-MODEL[-from-directory].json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd3")
     parser.add_argument("--dtype", type=DType, choices=list(DType), default=DType.BF16)
     parser.add_argument("--resolution", default="1024x1024")
     parser.add_argument("--target", default="rtx", choices=["onnx", "rtx"])
     parser.add_argument("--from-directory", action="store_true", help="export a checkpoint on disk")
-    parser.add_argument("--name", help="of the file in benchmarks/results (default: export-MODEL)")
+    parser.add_argument("--name", help="of the file in benchmarks/results (default: export-MODEL[-from-directory])")
     arguments = parser.parse_args()
     work = Path("build")  # on a disk: a temporary directory may be memory
     work.mkdir(exist_ok=True)
@@ -71,7 +71,8 @@ def main() -> None:
         "macs": manifest["macs"],
     }
     Console().print_json(data=result)
-    Console().print(f"written to {write_result(arguments.name or f'export-{arguments.model}', result)}")
+    name = f"export-{arguments.model}" + ("-from-directory" if arguments.from_directory else "")
+    Console().print(f"written to {write_result(arguments.name or name, result)}")
 
 
 def _write_checkpoint(folder: Path, model: str, dtype: DType) -> Path:
