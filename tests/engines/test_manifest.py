@@ -88,7 +88,7 @@ FIELDS: dict[str, Any] = {
     "plans": [
         {"part": "step", "flavour": "tensorrt_rtx", "version": "1.7.0", "architectures": ["sm_90"], "file": "rtx.plan"}
     ],
-    "pipeline": {"kind": "copied", "path": "pipeline", "hub_id": None, "revision": None},
+    "pipeline": {"kind": "copied", "path": "pipeline", "hub_id": None, "revision": None, "variant": None},
     "versions": {"torch": "2.13.0"},
     "files": {
         "prompt.onnx": {"size": 1, "sha256": "3" * 64},
