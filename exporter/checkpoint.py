@@ -165,16 +165,7 @@ def _transformer_directory(directory: Path) -> Path:
 
 def _random(name: str, published: Published) -> Checkpoint:
     transformer = _without_weights(published.family, published.transformer)
-    return Checkpoint(
-        family=published.family,
-        source=Source(kind="random", location=name, seed=0),
-        config=_config(transformer),
-        num_parameters=transformer.num_parameters(),
-        directory=None,
-        components=(),
-        pixels_per_latent=published.pixels_per_latent,
-        text_length=published.text_length,
-    )
+    return _without_pipeline(transformer, published, Source(kind="random", location=name, seed=0), directory=None)
 
 
 def _local(directory: Path, source: Source) -> Checkpoint:
@@ -217,8 +208,13 @@ def _transformer_alone(directory: Path, source: Source) -> Checkpoint:
     family = family_of_class(_class_of(str(config.get("_class_name")), config))
     published = next(published for published in published_models().values() if published.family is family)
     transformer = _without_weights(family, config)
+    return _without_pipeline(transformer, published, source, directory)
+
+
+def _without_pipeline(transformer: Any, published: Published, source: Source, directory: Path | None) -> Checkpoint:
+    """The checkpoint of a transformer alone, in the place of a published pipeline's."""
     return Checkpoint(
-        family=family,
+        family=published.family,
         source=source,
         config=_config(transformer),
         num_parameters=transformer.num_parameters(),

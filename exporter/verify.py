@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from cat_pruning.dtype import DType
+from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import example_inputs, run_step
@@ -35,7 +36,7 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType) -> float:
     for part in Part:  # in the order in which they need each other
         try:
             sessions.append(onnxruntime.InferenceSession(directory / part.onnx, providers=["CPUExecutionProvider"]))
-        except Exception as error:
+        except ORT_ERRORS as error:
             raise EngineError(f"--verify: ONNX Runtime cannot load {part.onnx}: {error}") from error
     worst = 0.0
     for batch, kept in ((1, 0.3), (3, 1.0)):
@@ -43,7 +44,10 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType) -> float:
         num_kept = int(kept * grid[0] * grid[1])
         dims = step.family.dims(step.transformer.config, grid, batch=batch, text_length=9, num_kept=num_kept)
         inputs = example_inputs(step, dims, seed=batch)
-        results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in inputs.items()})
+        try:
+            results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in inputs.items()})
+        except ORT_ERRORS as error:
+            raise EngineError(f"--verify: ONNX Runtime failed in a step: {error}") from error
         for name, expected in run_step(step, inputs).items():
             difference = (torch.from_numpy(results[name]).float() - expected.float()).abs().max()
             deviation = float(difference / expected.float().abs().max().clamp_min(1e-6))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning import step_io
+from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.step_engine import StepEngine, StepSession
@@ -57,7 +58,7 @@ class OnnxRuntimeStepEngine(StepEngine):
             path = directory / part.onnx
             try:
                 self.graphs[part] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            except _ORT_ERRORS as error:
+            except ORT_ERRORS as error:
                 raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
         self.inputs = {part: [value.name for value in graph.get_inputs()] for part, graph in self.graphs.items()}
 
@@ -74,7 +75,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         graph = self.graphs[part]
         try:
             results = graph.run(None, {name: inputs[name].detach().numpy() for name in self.inputs[part]})
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise EngineError(f"ONNX Runtime failed in {part.onnx}: {error}") from error
         names = [value.name for value in graph.get_outputs()]
         return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
@@ -139,7 +140,7 @@ class OnnxRuntimeSession(StepSession):
         self._bind_output(step_io.output_name(step_io.NOISE), result)
         try:
             self.engine.graphs[Part.STEP].run_with_iobinding(self._binding)
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise EngineError(f"ONNX Runtime failed in a step: {error}") from error
         return result
 
@@ -150,13 +151,3 @@ class OnnxRuntimeSession(StepSession):
     def _bind_output(self, name: str, tensor: Tensor) -> None:
         kind = _ONNX_TYPES[tensor.dtype]
         self._binding.bind_output(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
-
-
-def _ort_errors() -> tuple[type[Exception], ...]:
-    # ONNX Runtime's exceptions share no base but Exception; those of its C API are listed in this module.
-    state = onnxruntime.capi.onnxruntime_pybind11_state
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
-    return (RuntimeError, *(getattr(state, name) for name in names if hasattr(state, name)))
-
-
-_ORT_ERRORS = _ort_errors()
