@@ -1,4 +1,4 @@
-"""The exported graphs under ONNX Runtime as a step engine."""
+"""The exported graphs under ONNX Runtime as a step engine, on the CPU or a CUDA device."""
 
 from __future__ import annotations
 
@@ -16,51 +16,73 @@ from cat_pruning import step_io
 from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.families.family import Family
-from cat_pruning.runtime.step_engine import StepEngine, StepSession
+from cat_pruning.runtime.side_stream import SideStream
+from cat_pruning.runtime.step_engine import StepEngine, StepSession, zeros
 from cat_pruning.runtime.timestep_states import TimestepStates
 from cat_pruning.step_io import Part, StepDims
 
 _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int32: onnx.TensorProto.INT32,
+}
+_TORCH_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int32)": torch.int32,
 }
 
 
 class OnnxRuntimeStepEngine(StepEngine):
-    """ONNX Runtime sessions of the exported graphs on the CPU; their weights serve every thread.
+    """ONNX Runtime sessions of the exported graphs; their weights serve every thread.
 
     Args:
         directory: where `{part}.onnx` are, with their external data beside them.
         family, config: of the model in them.
-        dtype: of their weights; fp32 or fp16.
+        dtype: of their weights; fp32 or fp16 on the CPU.
+        device: the CPU, or a CUDA device where `onnxruntime-gpu` is installed. There, what the CUDA provider has no
+            kernel for runs on the CPU, in the middle of a step.
 
     Raises:
-        EngineError: ONNX Runtime cannot run a model of this dtype here, or cannot load a file.
+        EngineError: ONNX Runtime cannot run a model of this dtype here, has no provider for the device, or cannot load
+            a file.
     """
 
     name = "onnxruntime"
-    device = torch.device("cpu")
 
-    def __init__(self, directory: Path, family: Family, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-        if dtype not in _ONNX_TYPES:
+    def __init__(
+        self,
+        directory: Path,
+        family: Family,
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.family, self.config, self.dtype, self.device = family, config, dtype, torch.device(device)
+        if self.device.type == "cpu" and dtype is torch.bfloat16:
             raise EngineError(
-                f"ONNX Runtime's CPU provider does not compute in {str(dtype).removeprefix('torch.')}; "
+                "ONNX Runtime's CPU provider does not compute in bfloat16; "
                 "export with --dtype fp32, or use --engine torch"
             )
-        self.family, self.config, self.dtype = family, config, dtype
+        self.stream = SideStream(self.device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; the warnings are about the optimizer's own nodes
         # Between two steps the selection and the scheduler run in torch, on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = self._providers()
         self.graphs: dict[Part, Any] = {}
         for part in Part:
             path = directory / part.onnx
             try:
-                self.graphs[part] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                self.graphs[part] = onnxruntime.InferenceSession(path, options, providers=providers)
             except ORT_ERRORS as error:
                 raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
         self.inputs = {part: [value.name for value in graph.get_inputs()] for part, graph in self.graphs.items()}
+        self._run_options = onnxruntime.RunOptions()
+        if self.device.type == "cuda":  # the stream keeps the order
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def session(self) -> OnnxRuntimeSession:
         """See `StepEngine.session`."""
@@ -73,12 +95,54 @@ class OnnxRuntimeStepEngine(StepEngine):
             EngineError: ONNX Runtime failed.
         """
         graph = self.graphs[part]
+        binding = graph.io_binding()
+        sizes: dict[object, int] = {}
+        given = {value.name: inputs[value.name].detach().contiguous() for value in graph.get_inputs()}
+        for value in graph.get_inputs():
+            self.bind(binding.bind_input, value.name, given[value.name])
+            sizes |= dict(zip(value.shape, given[value.name].shape, strict=False))
+        results = {
+            value.name: zeros([sizes.get(dim, dim) for dim in value.shape], _TORCH_TYPES[value.type], self.device)
+            for value in graph.get_outputs()
+        }
+        for name, result in results.items():
+            self.bind(binding.bind_output, name, result)
+        self.run_bound(part, binding, part.onnx)
+        return results
+
+    def run_bound(self, part: Part, binding: Any, what: str) -> None:
+        """Run a graph on bound memory. Does not synchronise with a GPU.
+
+        Raises:
+            EngineError: ONNX Runtime failed in `what`.
+        """
         try:
-            results = graph.run(None, {name: inputs[name].detach().numpy() for name in self.inputs[part]})
+            with self.stream.in_turn():
+                self.graphs[part].run_with_iobinding(binding, self._run_options)
         except ORT_ERRORS as error:
-            raise EngineError(f"ONNX Runtime failed in {part.onnx}: {error}") from error
-        names = [value.name for value in graph.get_outputs()]
-        return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
+            raise EngineError(f"ONNX Runtime failed in {what}: {error}") from error
+
+    def bind(self, bind: Any, name: str, tensor: Tensor) -> None:
+        """Bind a contiguous tensor by its address, with `bind_input` or `bind_output` of a binding."""
+        bind(
+            name,
+            tensor.device.type,
+            tensor.device.index or 0,
+            _ONNX_TYPES[tensor.dtype],
+            tensor.shape,
+            tensor.data_ptr(),
+        )
+
+    def _providers(self) -> list[Any]:
+        if self.device.type == "cpu":
+            return ["CPUExecutionProvider"]
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise EngineError(
+                f"this ONNX Runtime {onnxruntime.__version__} has no CUDA provider; pip install onnxruntime-gpu in its "
+                "place, or load the engine on the CPU"
+            )
+        options = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self.stream.handle)}
+        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 class OnnxRuntimeSession(StepSession):
@@ -92,7 +156,8 @@ class OnnxRuntimeSession(StepSession):
     def __init__(self, engine: OnnxRuntimeStepEngine) -> None:
         super().__init__(engine)
         self._caches: dict[str, Tensor] = {}
-        self._image: dict[str, Tensor] = {}  # inputs of every step of the image
+        self._states: dict[str, Tensor] = {}  # of the prompt and of the timestep, kept as long as they are bound
+        self._result = torch.empty(0)
         self._timestep_states: TimestepStates | None = None
         self._binding: Any = None
 
@@ -100,54 +165,51 @@ class OnnxRuntimeSession(StepSession):
         engine = self.engine
         specs = engine.family.caches(engine.config)
         self._binding = engine.graphs[Part.STEP].io_binding()
-        self._caches = {}
         names = iter(step_io.cache_names(len(specs)))
         for spec in specs:
             for _ in range(2):
                 name = next(names)
-                cache = torch.zeros([int(dim) for dim in spec.shape(dims)], dtype=engine.dtype)
-                self._caches[name] = cache  # keeps the memory that is bound
-                self._bind_input(name, cache)
-                self._bind_output(step_io.output_name(name), cache)
+                cache = zeros(spec.shape(dims), engine.dtype, engine.device)
+                self._caches[name] = cache
+                engine.bind(self._binding.bind_input, name, cache)
+                engine.bind(self._binding.bind_output, step_io.output_name(name), cache)
+        self._result = torch.empty_like(self._noise)
+        engine.bind(self._binding.bind_output, step_io.output_name(step_io.NOISE), self._result)
+        for name, tensor in {**self._inputs, step_io.NOISE: self._noise}.items():
+            self._bind_if_read(name, tensor)
 
-    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
+    def _free(self) -> None:
+        super()._free()
+        self._binding, self._caches, self._states, self._result = None, {}, {}, torch.empty(0)
+
+    def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
         engine = self.engine
-        known = {**conditioning, **engine.run(Part.PROMPT, conditioning)}
-        # Names the tensors, so that the bound memory lives as long as the image.
-        self._image = {name: known[name].contiguous() for name in engine.inputs[Part.STEP] if name in known}
-        for name, tensor in self._image.items():
-            self._bind_input(name, tensor)
+        self._states = engine.run(Part.PROMPT, self._inputs)
+        for name, tensor in self._states.items():
+            self._bind_if_read(name, tensor)
         symbolic = engine.family.input_shapes(engine.config, step_io.SYMBOLIC)
         inputs = [name for name in engine.inputs[Part.TIMESTEP] if name != step_io.TIMESTEP]
         self._timestep_states = TimestepStates(
             functools.partial(engine.run, Part.TIMESTEP),
             {value.name: tuple(value.shape) for value in engine.graphs[Part.TIMESTEP].get_outputs()},
-            {name: conditioning[name] for name in inputs},
+            {name: self._inputs[name] for name in inputs},
             {name for name in inputs if step_io.SYMBOLIC.batch in symbolic[name]},
             int(dims.batch),
             timesteps,
         )
 
-    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
+    def _load(self, timestep: float) -> None:
         assert self._timestep_states is not None
-        # Names the tensors, so that the bound memory lives until the run is over.
-        inputs = {step_io.KEEP_INDICES: keep_indices, step_io.NOISE: noise, step_io.LATENTS: latents}
-        inputs = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
-        inputs |= self._timestep_states.at(timestep)
-        for name, tensor in inputs.items():
-            self._bind_input(name, tensor)
-        result = torch.empty_like(noise)
-        self._bind_output(step_io.output_name(step_io.NOISE), result)
-        try:
-            self.engine.graphs[Part.STEP].run_with_iobinding(self._binding)
-        except ORT_ERRORS as error:
-            raise EngineError(f"ONNX Runtime failed in a step: {error}") from error
-        return result
+        states = self._timestep_states.at(timestep)
+        for name, tensor in states.items():
+            self._bind_if_read(name, tensor)
+        self._states |= states
 
-    def _bind_input(self, name: str, tensor: Tensor) -> None:
-        kind = _ONNX_TYPES[tensor.dtype]
-        self._binding.bind_input(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+    def _run(self, keep_indices: Tensor) -> None:
+        self._bind_if_read(step_io.KEEP_INDICES, keep_indices)
+        self.engine.run_bound(Part.STEP, self._binding, "a step")
+        self._noise.copy_(self._result)
 
-    def _bind_output(self, name: str, tensor: Tensor) -> None:
-        kind = _ONNX_TYPES[tensor.dtype]
-        self._binding.bind_output(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+    def _bind_if_read(self, name: str, tensor: Tensor) -> None:
+        if name in self.engine.inputs[Part.STEP]:
+            self.engine.bind(self._binding.bind_input, name, tensor)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from cat_pruning.runtime import kmeans, selection
 from cat_pruning.runtime.image import Image, every_token
 from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.selector import Selector
 from cat_pruning.runtime.side_branch import SideBranch
-from cat_pruning.runtime.step_engine import StepSession
+from cat_pruning.runtime.step_engine import StepSession, ordinary_tensors
 from cat_pruning.runtime.timesteps import TimestepReader
 from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.settings import PruneSettings
@@ -38,6 +37,8 @@ class Sampling:
         self.record: StepRecord | None = None  # of the last step
         self._timesteps = TimestepReader()
         self._branches: dict[str, SideBranch] = {}
+        self._selector: Selector | None = None
+        self._selector_is_for: object = None
         self._past: list[float] = []  # the timesteps of the last image
         self._forget()
 
@@ -56,9 +57,6 @@ class Sampling:
         self._seen: list[float] = []  # the timesteps of this image
         self._keep_indices: Tensor | None = None  # (B, n) of the step in progress
         self._noise: Tensor | None = None  # the last output
-        self._reference: Tensor | None = None  # (B, N, channels), n_t0
-        self._cluster_ids: Tensor | None = None  # (B, N)
-        self._selection_count: Tensor | None = None  # (B, N)
 
     def call(self, latents: Tensor, timestep: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
         """Compute one call of the transformer: `StepSession.step` on the tokens of this step.
@@ -81,17 +79,24 @@ class Sampling:
         if is_new or self._image is None or not self._image.holds(latents, arguments):
             self._begin_image(latents, arguments)
         assert self._image is not None
-        latents = self.session.to_engine(LATENTS, latents)
         try:
-            if value != self._timestep:
-                self._begin_step(value, latents)
-            assert self._keep_indices is not None
-            self._noise = self.session.step(latents, value, self._keep_indices)
+            with ordinary_tensors():
+                return self._compute(self.session.to_engine(LATENTS, latents), value)
         except BaseException:
             self.reset()  # a step may have begun that was never computed
             raise
+
+    def _compute(self, latents: Tensor, timestep: float) -> Tensor:
+        assert self._selector is not None
+        if timestep != self._timestep:
+            tokens = self._begin_step(timestep, latents)
+            self._noise = self.session.step(latents, timestep, tokens)
+            self._end_step(tokens)
+        else:
+            assert self._keep_indices is not None
+            self._noise = self.session.step(latents, timestep, self._keep_indices)
         if self._step == self.settings.reference_step:
-            self._reference = self._predicted(self._noise)
+            self._selector.refer_to(self._noise)
         return self._noise
 
     def call_beside(
@@ -133,68 +138,47 @@ class Sampling:
         self._past = self._seen or self._past
         self.reset()
         image = Image(self.session, latents, arguments)
+        self._selector = self._selector_for(image)
         self.session.begin(image.dims, image.conditioning, self._expected())
         self._image = image
 
-    def _begin_step(self, timestep: float, latents: Tensor) -> None:
+    def _selector_for(self, image: Image) -> Selector:
+        """The last image's, whose captured steps can be replayed, if it was for images like this one."""
+        engine = self.session.engine
+        needed = (self.settings, image.dims, engine.device, engine.dtype)
+        if needed != self._selector_is_for or self._selector is None:
+            self._selector = Selector(engine.family, engine.config, self.settings, image.grid, engine.device)
+            self._selector_is_for = needed
+        self._selector.reset()
+        return self._selector
+
+    def _begin_step(self, timestep: float, latents: Tensor) -> Tensor | Selector:
+        """What the step computes."""
         assert self._image is not None
+        assert self._selector is not None
         self._step += 1
         self._timestep = timestep
         self._seen.append(timestep)
-        kind = schedule(self._step, self.settings)
-        grid, num_tokens = self._image.grid, int(self._image.dims.num_tokens)
-        num_kept = self.settings.num_kept(num_tokens)  # on every step, so that a bad setting is told at once
-        if kind is StepKind.PRUNED:
-            self._keep_indices = self._select(latents, grid, num_kept)
-        elif self._keep_indices is None or self._keep_indices.shape[1] != num_tokens:
-            self._keep_indices = every_token(latents, num_tokens)
-        if self._selection_count is not None:
-            self._selection_count = selection.count_selection(
-                self._selection_count, self._keep_indices, self.settings.staleness_decay
-            )
+        if schedule(self._step, self.settings) is StepKind.FULL:
+            num_tokens = int(self._image.dims.num_tokens)
+            if self._keep_indices is None or self._keep_indices.shape[1] != num_tokens:
+                self._keep_indices = every_token(latents, num_tokens)
+            self._selector.count(self._keep_indices)
+            return self._keep_indices
+        if self._selector.cluster_ids is None:
+            assert self._noise is not None
+            return self._selector.first(latents, self._noise)
+        return self._selector
+
+    def _end_step(self, tokens: Tensor | Selector) -> None:
+        assert self._image is not None
+        assert self._selector is not None
+        self._keep_indices = tokens if isinstance(tokens, Tensor) else tokens.chosen
         self.record = StepRecord(
             step=self._step,
-            kind=kind,
-            timestep=timestep,
-            grid=grid,
+            kind=schedule(self._step, self.settings),
+            timestep=self._timestep,
+            grid=self._image.grid,
             keep_indices=self._keep_indices,
-            cluster_ids=self._cluster_ids,
+            cluster_ids=self._selector.cluster_ids,
         )
-
-    def _select(self, latents: Tensor, grid: tuple[int, int], num_kept: int) -> Tensor:
-        """The tokens of a pruned step (algorithm 2), (B, n) int32."""
-        assert self._noise is not None
-        assert self._reference is not None
-        noise = (self._predicted(self._noise) - self._reference).float()  # (B, N, channels), RN
-        if self.session.engine.family.batched_guidance:
-            noise = noise[guiding_rows(latents)]
-        settings = self.settings
-        if self._cluster_ids is None:
-            position = kmeans.position_encoding(*grid, noise.shape[-1], noise.device)
-            features = selection.cluster_features(noise, position, settings.noise_scale)
-            initial = kmeans.initial_tokens(*grid, settings.num_clusters).to(noise.device)
-            self._cluster_ids = kmeans.kmeans(features, initial, settings.kmeans_iterations)
-            self._selection_count = torch.zeros(noise.shape[:2], device=noise.device)
-            return selection.first_selection(noise, self._cluster_ids, num_kept, settings)
-        assert self._selection_count is not None
-        return selection.next_selection(noise, self._cluster_ids, self._selection_count, num_kept, settings)
-
-    def _predicted(self, noise: Tensor) -> Tensor:
-        engine = self.session.engine
-        return engine.family.predicted_noise(noise, engine.config)
-
-
-def guiding_rows(latents: Tensor) -> Tensor:
-    """The row of the batch that each row's selection is taken from, (B,) int64.
-
-    With classifier-free guidance the rows are [negative; positive] over the same latents, and both follow the
-    positive row. Without it the halves of the batch differ, and every row follows itself. That is read off the
-    latents on their device: the values depend on data, the shapes do not, and nothing synchronises.
-    """
-    batch = latents.shape[0]
-    rows = torch.arange(batch, device=latents.device)
-    if batch % 2:
-        return rows
-    half = batch // 2
-    guided = (latents[:half] == latents[half:]).all()
-    return torch.where(guided, rows % half + half, rows)

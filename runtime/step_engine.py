@@ -2,36 +2,54 @@
 
     StepEngine     the weights, loaded once; shared by every thread
       OnnxRuntimeStepEngine   the exported graphs; the default where there is no GPU
+      TensorRTStepEngine      the plans; the default where there are some for the GPU
       TorchStepEngine         the intercepted module; the reference
-      (TensorRTStepEngine     a plan; has its place here)
-    StepSession    the caches of one image (or batch of images) in progress; one per thread
+    StepSession    the memory of one image (or batch of images) in progress; one per thread
 
-A maker implements `StepEngine.session` and `StepSession._allocate`, `_begin` and `_run`; nothing else.
+A session allocates once per shape, and every step reads and writes the same memory: what can be bound is bound once,
+and on a GPU a step, its selection included, is captured and replayed as one launch (`cat_pruning.runtime.cuda_graphs`).
+
+A maker implements `StepEngine.session` and `StepSession._allocate`, `_begin`, `_load` and `_run`; nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.exporter.families.family import Family
+from cat_pruning.runtime.cuda_graphs import CudaGraphs
 from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
+
+
+class TokenChoice(Protocol):
+    """Which tokens a pruned step computes, chosen within the step."""
+
+    num_kept: int  # n
+
+    def __call__(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The tokens, (B, n) int32, from the step's latents and the last noise prediction.
+
+        It may be replayed instead of called: it has to work on memory that stays where it is, and not synchronise.
+        """
 
 
 class StepEngine(ABC):
     """The weights of one model, ready to compute steps.
 
     Attributes:
-        name: how the tools call it: "onnxruntime", "torch".
+        name: how the tools call it: "onnxruntime", "tensorrt", "tensorrt_rtx", "torch".
         family: the model's family.
         config: the transformer's config, by diffusers' names.
         device, dtype: of the inputs and outputs of a step; timesteps are fp32.
+        cuda_graphs: whether sessions capture their steps; only on a GPU.
     """
 
     name: str
@@ -39,28 +57,35 @@ class StepEngine(ABC):
     config: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
+    cuda_graphs: bool = False
 
     @abstractmethod
     def session(self) -> StepSession:
-        """New caches over the same weights, for one thread."""
+        """New memory over the same weights, for one thread."""
 
 
 class StepSession(ABC):
-    """The caches of one image in progress. Not thread-safe.
+    """The memory of one image in progress. Not thread-safe.
 
-    The caches are allocated once per shape and updated in place.
+    It is allocated once per shape and kept for the next image of that shape.
     """
+
+    num_cache_sets = 1  # that steps take in turn
 
     def __init__(self, engine: StepEngine) -> None:
         self.engine = engine
         self._dims: StepDims | None = None  # of the image in progress
-        self._allocated: tuple[StepDims, torch.device, torch.dtype] | None = None  # what the caches are for
-        self._noise: Tensor | None = None  # the last output
+        self._steps = 0  # of the image in progress that were computed
+        self._allocated: tuple[StepDims, torch.device, torch.dtype] | None = None  # what the memory is for
+        self._inputs: dict[str, Tensor] = {}  # the model's inputs by name
+        self._noise = torch.empty(0)  # the last output
+        self._keep_indices: dict[int, Tensor] = {}  # (B, n) int32 by n
+        self._graphs = CudaGraphs()
 
     def reset(self) -> None:
-        """Forget the image in progress; the memory of its caches is kept for the next one of its shape."""
+        """Forget the image in progress; its memory is kept for the next one of its shape."""
         self._dims = None
-        self._noise = None
+        self._steps = 0
 
     def begin(self, dims: StepDims, conditioning: Mapping[str, Tensor], timesteps: Sequence[float] = ()) -> None:
         """Begin an image.
@@ -68,82 +93,144 @@ class StepSession(ABC):
         Args:
             dims: its dimensions; `num_kept` is not read.
             conditioning: the model's inputs other than `hidden_states` and `timestep`, wherever they are and in
-                whatever dtype; they hold for every step of the image.
+                whatever dtype; they hold for every step of the image, and are copied.
             timesteps: those that are expected, in order, so that what depends on them only can be computed at once. A
                 step at another timestep is as right, and slower.
 
         Raises:
-            ShapeError: the inputs do not fit each other.
-            EngineError: the engine failed.
+            ShapeError: the inputs do not fit each other, or the engine was not built for their shapes.
+            EngineError: the engine failed, or its device has not enough memory.
         """
         self.reset()
         dims = dataclasses.replace(dims, num_kept=0)
         engine = self.engine
-        inputs: dict[str, Tensor] = {}
-        for name, expected in engine.family.input_shapes(engine.config, dims).items():
-            if name in (LATENTS, TIMESTEP):
-                continue
-            if tuple(conditioning[name].shape) != expected:
-                raise ShapeError(f"{name} has shape {tuple(conditioning[name].shape)}, expected {expected}")
-            inputs[name] = self.to_engine(name, conditioning[name])
+        shapes = engine.family.input_shapes(engine.config, dims)
+        given = {name: conditioning[name] for name in shapes if name not in (LATENTS, TIMESTEP)}
+        for name, tensor in given.items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise ShapeError(f"{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
         needed = (dims, engine.device, engine.dtype)
-        with torch.inference_mode(False):  # or tensors of an image made under it could not be written outside it
+        with ordinary_tensors():
             if needed != self._allocated:
-                self._allocated = None  # until the new ones are there: an allocation may fail
-                self._allocate(dims)
+                self._free()
+                self._allocate_all(dims)
                 self._allocated = needed
-            self._begin(dims, inputs, timesteps)
+            for name, tensor in given.items():
+                self._inputs[name].copy_(tensor)
+            self._begin(dims, timesteps)
         self._dims = dims
 
-    def step(self, latents: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
-        """Compute the kept tokens; the others keep their last output (algorithm 1).
+    def step(self, latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
+        """Compute some tokens; the others keep their last output (algorithm 1).
 
         Args:
             latents: the model's `hidden_states`, on the engine's device and in its dtype.
             timestep: the same for every row of the batch.
-            keep_indices: (B, n) int32, distinct within a row; all N tokens on the first step after `begin`.
+            tokens: (B, n) int32, distinct within a row, or the choice of them; all N on the first step after `begin`.
 
         Returns:
-            The noise prediction before guidance, in the layout of the transformer's output. The session reads it again
-            on its next step: do not change it in place. Does not synchronise with a GPU.
+            The noise prediction before guidance, in the layout of the transformer's output; new memory. Does not
+            synchronise with a GPU.
 
         Raises:
-            ShapeError: the latents do not fit the image that was begun.
+            ShapeError: the latents do not fit the image that was begun, or the engine was not built for n tokens.
             EngineError: no image was begun, a pruned step before any full one, or the engine failed.
         """
-        dims, family, config = self._dims, self.engine.family, self.engine.config
+        dims = self._dims
         if dims is None:
             raise EngineError("a step before an image was begun; call begin first")
-        if tuple(latents.shape) != (expected := family.input_shapes(config, dims)[LATENTS]):
-            raise ShapeError(f"{LATENTS} has shape {tuple(latents.shape)}, expected {expected}")
-        if self._noise is None:
-            if (num_kept := keep_indices.shape[1]) != dims.num_tokens:
-                raise EngineError(
-                    f"the first step of an image must compute all {dims.num_tokens} tokens, but was given {num_kept}: "
-                    "nothing is cached yet; run a full step first"
-                )
-            shape = [int(dim) for dim in family.noise_shape(config, dims)]
-            self._noise = torch.zeros(shape, dtype=self.engine.dtype, device=self.engine.device)
+        if latents.shape != (expected := self._inputs[LATENTS].shape):
+            raise ShapeError(f"{LATENTS} has shape {tuple(latents.shape)}, expected {tuple(expected)}")
+        num_kept = tokens.shape[1] if isinstance(tokens, Tensor) else tokens.num_kept
+        if self._steps == 0 and num_kept != dims.num_tokens:
+            raise EngineError(
+                f"the first step of an image must compute all {dims.num_tokens} tokens, but was given {num_kept}: "
+                "nothing is cached yet; run a full step first"
+            )
         try:
-            self._noise = self._run(latents, timestep, keep_indices, self._noise)
+            with ordinary_tensors():
+                self._inputs[LATENTS].copy_(latents)
+                self._load(timestep)
+                self._compute(tokens, num_kept)
+                self._steps += 1
+                return self._noise.clone()
         except BaseException:
             self.reset()  # the caches may be half updated
             raise
-        return self._noise
 
     def to_engine(self, name: str, tensor: Tensor) -> Tensor:
         """An input of the model on the engine's device and in the dtype that it has there."""
         engine = self.engine
         return tensor.to(engine.device, engine.family.input_dtype(name, engine.dtype))
 
+    def _compute(self, tokens: Tensor | TokenChoice, num_kept: int) -> None:
+        """Choose and compute the tokens, on memory that stays where it is."""
+        keep_indices = self._keep_indices.get(num_kept)
+        if keep_indices is None:
+            shape = (self._noise.shape[0], num_kept)
+            keep_indices = torch.empty(shape, dtype=torch.int32, device=self._noise.device)
+            self._keep_indices[num_kept] = keep_indices
+        if isinstance(tokens, Tensor):
+            keep_indices.copy_(tokens)
+
+        def body() -> None:
+            if not isinstance(tokens, Tensor):
+                keep_indices.copy_(tokens(self._inputs[LATENTS], self._noise))
+            self._run(keep_indices)
+
+        if self.engine.cuda_graphs:
+            chosen_by = num_kept if isinstance(tokens, Tensor) else tokens
+            self._graphs.run((chosen_by, self._steps % self.num_cache_sets), body, self._noise.device)
+        else:
+            body()
+
+    def _allocate_all(self, dims: StepDims) -> None:
+        engine = self.engine
+        family, config, device = engine.family, engine.config, engine.device
+        try:
+            self._noise = zeros(family.noise_shape(config, dims), engine.dtype, device)
+            self._inputs = {
+                name: zeros(shape, family.input_dtype(name, engine.dtype), device)
+                for name, shape in family.input_shapes(config, dims).items()
+            }
+            self._allocate(dims)
+        except torch.OutOfMemoryError as error:
+            self._free()
+            raise EngineError(
+                f"{device} has not enough memory for an image of {dims.latent_height}x{dims.latent_width} latents and "
+                f"{dims.batch} rows: {str(error).splitlines()[0]}; generate smaller or fewer images at once"
+            ) from error
+
+    def _free(self) -> None:
+        """Let go of the memory, so that it is not held while other memory is allocated."""
+        self._allocated = None
+        self._graphs.clear()
+        self._inputs, self._keep_indices, self._noise = {}, {}, torch.empty(0)
+
     @abstractmethod
     def _allocate(self, dims: StepDims) -> None:
-        """Allocate the caches for `dims`."""
+        """Allocate the caches for `dims`, and whatever else steps use."""
 
     @abstractmethod
-    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
-        """Prepare for the steps of one image."""
+    def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
+        """Prepare for the steps of one image, whose conditioning is in `_inputs`."""
 
     @abstractmethod
-    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
-        """Run one step on the allocated caches; return new noise, leave `noise` as it is."""
+    def _load(self, timestep: float) -> None:
+        """Prepare for one step; not replayed."""
+
+    @abstractmethod
+    def _run(self, keep_indices: Tensor) -> None:
+        """Run one step: from `_inputs`, `_noise` and the caches to `_noise` and the caches. May be replayed."""
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """No gradients, and no inference mode either: what is allocated under that could not be written outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def zeros(shape: Sequence[int | str], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of a shape whose dimensions are all known."""
+    return torch.zeros([int(dim) for dim in shape], dtype=dtype, device=device)

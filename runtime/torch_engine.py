@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.plugins.token_ops import token_scatter_
-from cat_pruning.runtime.step_engine import StepEngine, StepSession
-from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
+from cat_pruning.runtime.step_engine import StepEngine, StepSession, zeros
+from cat_pruning.step_io import TIMESTEP, StepDims
 
 
 class TorchStepEngine(StepEngine):
     """Runs a diffusers transformer where its weights are. The given module is not changed.
+
+    Args:
+        transformer: the module.
+        cuda_graphs: on a GPU, capture every kind of step, selection included, and replay it. A new image sees that
+            parameters were moved or replaced and adapters loaded, switched or scaled since the last one; of other
+            changes to the module's own attributes it sees nothing, and with such pass False.
 
     Raises:
         CheckpointError: a transformer of no supported class.
@@ -24,13 +30,19 @@ class TorchStepEngine(StepEngine):
 
     name = "torch"
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, *, cuda_graphs: bool = True) -> None:
         self.transformer = transformer
         self.family = family_of_class(type(transformer).__name__)
         self.config = transformer.config
+        self._wants_graphs = cuda_graphs
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]  # follows the module when it moves
+    def cuda_graphs(self) -> bool:  # type: ignore[override]  # follows the module when it moves
+        """Whether steps are captured: only where there is a GPU."""
+        return self._wants_graphs and self.device.type == "cuda"
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
         """Where the module's weights are."""
         device: torch.device = next(self.transformer.parameters()).device
         return device
@@ -54,28 +66,59 @@ class TorchSession(StepSession):
     def __init__(self, engine: TorchStepEngine) -> None:
         super().__init__(engine)
         self._step: StepModule | None = None
+        self._state: list[object] = []  # of the module when the copy was made
         self._caches: list[Tensor] = []
-        self._conditioning: dict[str, Tensor] = {}
 
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
         self._caches = [
-            torch.zeros([int(dim) for dim in spec.shape(dims)], dtype=engine.dtype, device=engine.device)
+            zeros(spec.shape(dims), engine.dtype, engine.device)
             for spec in engine.family.caches(engine.config)
             for _ in range(2)
         ]
 
-    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
-        # Anew for every image: the copy shares the module's parameters, but not what has been done to it since, such as
-        # adapters loaded or switched off, or a move, which replaces buffers.
-        self._step = StepModule(self.engine.transformer, self.engine.family, token_scatter_)
-        self._conditioning = conditioning
+    def _free(self) -> None:
+        super()._free()
+        self._caches = []
 
-    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
+    def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
+        engine = self.engine
+        state = _state_of(engine.transformer) if engine.cuda_graphs else []
+        if state and _same(self._state, state):
+            return
+        # Otherwise anew for every image: the copy shares the module's parameters, but not what has been done to it
+        # since, such as adapters loaded or switched off, or a move, which replaces buffers.
+        self._graphs.clear()
+        self._step = StepModule(engine.transformer, engine.family, token_scatter_)
+        self._state = state
+
+    def _load(self, timestep: float) -> None:
+        self._inputs[TIMESTEP].fill_(timestep)
+
+    def _run(self, keep_indices: Tensor) -> None:
         assert self._step is not None
-        timesteps = torch.full(latents.shape[:1], timestep, device=latents.device)
-        inputs = {LATENTS: latents, TIMESTEP: self.to_engine(TIMESTEP, timesteps), **self._conditioning}
-        with torch.no_grad():  # and not inference_mode: schedulers may write to what they are given
-            # A copy, because the kept rows are scattered in place, in FLUX into the very tensor that is given.
-            result: Tensor = self._step(keep_indices, noise.clone(), self._caches, inputs)[0]
-            return result
+        # A copy, because the kept rows are scattered in place, in FLUX into the very tensor that is given.
+        noise, _ = self._step(keep_indices, self._noise.clone(), self._caches, self._inputs)
+        self._noise.copy_(noise)
+
+
+def _state_of(module: nn.Module) -> list[object]:
+    """What makes a captured step of `module` stale when it changes: its parts, its memory, its adapters' settings.
+
+    The parts themselves, so that none of them is gone and another has its address.
+    """
+    state: list[object] = []
+    for part in module.modules():
+        tensors = (*part._parameters.values(), *part._buffers.values())
+        state += [part, len(part._forward_hooks), len(part._forward_pre_hooks)]
+        state += [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors if tensor is not None]
+        layer: Any = part
+        if hasattr(layer, "active_adapters"):  # a layer of PEFT's
+            state += [list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))]
+    return state
+
+
+def _same(one: list[object], other: list[object]) -> bool:
+    return len(one) == len(other) and all(
+        a is b if isinstance(a, nn.Module) else a == b for a, b in zip(one, other, strict=True)
+    )

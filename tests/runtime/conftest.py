@@ -24,7 +24,7 @@ from cat_pruning.models import miniatures
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.runtime.step_engine import StepEngine, StepSession
+from cat_pruning.runtime.step_engine import StepEngine, StepSession, TokenChoice
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import TIMESTEP, Part
@@ -171,9 +171,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     tokens: list[Tensor] = []
     original = StepSession.step
 
-    def step(session: StepSession, latents: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
-        tokens.append(keep_indices)
-        return original(session, latents, timestep, keep_indices)
+    def step(session: StepSession, latents: Tensor, timestep: float, chosen: Tensor | TokenChoice) -> Tensor:
+        noise = original(session, latents, timestep, chosen)
+        num_kept = chosen.shape[1] if isinstance(chosen, Tensor) else chosen.num_kept
+        tokens.append(session._keep_indices[num_kept].clone())
+        return noise
 
     monkeypatch.setattr(StepSession, "step", step)
     return tokens

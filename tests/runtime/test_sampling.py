@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cat_pruning.runtime import kmeans, selection
 from cat_pruning.runtime.image import Memory
-from cat_pruning.runtime.sampling import Sampling, guiding_rows
+from cat_pruning.runtime.sampling import Sampling
+from cat_pruning.runtime.selector import guiding_rows
 from cat_pruning.runtime.step_engine import StepEngine, StepSession
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import StepDims
@@ -34,12 +35,15 @@ class NoiseSession(StepSession):
     def _allocate(self, dims: StepDims) -> None:
         pass
 
-    def _begin(self, dims: StepDims, conditioning: dict[str, Tensor], timesteps: Sequence[float]) -> None:
-        self.begun.append(conditioning)
+    def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
+        self.begun.append({name: tensor.clone() for name, tensor in self._inputs.items()})
         self.expected.append(list(timesteps))
 
-    def _run(self, latents: Tensor, timestep: float, keep_indices: Tensor, noise: Tensor) -> Tensor:
-        family, config = self.engine.family, self.engine.config
+    def _load(self, timestep: float) -> None:
+        self.timesteps.append(timestep)
+
+    def _run(self, keep_indices: Tensor) -> None:
+        family, config, noise = self.engine.family, self.engine.config, self._noise
         new = torch.randn(noise.shape, generator=torch.Generator().manual_seed(len(self.noises)))
         # Whether a latent pixel's token is kept, by way of a latent that holds every pixel's own number.
         pixels = torch.arange(noise[0].numel()).reshape(1, *noise.shape[1:]).expand(noise.shape)
@@ -47,11 +51,9 @@ class NoiseSession(StepSession):
         kept = torch.zeros(noise.shape[0], noise[0].numel(), dtype=torch.bool)
         for row, indices in enumerate(keep_indices.long()):
             kept[row, tokens[row, indices].flatten()] = True
-        merged = torch.where(kept.view(noise.shape), new, noise)
-        self.timesteps.append(timestep)
-        self.kept.append(keep_indices)
-        self.noises.append(merged)
-        return merged
+        self._noise.copy_(torch.where(kept.view(noise.shape), new, noise))
+        self.kept.append(keep_indices.clone())
+        self.noises.append(self._noise.clone())
 
 
 @pytest.fixture
@@ -105,7 +107,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
         calls[name] = []
 
         def remember(*arguments: Any) -> Any:
-            calls[name].append(arguments)
+            # Copies: the selection works on memory that it changes later.
+            calls[name].append(tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments))
             return original(*arguments)
 
         monkeypatch.setattr(module, name, remember)
@@ -135,7 +138,7 @@ def test_the_timeline(
     assert len(spied["next_selection"]) == 5
     for step, later in zip(range(5, 10), spied["next_selection"], strict=True):
         torch.testing.assert_close(later[0], (tokens[step - 1] - tokens[2])[both])
-        assert later[1] is first[1]
+        assert torch.equal(later[1], first[1])
 
     # f counts from the first pruned step on: f_5 = [selected on 4], f_6 = f_5 / 2 + [selected on 5], ...
     expected = torch.zeros(2, 64)

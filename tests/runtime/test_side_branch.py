@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning.runtime.sampling import Sampling
-from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.step_engine import StepEngine, TokenChoice
 from cat_pruning.settings import PruneSettings
 
 SETTINGS = PruneSettings(keep_ratio=0.4, full_steps=4, num_clusters=6)
@@ -34,9 +34,12 @@ class Spied:
             self.noises.append(noises)
             step = made.step
 
-            def spied(latents: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
-                kept.append(keep_indices)
-                noises.append(step(latents, timestep, keep_indices))
+            def spied(latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
+                try:
+                    noises.append(step(latents, timestep, tokens))
+                finally:
+                    num_kept = tokens.shape[1] if isinstance(tokens, Tensor) else tokens.num_kept
+                    kept.append(made._keep_indices[num_kept].clone())
                 return noises[-1]
 
             monkeypatch.setattr(made, "step", spied)
