@@ -113,8 +113,8 @@ def _state_of(module: nn.Module) -> list[object]:
         state += [part, len(part._forward_hooks), len(part._forward_pre_hooks)]
         state += [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors if tensor is not None]
         layer: Any = part
-        if hasattr(layer, "active_adapters"):  # a layer of PEFT's
-            state += [list(layer.active_adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))]
+        if isinstance(adapters := getattr(layer, "active_adapters", None), list):  # a layer of PEFT's
+            state += [list(adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))]
     return state
 
 

@@ -16,21 +16,29 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
+from tensorrt_double import TensorRTDouble, write_plan
 from torch import Tensor
 
 from cat_pruning.engines.bundle import Bundle
+from cat_pruning.engines.profiles import plan_profiles, profile_spec
 from cat_pruning.exporter.checkpoint import quiet_diffusers
+from cat_pruning.exporter.families import family_named
 from cat_pruning.models import miniatures
+from cat_pruning.runtime import plan as plan_module
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.runtime.plan import Plan
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.step_engine import StepEngine, StepSession, TokenChoice
+from cat_pruning.runtime.tensorrt_engine import TensorRTStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import TIMESTEP, Part
+from cat_pruning.step_io import TIMESTEP, Part, cache_names, output_name
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 ENGINES = ("onnxruntime", "torch")
+TENSORRT_SIZES = ((128, 128), (96, 160))
+TENSORRT_KINDS = {"in place": ("tensorrt", True), "two cache sets": ("tensorrt_rtx", False)}
 
 
 @dataclass
@@ -199,3 +207,52 @@ def small_graph_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Part, int]]:
 def image_to_image() -> Any:
     """The pipeline class."""
     return StableDiffusion3Img2ImgPipeline
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> TensorRTDouble:
+    double = TensorRTDouble()
+    monkeypatch.setattr(plan_module, "tensorrt_library", lambda flavour: double)
+    return double
+
+
+@pytest.fixture
+def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) -> Callable[..., TensorRTStepEngine]:
+    """Makes an engine of sd3-mini's graphs; as the plugin's, whose caches share memory, or without it."""
+
+    def engine(
+        kind: str = "in place",
+        sizes: tuple[tuple[int, int], ...] = TENSORRT_SIZES,
+        prompts: tuple[int, ...] = (1,),
+        kernels: Path | None = None,
+        cuda_graphs: bool = False,
+    ) -> TensorRTStepEngine:
+        cpu = torch.device("cpu")
+        flavour, in_place = TENSORRT_KINDS[kind]
+        manifest = Bundle.open(mini_bundle).manifest
+        family, config = family_named(manifest.family), manifest.transformer_config
+        specs = [
+            profile_spec(*size, count, geometry=manifest.geometry, settings=manifest.settings, guidance=True)
+            for size in sizes
+            for count in prompts
+        ]
+        plans = {}
+        for graph in manifest.graphs:
+            caches = cache_names(len(family.caches(config))) if graph.part is Part.STEP and in_place else []
+            file = tmp_path / f"{graph.part}.plan"
+            profiles: Any = plan_profiles(graph, specs, manifest.geometry.patch_size)
+            write_plan(file, mini_bundle / graph.file, profiles, {output_name(name): name for name in caches})
+            plans[graph.part] = Plan(flavour, file, cpu, kernels)  # type: ignore[arg-type]
+        return TensorRTStepEngine(
+            flavour,  # type: ignore[arg-type]
+            plans,
+            manifest.graphs,
+            family=family,
+            config=config,
+            dtype=torch.float32,
+            device=cpu,
+            rebuild="cat-export …",
+            cuda_graphs=cuda_graphs,
+        )
+
+    return engine

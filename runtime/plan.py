@@ -1,0 +1,207 @@
+"""A plan of TensorRT or TensorRT-RTX, deserialised: what it was built for, and contexts that check every answer."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cat_pruning.engines.build_caches import read_cache, write_cache
+from cat_pruning.engines.records import Flavour
+from cat_pruning.engines.tensorrt_library import TITLES, first_error, library_log, tensorrt_library
+from cat_pruning.errors import EngineError, ShapeError
+from cat_pruning.runtime.side_stream import SideStream
+from cat_pruning.step_io import Shape
+
+_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
+_MEMORY = re.compile("out of memory|OutOfMemory|memory could not be allocated", re.IGNORECASE)
+Ranges = dict[str, tuple[Shape, Shape]]  # of one profile: input name -> smallest and largest shape
+
+
+class Plan:
+    """A deserialised engine, shared by every thread.
+
+    Args:
+        flavour: whose plan it is.
+        file: the plan; its hash and version were checked.
+        device: where it runs.
+        kernels: where the kernels that TensorRT-RTX compiles for this GPU are kept between two processes.
+
+    Attributes:
+        inputs, outputs: the dtypes of its tensors, by name.
+        profiles: the shapes that it was built for.
+        aliases: the input whose memory an output shares, by the output's name.
+        scratch_bytes: what a context needs besides its tensors, at the largest profile.
+
+    Raises:
+        EngineError: the library is not installed, or refuses the plan.
+    """
+
+    def __init__(self, flavour: Flavour, file: Path, device: torch.device, kernels: Path | None = None) -> None:
+        self._library = tensorrt_library(flavour)
+        self._log = library_log(self._library)
+        self._title = f"{TITLES[flavour]} {self._library.__version__}"
+        self._file, self._device = file, device
+        with self._log.collected() as errors, _current(device):
+            try:
+                self._runtime = self._library.Runtime(self._log.handle)
+                with file.open("rb") as opened:
+                    content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                self._engine = self._runtime.deserialize_cuda_engine(content)
+            except (RuntimeError, TypeError, ValueError) as error:  # what the bindings make of a null pointer
+                raise self._error("cannot load it", [*errors, str(error)]) from error
+        if self._engine is None:
+            raise self._error("cannot load it", errors)
+        self._read_tensors()
+        self._config = self._runtime_config(kernels) if flavour == "tensorrt_rtx" else None
+
+    def _read_tensors(self) -> None:
+        engine, mode = self._engine, self._library.TensorIOMode
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        dtypes = {name: self._dtype(name) for name in names}
+        self.inputs = {name: dtypes[name] for name in names if engine.get_tensor_mode(name) == mode.INPUT}
+        self.outputs = {name: dtypes[name] for name in names if name not in self.inputs}
+        self.profiles: list[Ranges] = []
+        for profile in range(engine.num_optimization_profiles):
+            shapes = {name: engine.get_tensor_profile_shape(name, profile) for name in self.inputs}
+            self.profiles.append({name: (tuple(low), tuple(high)) for name, (low, _, high) in shapes.items()})
+        aliases = {name: engine.get_aliased_input_tensor(name) for name in self.outputs}
+        self.aliases: dict[str, str] = {output: name for output, name in aliases.items() if name}
+        self.scratch_bytes = max(
+            engine.get_device_memory_size_for_profile_v2(profile) for profile in range(len(self.profiles))
+        )
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self._engine.get_tensor_dtype(name).name
+        if dtype not in _DTYPES:
+            raise self._error(f"its tensor {name} is {dtype}, expected one of {', '.join(_DTYPES)}", [])
+        return _DTYPES[dtype]
+
+    def profile_for(self, shapes: Mapping[str, Shape]) -> int:
+        """The profile that holds inputs of these shapes.
+
+        Raises:
+            ShapeError: none does.
+        """
+        for index, ranges in enumerate(self.profiles):
+            if all(_is_between(shapes[name], *ranges[name]) for name in self.inputs):
+                return index
+        nearest = max(self.profiles, key=lambda ranges: sum(_is_between(shapes[n], *ranges[n]) for n in self.inputs))
+        unfit = next(name for name in self.inputs if not _is_between(shapes[name], *nearest[name]))
+        built = " or ".join(dict.fromkeys(_range_text(*ranges[unfit]) for ranges in self.profiles))
+        raise ShapeError(f"{unfit} has shape {tuple(shapes[unfit])}, the plan {self._file.name} was built for {built}")
+
+    def context(self, profile: int, scratch: Tensor, stream: SideStream) -> PlanContext:
+        """A context for a profile, which runs in `scratch` (at least `scratch_bytes`) and on `stream`.
+
+        Raises:
+            EngineError: the library refuses.
+        """
+        with self._log.collected() as errors, _current(self._device):
+            if self._config is not None:
+                context = self._engine.create_execution_context(self._config)
+            else:
+                strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
+                context = self._engine.create_execution_context(strategy)
+            if context is None:
+                raise self._error("cannot make an execution context", errors)
+            if scratch.numel():
+                context.set_device_memory(scratch.data_ptr(), scratch.numel())
+            with stream.in_turn():
+                chosen = context.set_optimization_profile_async(profile, stream.handle)
+            if not chosen:
+                raise self._error(f"refuses its profile {profile}", errors)
+        return PlanContext(self, context, stream)
+
+    def _runtime_config(self, kernels: Path | None) -> Any:
+        """How TensorRT-RTX makes contexts: kernels compiled before the first run returns, and kept in a file."""
+        library = self._library
+        with self._log.collected() as errors:
+            config = self._engine.create_runtime_config()
+            if config is None:
+                raise self._error("cannot make a runtime configuration", errors)
+            config.set_execution_context_allocation_strategy(library.ExecutionContextAllocationStrategy.USER_MANAGED)
+            # Compiled later, in the background, a captured step would keep the slower ones for ever.
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                library.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            if kernels is not None:
+                cache = config.create_runtime_cache()
+                content = read_cache(kernels)
+                if content is not None:
+                    cache.deserialize(content)  # False for those of another machine: then they are compiled again
+                if not config.set_runtime_cache(cache):
+                    raise self._error("refuses a runtime cache", errors)
+                weakref.finalize(self, _keep_kernels, cache, content, kernels)
+        return config
+
+    def _error(self, problem: str, errors: list[str]) -> EngineError:
+        reason = f": {first_error(errors, '')}" if errors else ""
+        remedy = (
+            "; free memory on the device, or build for smaller images and batches" if _MEMORY.search(reason) else ""
+        )
+        return EngineError(f"{self._file}: {self._title} {problem}{reason}{remedy}")
+
+
+class PlanContext:
+    """An execution context for one profile. Not thread-safe."""
+
+    def __init__(self, plan: Plan, context: Any, stream: SideStream) -> None:
+        self._plan, self._context, self._stream = plan, context, stream
+        self._bound: dict[str, tuple[int, torch.Size]] = {}
+
+    def run(self, tensors: Mapping[str, Tensor]) -> None:
+        """Run on the tensors given by name, contiguous and on the plan's device. Does not synchronise.
+
+        Shapes and addresses that are still the last run's are not set again. The tensors must live until the work is
+        done: those freed in the order of the current stream do.
+
+        Raises:
+            EngineError: the library refuses.
+        """
+        with self._plan._log.collected() as errors, _current(self._plan._device):
+            for name in (*self._plan.inputs, *self._plan.outputs):
+                self._bind(name, tensors[name], errors)
+            with self._stream.in_turn():
+                done = self._context.execute_async_v3(self._stream.handle)
+            if not done:
+                raise self._plan._error("failed in a step", errors)
+
+    def _bind(self, name: str, tensor: Tensor, errors: list[str]) -> None:
+        new = (tensor.data_ptr(), tensor.shape)
+        if (old := self._bound.get(name)) == new:
+            return
+        is_new = name in self._plan.inputs and (old is None or old[1] != tensor.shape)
+        if is_new and not self._context.set_input_shape(name, tuple(tensor.shape)):
+            raise self._plan._error(f"refuses the shape {tuple(tensor.shape)} of {name}", errors)
+        if not self._context.set_tensor_address(name, tensor.data_ptr()):
+            raise self._plan._error(f"refuses the address of {name}", errors)
+        self._bound[name] = new
+
+
+def _keep_kernels(cache: Any, loaded: bytes | None, file: Path) -> None:
+    """Write what was compiled in this process, if there is anything new."""
+    content = bytes(cache.serialize())
+    if content != loaded:
+        write_cache(file, content)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _is_between(shape: Shape, lowest: Shape, highest: Shape) -> bool:
+    return len(shape) == len(lowest) and all(
+        int(low) <= int(size) <= int(high) for low, size, high in zip(lowest, shape, highest, strict=True)
+    )
+
+
+def _range_text(lowest: Shape, highest: Shape) -> str:
+    return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"

@@ -1,0 +1,164 @@
+"""The plans of a bundle under TensorRT or TensorRT-RTX as a step engine.
+
+One engine per graph, one context per profile, and so one set of weights for full and pruned steps, every resolution
+and every thread. All contexts of a session share their scratch memory, because they never run at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cat_pruning import step_io
+from cat_pruning.engines.records import Flavour, GraphSpec
+from cat_pruning.errors import EngineError, ShapeError
+from cat_pruning.exporter.families.family import Family
+from cat_pruning.runtime.plan import Plan, PlanContext
+from cat_pruning.runtime.side_stream import SideStream
+from cat_pruning.runtime.step_engine import StepEngine, StepSession, zeros
+from cat_pruning.runtime.timestep_states import TimestepStates
+from cat_pruning.step_io import KEEP_INDICES, NOISE, Part, Shape, StepDims
+
+
+class TensorRTStepEngine(StepEngine):
+    """The deserialised plans of a bundle; their weights serve every thread.
+
+    Args:
+        flavour: of the plans.
+        plans: one of every part.
+        graphs: what the plans were built from.
+        family, config, dtype: of the model in them.
+        device: where the plans were loaded.
+        rebuild: the command that builds plans for other shapes; for messages.
+        cuda_graphs: capture every kind of step, selection included, and replay it.
+
+    Raises:
+        EngineError: a plan is none of its graph's.
+    """
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        plans: Mapping[Part, Plan],
+        graphs: Sequence[GraphSpec],
+        *,
+        family: Family,
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        rebuild: str,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.name = flavour
+        self.plans, self.graphs = plans, {graph.part: graph for graph in graphs}
+        self.family, self.config, self.dtype, self.device = family, config, dtype, device
+        self.rebuild, self.cuda_graphs = rebuild, cuda_graphs
+        for part, graph in self.graphs.items():
+            expected = ({tensor.name for tensor in graph.inputs}, {tensor.name for tensor in graph.outputs})
+            if (set(plans[part].inputs), set(plans[part].outputs)) != expected:
+                raise EngineError(f"the plan of {graph.file} has other inputs or outputs than the graph; {rebuild}")
+        # Where the plugin scatters, the engine itself says that a cache's output is its input.
+        aliases, self.cache_names = plans[Part.STEP].aliases, step_io.cache_names(len(family.caches(config)))
+        self.in_place = frozenset(name for name in self.cache_names if aliases.get(step_io.output_name(name)) == name)
+
+    def session(self) -> TensorRTSession:
+        """See `StepEngine.session`."""
+        return TensorRTSession(self)
+
+
+class TensorRTSession(StepSession):
+    """Caches in place where the engine shares their memory; else two sets of them, read and written in turn."""
+
+    engine: TensorRTStepEngine
+
+    def __init__(self, engine: TensorRTStepEngine) -> None:
+        super().__init__(engine)
+        self.num_cache_sets = 1 if engine.in_place.issuperset(engine.cache_names) else 2
+        self._stream = SideStream(engine.device)
+        self._scratch: Tensor | None = None
+        self._contexts: dict[tuple[Part, int], PlanContext] = {}  # by part and profile
+        self._caches: list[dict[str, Tensor]] = []
+        self._states: dict[str, Tensor] = {}  # of the prompt and of the timestep of the step
+        self._result = torch.empty(0)
+        self._timestep_states: TimestepStates | None = None
+
+    def _allocate(self, dims: StepDims) -> None:
+        engine = self.engine
+        full = dataclasses.replace(dims, num_kept=dims.num_tokens)
+        # What no profile holds is told before anything is allocated.
+        self._context(Part.STEP, engine.graphs[Part.STEP].input_shapes(full))
+        shapes = [spec.shape(dims) for spec in engine.family.caches(engine.config) for _ in range(2)]
+        self._caches = [{} for _ in range(self.num_cache_sets)]
+        for name, shape in zip(engine.cache_names, shapes, strict=True):
+            for cache_set in self._caches:
+                shared = name in engine.in_place and cache_set is not self._caches[0]
+                cache_set[name] = self._caches[0][name] if shared else zeros(shape, engine.dtype, engine.device)
+        self._states = {
+            tensor.name: zeros(tensor.shape_at(full), engine.plans[part].outputs[tensor.name], engine.device)
+            for part in (Part.PROMPT, Part.TIMESTEP)
+            for tensor in engine.graphs[part].outputs
+        }
+        self._result = torch.empty_like(self._noise)
+
+    def _free(self) -> None:
+        super()._free()
+        self._caches, self._states, self._result = [], {}, torch.empty(0)
+        self._timestep_states = None
+
+    def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
+        engine = self.engine
+        self._run_part(Part.PROMPT, {**self._inputs, **self._states})
+        symbolic = engine.family.input_shapes(engine.config, step_io.SYMBOLIC)
+        graph = engine.graphs[Part.TIMESTEP]
+        inputs = [tensor.name for tensor in graph.inputs if tensor.name != step_io.TIMESTEP]
+        self._timestep_states = TimestepStates(
+            self._run_timesteps,
+            {tensor.name: tensor.shape for tensor in graph.outputs},
+            {name: self._inputs[name] for name in inputs},
+            {name for name in inputs if step_io.SYMBOLIC.batch in symbolic[name]},
+            int(dims.batch),
+            timesteps,
+        )
+
+    def _load(self, timestep: float) -> None:
+        assert self._timestep_states is not None
+        for name, state in self._timestep_states.at(timestep).items():
+            self._states[name].copy_(state)
+
+    def _run(self, keep_indices: Tensor) -> None:
+        old = self._caches[self._steps % self.num_cache_sets]
+        new = self._caches[(self._steps + 1) % self.num_cache_sets]
+        outputs = {step_io.output_name(name): cache for name, cache in new.items()}
+        tensors = {**self._inputs, **self._states, **old, **outputs, NOISE: self._noise, KEEP_INDICES: keep_indices}
+        self._run_part(Part.STEP, {**tensors, step_io.output_name(NOISE): self._result})
+        self._noise.copy_(self._result)
+
+    def _run_timesteps(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        engine, rows = self.engine, inputs[step_io.TIMESTEP].shape[0]
+        results = {}
+        for tensor in engine.graphs[Part.TIMESTEP].outputs:
+            shape = [rows if dim == step_io.SYMBOLIC.batch else dim for dim in tensor.shape]
+            results[tensor.name] = zeros(shape, engine.plans[Part.TIMESTEP].outputs[tensor.name], engine.device)
+        self._run_part(Part.TIMESTEP, {**inputs, **results})
+        return results
+
+    def _run_part(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(tensors[name].shape) for name in self.engine.plans[part].inputs}
+        self._context(part, shapes).run(tensors)
+
+    def _context(self, part: Part, shapes: Mapping[str, Shape]) -> PlanContext:
+        engine = self.engine
+        try:
+            profile = engine.plans[part].profile_for(shapes)
+        except ShapeError as error:
+            raise ShapeError(f"{error}; build it for this too: {engine.rebuild}") from error
+        if (part, profile) not in self._contexts:
+            if self._scratch is None:
+                needed = max(plan.scratch_bytes for plan in engine.plans.values())
+                self._scratch = torch.empty(needed, dtype=torch.uint8, device=engine.device)
+            self._contexts[part, profile] = engine.plans[part].context(profile, self._scratch, self._stream)
+        return self._contexts[part, profile]

@@ -1,0 +1,190 @@
+"""Captured steps, over a double of CUDA graphs that replays on the memory of the capture and knows nothing else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graph_double import recorder
+from tensorrt_double import TensorRTDouble
+
+from cat_pruning.runtime.cuda_graphs import MOST_GRAPHS, CudaGraphs
+from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.torch_engine import TorchStepEngine
+
+CPU = torch.device("cpu")
+STEPS = 14  # eight full ones, the first pruned one, five later ones
+ENGINES = ("torch", "tensorrt in place", "tensorrt two cache sets")
+
+Make = Callable[..., StepEngine]
+
+
+@pytest.fixture
+def make(
+    library: TensorRTDouble, make_tensorrt: Make, engines: dict[str, StepEngine], monkeypatch: pytest.MonkeyPatch
+) -> Make:
+    """Makes an engine whose sessions capture their steps, or the same one whose sessions don't."""
+
+    def engine(name: str, captures: bool = True) -> StepEngine:
+        graphs = functools.partial(CudaGraphs, recorder(library))
+        monkeypatch.setattr("cat_pruning.runtime.step_engine.CudaGraphs", graphs)
+        if name == "torch":
+            made = TorchStepEngine(engines["torch"].transformer)  # type: ignore[attr-defined]
+            monkeypatch.setattr(TorchStepEngine, "cuda_graphs", captures)
+            return made
+        return make_tensorrt(name.removeprefix("tensorrt "), cuda_graphs=captures)
+
+    return engine
+
+
+@pytest.fixture(params=ENGINES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def captured(pipe: Any) -> int:
+    graphs = pipe.transformer._sampling().session._graphs
+    assert not graphs._impossible
+    return int(graphs.num_captured)
+
+
+def test_replayed_images_are_the_images(name: str, make: Make, drop_in: Any, sample: Any) -> None:
+    """Other prompts and seeds on the same memory; another size, whose memory is new, and back."""
+    runs: list[dict[str, Any]] = [
+        {"seed": 0},
+        {"seed": 1, "prompt": "a small blue ring on a striped beige background"},
+        {"seed": 2, "size": (96, 160)},
+        {"seed": 2, "size": (96, 160)},
+        {"seed": 3},
+    ]
+    plain = drop_in(make(name, captures=False))
+    expected = [sample(plain, STEPS, **run) for run in runs]
+    assert captured(plain) == 0
+    pipe = drop_in(make(name))
+    kinds = 2 if name == "tensorrt two cache sets" else 1  # a graph for each cache set
+    for run, image in zip(runs, expected, strict=True):
+        actual = sample(pipe, STEPS, **run)
+        assert actual.same_tokens_as(image)
+        assert torch.equal(actual.final, image.final)
+        assert captured(pipe) >= 2 * kinds  # full steps, and pruned ones that choose their own tokens
+
+
+def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sample: Any) -> None:
+    pipe, plain = drop_in(make(name)), drop_in(make(name, captures=False))
+    changes: list[dict[str, Any]] = [
+        {"fresh_fraction": 0.5},
+        {"num_clusters": 9},
+        {"extra_full_steps": (10,)},
+        {"fresh_fraction": 0.5},
+    ]
+    for change in changes:
+        images = []
+        for each in (plain, pipe):
+            make(name, captures=each is pipe)  # torch's is a switch of the class
+            each.transformer.settings = each.transformer.settings.replace(
+                **{"fresh_fraction": 0.25, "num_clusters": 20, "extra_full_steps": ()} | change
+            )
+            images.append(sample(each, STEPS))
+        assert images[0].same_tokens_as(images[1])
+        assert torch.equal(images[0].final, images[1].final)
+
+
+def test_a_second_order_scheduler(name: str, make: Make, drop_in: Any, sample: Any) -> None:
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    expected = sample(drop_in(make(name, captures=False), scheduler=FlowMatchHeunDiscreteScheduler), 12)
+    pipe = drop_in(make(name), scheduler=FlowMatchHeunDiscreteScheduler)
+    for _ in range(2):
+        actual = sample(pipe, 12)
+        assert actual.same_tokens_as(expected)
+        assert torch.equal(actual.final, expected.final)
+
+
+def test_a_failure_in_the_middle(name: str, make: Make, drop_in: Any, sample: Any) -> None:
+    expected = sample(drop_in(make(name, captures=False)), STEPS)
+    pipe = drop_in(make(name))
+
+    def interrupt(step: int) -> None:
+        if step == 10:
+            raise KeyboardInterrupt
+
+    sample(pipe, STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        sample(pipe, STEPS, seed=1, on_step=interrupt)
+    assert torch.equal(sample(pipe, STEPS).final, expected.final)
+
+
+def test_what_cannot_be_captured_runs_as_it_is(
+    make: Make, drop_in: Any, sample: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = sample(drop_in(make("torch", captures=False)), STEPS)
+    pipe = drop_in(make("torch"))
+    from cat_pruning.runtime import selection
+
+    original = selection.next_selection
+
+    def reads_on_the_host(noise: Any, *arguments: Any) -> Any:
+        assert noise.sum().item() is not None
+        return original(noise, *arguments)
+
+    monkeypatch.setattr(selection, "next_selection", reads_on_the_host)
+    for _ in range(2):
+        assert torch.equal(sample(pipe, STEPS).final, expected.final)
+    warnings = [record for record in caplog.records if "cannot be captured" in record.message]
+    assert len(warnings) == 1
+    assert "not permitted when stream is capturing" in warnings[0].message
+
+
+def test_adapters_between_images(make: Make, drop_in: Any, sample: Any) -> None:
+    """Loaded, scaled, switched off and unloaded: a captured step is of the module as it was."""
+    import peft
+
+    engine = make("torch")
+    assert isinstance(engine, TorchStepEngine)
+    transformer = engine.transformer
+    pipe = drop_in(engine)
+    plain = sample(pipe, STEPS).final
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    torch.manual_seed(0)
+    transformer.add_adapter(config)
+    try:
+        styled = sample(pipe, STEPS).final
+        assert not torch.allclose(styled, plain, atol=1e-3)
+        for layer in transformer.modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                layer.set_scale("default", 0.5)
+        half = sample(pipe, STEPS).final
+        assert not torch.allclose(half, styled, atol=1e-3)
+        transformer.disable_adapters()
+        torch.testing.assert_close(sample(pipe, STEPS).final, plain, rtol=0, atol=1e-5)
+        transformer.enable_adapters()
+        assert torch.equal(sample(pipe, STEPS).final, half)
+    finally:
+        transformer.delete_adapters("default")
+    torch.testing.assert_close(sample(pipe, STEPS).final, plain, rtol=0, atol=1e-5)
+
+
+def test_the_first_run_is_an_ordinary_one_and_the_oldest_graph_goes() -> None:
+    calls: list[str] = []
+
+    class Graph:
+        def __init__(self, body: Callable[[], None]) -> None:
+            calls.append("capture")
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+    graphs = CudaGraphs(lambda body, device: Graph(body))
+    for _ in range(3):
+        graphs.run("key", lambda: calls.append("body"), CPU)
+    assert calls == ["body", "capture", "replay", "replay"]
+    calls.clear()
+    for key in range(MOST_GRAPHS):
+        graphs.run(key, lambda: calls.append("body"), CPU)
+    graphs.run("key", lambda: calls.append("body"), CPU)  # was the oldest
+    assert calls == ["body"] * (MOST_GRAPHS + 1)
+    graphs.clear()
+    assert graphs.num_captured == 0
