@@ -1,0 +1,51 @@
+"""The CUDA kernels' source compiled as C++ and run on the host, thread after thread."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cat_pruning.plugins import cuda_kernels
+from cat_pruning.plugins.cuda_kernels import LANES, ROWS_PER_BLOCK, Variant
+from cat_pruning.plugins.cuda_launch import Launch
+
+HERE = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=alignment", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas"]
+
+
+@pytest.fixture(scope="session")
+def build_host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant, str], Path]:
+    """The shared library of a variant, built from a C++ file of this folder that includes the kernels."""
+    folder = tmp_path_factory.mktemp("host_kernels")
+    source = folder / "token_rows.cu"
+    source.write_text(cuda_kernels.kernel_source())
+
+    @functools.cache
+    def build(variant: Variant, wrapper: str) -> Path:
+        library = folder / f"{wrapper}.{variant.word_bytes}.{variant.index_bytes}.so"
+        macros = [f"-D{macro}" for macro in (*variant.macros, f'TOKEN_SOURCE="{source}"')]
+        command = ["g++", *FLAGS, *macros, str(HERE / wrapper), "-o", str(library)]
+        subprocess.run(command, check=True)
+        return library
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run_on_host(build_host_kernels: Callable[[Variant, str], Path]) -> Callable[[Launch], None]:
+    """Run a launch over tensors in host memory."""
+
+    def run(launch: Launch) -> None:
+        library = ctypes.CDLL(str(build_host_kernels(launch.variant, "host_cuda.cpp")))
+        values = [kind(value) for kind, value in zip(launch.parameter_types, launch.parameters, strict=True)]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        status = library.host_launch(launch.kernel.encode(), launch.blocks, LANES, ROWS_PER_BLOCK, pointers)
+        assert status == 0, {1: "misaligned access", 2: f"no kernel {launch.kernel}"}[status]
+
+    return run
