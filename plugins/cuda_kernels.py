@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 
 from cat_pruning.errors import EngineError
 
-GATHER: Final = "token_gather"  # the kernels' names in PTX
+GATHER: Final = "token_gather"
 SCATTER: Final = "token_scatter"
 ARCHITECTURE: Final = 75  # Turing
 PTX_VERSION: Final = "8.0"  # of CUDA 12.0, older than any that our TensorRT runs on
@@ -62,10 +62,19 @@ class Variant:
         row_bytes = element_bytes * (1 if width < 0 else width)
         return cls(next(size for size in _WORDS if row_bytes % size == 0), index_bytes)
 
+    def entry(self, kernel: str) -> str:
+        """The name of `GATHER` or `SCATTER` in the PTX: no two variants share one, wherever an engine puts them."""
+        return f"{kernel}_{self.word_bytes}_{self.index_bytes}"
+
     @property
     def macros(self) -> tuple[str, ...]:
         """What the source wants defined."""
-        return (f"TOKEN_WORD={_WORDS[self.word_bytes]}", f"TOKEN_INDEX={_INDICES[self.index_bytes]}")
+        return (
+            f"TOKEN_WORD={_WORDS[self.word_bytes]}",
+            f"TOKEN_INDEX={_INDICES[self.index_bytes]}",
+            f"TOKEN_GATHER={self.entry(GATHER)}",
+            f"TOKEN_SCATTER={self.entry(SCATTER)}",
+        )
 
 
 def kernel_sizes(variant: Variant, element_bytes: int, tokens: Sequence[Any], indices: Sequence[Any]) -> list[Any]:

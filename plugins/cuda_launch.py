@@ -39,7 +39,7 @@ class Launch:
     """One launch of a kernel: all that a driver is told.
 
     Attributes:
-        kernel: its name.
+        kernel: `GATHER` or `SCATTER`.
         variant: which compilation of it.
         blocks: the grid's x.
         parameters: input addresses, sizes, output address, as the kernel declares them.
@@ -164,7 +164,7 @@ def _load(kernel: str, variant: Variant, device_index: int) -> tuple[Any, Any]:
     (context,) = _check("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
     _check("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
     (module,) = _check("cuModuleLoadData", driver.cuModuleLoadData(compile_ptx(variant).encode() + b"\0"))
-    (function,) = _check("cuModuleGetFunction", driver.cuModuleGetFunction(module, kernel.encode()))
+    (function,) = _check("cuModuleGetFunction", driver.cuModuleGetFunction(module, variant.entry(kernel).encode()))
     return context, function
 
 

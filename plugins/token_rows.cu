@@ -2,10 +2,11 @@
 //
 // A warp moves a row, so the index is read once and nothing is divided per element; a block has as many rows as it
 // has warps (blockDim.y), and the grid is flat over all B * n rows, because only its x may exceed 65535.
-// Rows are moved as words, whatever their elements are. Whoever compiles this says which:
+// Rows are moved as words, whatever their elements are. Whoever compiles this defines:
 //
 //   TOKEN_WORD    the widest of uint4, uint2, unsigned int and unsigned short of which a row is a multiple
 //   TOKEN_INDEX   int or long long
+//   TOKEN_GATHER, TOKEN_SCATTER   the kernels' names, which differ where the code does
 //
 // Sizes come as int, which is all that TensorRT hands to a kernel; offsets are computed in 64 bits.
 // A row whose index is outside [0, N) is neither read nor written: TensorRT times kernels on whatever is in memory.
@@ -66,7 +67,7 @@ __device__ __forceinline__ bool find_row(
 }
 
 // gathered (B, n, D): row i of the batch is the token at indices[i].
-extern "C" __global__ void token_gather(const Word* __restrict__ tokens, const Index* __restrict__ indices, int batch,
+extern "C" __global__ void TOKEN_GATHER(const Word* __restrict__ tokens, const Index* __restrict__ indices, int batch,
     int num_tokens, int num_kept, int num_words, Word* __restrict__ gathered)
 {
     long long row, token;
@@ -76,7 +77,7 @@ extern "C" __global__ void token_gather(const Word* __restrict__ tokens, const I
 
 // scattered (B, N, D): the token at indices[i] becomes row i of the batch. In place: `tokens` is the same memory as
 // `scattered`, and only there because an aliased output is an input too. If an index comes twice, either row may win.
-extern "C" __global__ void token_scatter(const Word*, const Index* __restrict__ indices, const Word* __restrict__ rows,
+extern "C" __global__ void TOKEN_SCATTER(const Word*, const Index* __restrict__ indices, const Word* __restrict__ rows,
     int batch, int num_tokens, int num_kept, int num_words, Word* __restrict__ scattered)
 {
     long long row, token;

@@ -1,4 +1,4 @@
-"""The CUDA kernels' source compiled as C++ and run on the host, thread after thread."""
+"""The CUDA kernels' source compiled as C++ and run on the host, and stubs that NVIDIA's TensorRT bindings load with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import functools
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,37 @@ def run_on_host(build_host_kernels: Callable[[Variant, str], Path]) -> Callable[
         library = ctypes.CDLL(str(build_host_kernels(launch.variant, "host_cuda.cpp")))
         values = [kind(value) for kind, value in zip(launch.parameter_types, launch.parameters, strict=True)]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        status = library.host_launch(launch.kernel.encode(), launch.blocks, LANES, ROWS_PER_BLOCK, pointers)
+        status = library.host_launch(
+            launch.variant.entry(launch.kernel).encode(), launch.blocks, LANES, ROWS_PER_BLOCK, pointers
+        )
         assert status == 0, {1: "misaligned access", 2: f"no kernel {launch.kernel}"}[status]
 
     return run
+
+
+# What the bindings want of the builder's libraries and the lean runtime has not got.
+STUBS = {
+    "libnvinfer.so.11": ["createInferBuilder_INTERNAL", "getBuilderPluginRegistry"],
+    "libnvonnxparser.so.11": [
+        "createNvOnnxParser_INTERNAL",
+        "createNvOnnxParserRefitter_INTERNAL",
+        "getNvOnnxParserVersion",
+    ],
+    "libnvinfer_plugin.so.11": ["initLibNvInferPlugins"],
+}
+
+
+@pytest.fixture(scope="session")
+def tensorrt_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shared libraries that stand in for the builder's, on top of the lean runtime."""
+    if find_spec("tensorrt_bindings") is None or (lean := find_spec("tensorrt_lean_libs")) is None:
+        pytest.skip("TensorRT's bindings and lean runtime are not installed (the extra 'dev', on Linux)")
+    assert lean.origin is not None
+    folder, runtime = tmp_path_factory.mktemp("tensorrt_stubs"), Path(lean.origin).parent
+    for library, symbols in STUBS.items():
+        source = folder / f"{library}.c"
+        source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols))
+        command = ["gcc", "-shared", "-fPIC", str(source), "-o", str(folder / library), f"-Wl,-soname,{library}"]
+        command += ["-Wl,--no-as-needed", f"-L{runtime}", "-l:libnvinfer_lean.so.11", f"-Wl,-rpath,{runtime}"]
+        subprocess.run(command, check=True)
+    return folder

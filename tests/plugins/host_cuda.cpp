@@ -19,6 +19,9 @@ extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { std::longjmp(fau
 
 #include TOKEN_SOURCE
 
+#define QUOTED(text) #text
+#define NAME_OF(macro) QUOTED(macro)
+
 template <typename... P, std::size_t... I>
 static void call(void (*kernel)(P...), void** parameters, std::index_sequence<I...>)
 {
@@ -41,9 +44,9 @@ static int every_thread(void (*kernel)(P...), unsigned blocks, unsigned lanes, u
 // 0: ran; 1: an address was misaligned; 2: no such kernel.
 extern "C" int host_launch(const char* name, unsigned blocks, unsigned lanes, unsigned rows, void** parameters)
 {
-    if (!std::strcmp(name, "token_gather"))
-        return every_thread(token_gather, blocks, lanes, rows, parameters);
-    if (!std::strcmp(name, "token_scatter"))
-        return every_thread(token_scatter, blocks, lanes, rows, parameters);
+    if (!std::strcmp(name, NAME_OF(TOKEN_GATHER)))
+        return every_thread(TOKEN_GATHER, blocks, lanes, rows, parameters);
+    if (!std::strcmp(name, NAME_OF(TOKEN_SCATTER)))
+        return every_thread(TOKEN_SCATTER, blocks, lanes, rows, parameters);
     return 2;
 }

@@ -116,22 +116,23 @@ def test_indices_outside_are_left_alone(run_on_host: Run) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reserves memory that it never touches")
-def test_offsets_of_more_than_32_bits(run_on_host: Run) -> None:
-    num_tokens, width = 2**20 + 1, 4099  # two-byte words, 4.3e9 of them; only the pages of four rows are touched
+@pytest.mark.parametrize(("batch", "num_tokens", "width"), [(1, 2**20 + 1, 4099), (3, 2**30, 1)])
+def test_offsets_of_more_than_32_bits(run_on_host: Run, batch: int, num_tokens: int, width: int) -> None:
+    # Words of two bytes, as many as possible in as little memory; only the pages of a few rows are touched.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python knows since 3.13
-    memory = np.frombuffer(mmap.mmap(-1, 2 * num_tokens * width, flags=flags), np.int16)
-    tokens = torch.from_numpy(memory).view(torch.bfloat16).view(1, num_tokens, width)
-    indices = torch.tensor([[num_tokens - 1, 0, num_tokens // 2]])
-    rows = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    memory = np.frombuffer(mmap.mmap(-1, 2 * batch * num_tokens * width, flags=flags), np.int16)
+    tokens = torch.from_numpy(memory).view(torch.bfloat16).view(batch, num_tokens, width)
+    indices = torch.tensor([[num_tokens - 1, 0, num_tokens // 2]] * batch)
+    rows = torch.randn(batch, 3, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     launch = Launch.scatter(tokens, indices, rows)
     assert launch.variant == Variant(2, 8)
-    assert num_tokens * width > 2**32
     run_on_host(launch)
     gathered = torch.empty_like(rows)
     run_on_host(Launch.gather(tokens, indices, gathered))
     assert torch.equal(gathered, rows)
-    for i, index in enumerate(indices[0].tolist()):
-        assert torch.equal(tokens[0, index], rows[0, i])
+    for row in range(batch):
+        for i, index in enumerate(indices[row].tolist()):
+            assert torch.equal(tokens[row, index], rows[row, i])
 
 
 def test_self_test_cases_pass_on_the_host_and_use_every_variant(run_on_host: Run) -> None:
@@ -201,7 +202,8 @@ def test_ptx_is_for_the_oldest_architecture_and_declares_what_a_launch_passes(va
     ptx = compile_ptx(variant)
     assert re.findall(r"(?m)^\.(?:version|target) .*$", ptx) == [".version 8.0", ".target sm_75"]
     entries = dict(re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx))
-    assert {name: re.findall(r"\.param (\.\w+)", text) for name, text in entries.items()} == PARAMETERS
+    declared = {name: re.findall(r"\.param (\.\w+)", text) for name, text in entries.items()}
+    assert declared == {variant.entry(kernel): parameters for kernel, parameters in PARAMETERS.items()}
     widest = {16: ".v4.u32", 8: ".v2.u32", 4: ".u32", 2: ".u16"}[variant.word_bytes]
     for name in entries:
         body = ptx.split(f".entry {name}(")[1].split(".entry")[0]
@@ -214,6 +216,10 @@ def test_ptx_is_for_the_oldest_architecture_and_declares_what_a_launch_passes(va
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_ptx_assembles_for_every_architecture(variant: Variant, architecture: int) -> None:
     assert assemble(compile_ptx(variant), architecture) > 0
+
+
+def test_no_two_variants_share_a_name() -> None:
+    assert len({variant.entry(kernel) for variant in VARIANTS for kernel in PARAMETERS}) == 2 * len(VARIANTS)
 
 
 def test_the_assembler_holds_instructions_against_the_stamp() -> None:
