@@ -168,11 +168,15 @@ def _load(kernel: str, variant: Variant, device_index: int) -> tuple[Any, Any]:
     return context, function
 
 
+@functools.cache
 def _driver() -> Any:
     try:
         from cuda.bindings import driver
-    except ImportError as error:
-        raise EngineError(f"cuda-bindings cannot be imported ({error}); pip install 'cat-pruning[tensorrt]'") from error
+
+        _check("cuInit", driver.cuInit(0))  # the library is looked for at the first call, not at the import
+    except (ImportError, RuntimeError) as error:
+        remedy = "install NVIDIA's driver, and pip install 'cat-pruning[tensorrt]'"
+        raise EngineError(f"the CUDA driver cannot be called ({error}); {remedy}") from error
     return driver
 
 

@@ -32,6 +32,8 @@ def build_host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Va
         library = folder / f"{wrapper}.{variant.word_bytes}.{variant.index_bytes}.so"
         macros = [f"-D{macro}" for macro in (*variant.macros, f'TOKEN_SOURCE="{source}"')]
         command = ["g++", *FLAGS, *macros, str(HERE / wrapper), "-o", str(library)]
+        if wrapper == "fake_driver.cpp":
+            command.append("-Wl,-soname,libcuda.so.1")  # what NVIDIA's bindings look for
         subprocess.run(command, check=True)
         return library
 
