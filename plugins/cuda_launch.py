@@ -55,7 +55,7 @@ class Launch:
         """`gathered` (B, n, D) becomes the rows of `tokens` (B, N, D) at `indices` (B, n).
 
         Raises:
-            ShapeError: shapes or strides that do not fit together.
+            ShapeError: shapes, strides or devices that do not fit together.
             EngineError: a dtype that the kernels do not move.
         """
         return cls._of(GATHER, [tokens, indices], gathered, rows=gathered)
@@ -71,8 +71,8 @@ class Launch:
         shapes = [list(tensor.shape) for tensor in (tokens, indices, rows)]
         if not (tokens.dim() == 3 and indices.shape == rows.shape[:2] and rows.shape[::2] == tokens.shape[::2]):
             raise ShapeError(f"{kernel} got shapes {shapes}, expected tokens (B, N, D), indices (B, n), rows (B, n, D)")
-        if not all(tensor.is_contiguous() for tensor in (*inputs, output)):
-            raise ShapeError(f"{kernel} got tensors that are not contiguous; call contiguous() on them")
+        if not all(tensor.is_contiguous() and tensor.device == tokens.device for tensor in (*inputs, output)):
+            raise ShapeError(f"{kernel} got tensors that are not contiguous or not on one device, expected both")
         if rows.dtype != tokens.dtype or tokens.dtype not in _DTYPES or indices.dtype not in _INDEX_DTYPES:
             raise EngineError(
                 f"{kernel} got tokens of {tokens.dtype}, indices of {indices.dtype} and rows of {rows.dtype}, "

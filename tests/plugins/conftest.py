@@ -66,11 +66,16 @@ STUBS = {
     ],
     "libnvinfer_plugin.so.11": ["initLibNvInferPlugins"],
 }
+# The package that comes with the builder, and only passes its bindings on.
+FRONT_END = {
+    "__init__.py": "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n",
+    "plugin/__init__.py": "from tensorrt_bindings.plugin import *\n",
+}
 
 
 @pytest.fixture(scope="session")
 def tensorrt_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shared libraries that stand in for the builder's, on top of the lean runtime."""
+    """A folder with the package `tensorrt`, and shared libraries in place of the builder's, over the lean runtime."""
     if find_spec("tensorrt_bindings") is None or (lean := find_spec("tensorrt_lean_libs")) is None:
         pytest.skip("TensorRT's bindings and lean runtime are not installed (the extra 'dev', on Linux)")
     assert lean.origin is not None
@@ -81,4 +86,7 @@ def tensorrt_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = ["gcc", "-shared", "-fPIC", str(source), "-o", str(folder / library), f"-Wl,-soname,{library}"]
         command += ["-Wl,--no-as-needed", f"-L{runtime}", "-l:libnvinfer_lean.so.11", f"-Wl,-rpath,{runtime}"]
         subprocess.run(command, check=True)
+    (folder / "tensorrt" / "plugin").mkdir(parents=True)
+    for name, text in FRONT_END.items():
+        (folder / "tensorrt" / name).write_text(text)
     return folder

@@ -1,8 +1,8 @@
 """Run by tests, in a process of its own: NVIDIA's Python front end takes our plugins as its builder would.
 
-Its bindings want the builder's shared libraries, of which the machines that test this have none. They load with stubs
-that define the few symbols missing from the lean runtime. Everything that is asked of a plugin here runs in NVIDIA's
-code; only the symbolic expressions, which the builder makes, are our own, and know their value.
+Its bindings want the builder's shared libraries, which are not on PyPI. They load with stubs that define the few
+symbols missing from the lean runtime. All that a plugin is asked here runs in NVIDIA's code; only the symbolic
+expressions, which the builder makes, are our own, and know their value.
 
     python tensorrt_probe.py STUBS ANSWERS < questions.json
 """
@@ -19,10 +19,9 @@ from typing import Any
 for library in ("libnvinfer.so.11", "libnvonnxparser.so.11", "libnvinfer_plugin.so.11"):
     ctypes.CDLL(str(Path(sys.argv[1]) / library), mode=ctypes.RTLD_GLOBAL)
 
-import tensorrt_bindings as trt  # noqa: E402
+sys.path.insert(0, sys.argv[1])  # where the package tensorrt is, whose plugins import it
 
-sys.modules["tensorrt"] = trt  # the package of that name, which re-exports the bindings, comes with the builder
-
+import tensorrt as trt  # noqa: E402
 from tensorrt_bindings.plugin import _tensor  # noqa: E402
 
 from cat_pruning.plugins.tensorrt_plugin import register_token_plugins  # noqa: E402

@@ -172,6 +172,7 @@ def wrong_launches() -> Iterator[tuple[type[Exception], str, tuple[Tensor, Tenso
     yield ShapeError, r"\[2, 5, 8\]", (torch.zeros(2, 5, 8), indices, rows)
     yield ShapeError, r"\[3, 5, 4\]", (torch.zeros(3, 5, 4), indices, rows)
     yield ShapeError, "not contiguous", (torch.zeros(2, 4, 5).transpose(1, 2), indices, rows)
+    yield ShapeError, "not on one device", (tokens, indices.to("meta"), rows)
     yield EngineError, "torch.int16", (tokens, indices.short(), rows)
     yield EngineError, "rows of torch.float16", (tokens, indices, rows.half())
     yield EngineError, "tokens of torch.int32", (tokens.int(), indices, rows.int())
@@ -188,6 +189,12 @@ def test_launches_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         Launch.scatter(*tensors)
+
+
+def test_a_gather_into_strided_memory_is_refused() -> None:
+    tokens, indices = torch.zeros(2, 5, 4), torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ShapeError, match="token_gather got tensors that are not contiguous"):
+        Launch.gather(tokens, indices, torch.zeros(2, 4, 3).transpose(1, 2))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
