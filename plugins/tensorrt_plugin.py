@@ -8,6 +8,9 @@ TokenScatter works in place: its output is declared an alias of `tokens`, so a c
 of it is copied. That takes the preview feature ALIASED_PLUGIN_IO_10_03 in the builder's config, and whoever runs the
 engine has to bind a cache's input and output to one address: TensorRT does not report a plugin's aliases.
 
+An index outside [0, N) moves nothing. (ONNX counts a negative one from the end, so there the function body differs; a
+selection has none.) If an index comes twice, it is undefined which of the rows is found there.
+
 A plugin belongs to a node by name, domain, and the attributes `onnx_ops.PLUGIN_ATTRIBUTES`; the declarations here have
 no attributes of their own.
 """

@@ -9,7 +9,7 @@
 //   TOKEN_GATHER, TOKEN_SCATTER   the kernels' names, which differ where the code does
 //
 // Sizes come as int, which is all that TensorRT hands to a kernel; offsets are computed in 64 bits.
-// A row whose index is outside [0, N) is neither read nor written: TensorRT times kernels on whatever is in memory.
+// A row whose index is outside [0, N) is neither read nor written: a builder may time kernels on memory nobody wrote.
 
 typedef TOKEN_WORD Word;
 typedef TOKEN_INDEX Index;
@@ -62,8 +62,10 @@ __device__ __forceinline__ bool find_row(
     if (*row >= (long long) batch * num_kept)
         return false;
     const Index index = indices[*row];
+    if (index < 0 || index >= num_tokens)
+        return false;
     *token = *row / num_kept * num_tokens + index;
-    return 0 <= index && index < num_tokens;
+    return true;
 }
 
 // gathered (B, n, D): row i of the batch is the token at indices[i].

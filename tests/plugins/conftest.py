@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import shutil
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,6 +24,8 @@ FLAGS += ["-Wno-unknown-pragmas"]
 @pytest.fixture(scope="session")
 def build_host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant, str], Path]:
     """The shared library of a variant, built from a C++ file of this folder that includes the kernels."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ here to compile the kernels for the host")
     folder = tmp_path_factory.mktemp("host_kernels")
     source = folder / "token_rows.cu"
     source.write_text(cuda_kernels.kernel_source())
@@ -78,6 +81,8 @@ def tensorrt_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package `tensorrt`, and shared libraries in place of the builder's, over the lean runtime."""
     if find_spec("tensorrt_bindings") is None or (lean := find_spec("tensorrt_lean_libs")) is None:
         pytest.skip("TensorRT's bindings and lean runtime are not installed (the extra 'dev', on Linux)")
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc here to build stubs of the builder's libraries")
     assert lean.origin is not None
     folder, runtime = tmp_path_factory.mktemp("tensorrt_stubs"), Path(lean.origin).parent
     for library, symbols in STUBS.items():
