@@ -41,7 +41,7 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     folders |= {name: f"cat_pruning/{name}" for name in ("engines", "runtime", "models")}
     for folder, package in folders.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".json", ".safetensors", ".typed"}:
+            if path.suffix in {".py", ".cu", ".json", ".safetensors", ".typed"}:
                 assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
 
 
