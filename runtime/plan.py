@@ -37,7 +37,6 @@ class Plan:
     Attributes:
         inputs, outputs: the dtypes of its tensors, by name.
         profiles: the shapes that it was built for.
-        aliases: the input whose memory an output shares, by the output's name.
         scratch_bytes: what a context needs besides its tensors, at the largest profile.
 
     Raises:
@@ -72,8 +71,6 @@ class Plan:
         for profile in range(engine.num_optimization_profiles):
             shapes = {name: engine.get_tensor_profile_shape(name, profile) for name in self.inputs}
             self.profiles.append({name: (tuple(low), tuple(high)) for name, (low, _, high) in shapes.items()})
-        aliases = {name: engine.get_aliased_input_tensor(name) for name in self.outputs}
-        self.aliases: dict[str, str] = {output: name for output, name in aliases.items() if name}
         self.scratch_bytes = max(
             engine.get_device_memory_size_for_profile_v2(profile) for profile in range(len(self.profiles))
         )

@@ -2,6 +2,10 @@
 
 One engine per graph, one context per profile, and so one set of weights for full and pruned steps, every resolution
 and every thread. All contexts of a session share their scratch memory, because they never run at once.
+
+Where the plugin scatters, it writes into its input: a cache's output and the noise's are bound to the address of the
+input. TensorRT does not report a plugin's aliases; should it copy the input first, the result is the same. Where the
+function body scatters, outputs are memory of their own, and two sets of caches are read and written in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning import step_io
-from cat_pruning.engines.records import Flavour, GraphSpec
+from cat_pruning.engines.records import Flavour, GraphSpec, TokenOps
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.plan import Plan, PlanContext
@@ -30,6 +34,7 @@ class TensorRTStepEngine(StepEngine):
     Args:
         flavour: of the plans.
         plans: one of every part.
+        token_ops: what scatters in the step's plan, as the build found out.
         graphs: what the plans were built from.
         family, config, dtype: of the model in them.
         device: where the plans were loaded.
@@ -44,6 +49,7 @@ class TensorRTStepEngine(StepEngine):
         self,
         flavour: Flavour,
         plans: Mapping[Part, Plan],
+        token_ops: TokenOps,
         graphs: Sequence[GraphSpec],
         *,
         family: Family,
@@ -61,9 +67,7 @@ class TensorRTStepEngine(StepEngine):
             expected = ({tensor.name for tensor in graph.inputs}, {tensor.name for tensor in graph.outputs})
             if (set(plans[part].inputs), set(plans[part].outputs)) != expected:
                 raise EngineError(f"the plan of {graph.file} has other inputs or outputs than the graph; {rebuild}")
-        # Where the plugin scatters, the engine itself says that a cache's output is its input.
-        aliases, self.cache_names = plans[Part.STEP].aliases, step_io.cache_names(len(family.caches(config)))
-        self.in_place = frozenset(name for name in self.cache_names if aliases.get(step_io.output_name(name)) == name)
+        self.in_place = token_ops == "plugin"
 
     def session(self) -> TensorRTSession:
         """See `StepEngine.session`."""
@@ -71,13 +75,13 @@ class TensorRTStepEngine(StepEngine):
 
 
 class TensorRTSession(StepSession):
-    """Caches in place where the engine shares their memory; else two sets of them, read and written in turn."""
+    """Caches in place where the plugin scatters; else two sets of them, read and written in turn."""
 
     engine: TensorRTStepEngine
 
     def __init__(self, engine: TensorRTStepEngine) -> None:
         super().__init__(engine)
-        self.num_cache_sets = 1 if engine.in_place.issuperset(engine.cache_names) else 2
+        self.num_cache_sets = 1 if engine.in_place else 2
         self._stream = SideStream(engine.device)
         self._scratch: Tensor | None = None
         self._contexts: dict[tuple[Part, int], PlanContext] = {}  # by part and profile
@@ -91,18 +95,21 @@ class TensorRTSession(StepSession):
         full = dataclasses.replace(dims, num_kept=dims.num_tokens)
         # What no profile holds is told before anything is allocated.
         self._context(Part.STEP, engine.graphs[Part.STEP].input_shapes(full))
-        shapes = [spec.shape(dims) for spec in engine.family.caches(engine.config) for _ in range(2)]
-        self._caches = [{} for _ in range(self.num_cache_sets)]
-        for name, shape in zip(engine.cache_names, shapes, strict=True):
-            for cache_set in self._caches:
-                shared = name in engine.in_place and cache_set is not self._caches[0]
-                cache_set[name] = self._caches[0][name] if shared else zeros(shape, engine.dtype, engine.device)
+        specs = [spec for spec in engine.family.caches(engine.config) for _ in range(2)]
+        names = step_io.cache_names(len(specs) // 2)
+        self._caches = [
+            {
+                name: zeros(spec.shape(dims), engine.dtype, engine.device)
+                for name, spec in zip(names, specs, strict=True)
+            }
+            for _ in range(self.num_cache_sets)
+        ]
         self._states = {
             tensor.name: zeros(tensor.shape_at(full), engine.plans[part].outputs[tensor.name], engine.device)
             for part in (Part.PROMPT, Part.TIMESTEP)
             for tensor in engine.graphs[part].outputs
         }
-        self._result = torch.empty_like(self._noise)
+        self._result = self._noise if engine.in_place else torch.empty_like(self._noise)
 
     def _free(self) -> None:
         super()._free()
@@ -135,7 +142,8 @@ class TensorRTSession(StepSession):
         outputs = {step_io.output_name(name): cache for name, cache in new.items()}
         tensors = {**self._inputs, **self._states, **old, **outputs, NOISE: self._noise, KEEP_INDICES: keep_indices}
         self._run_part(Part.STEP, {**tensors, step_io.output_name(NOISE): self._result})
-        self._noise.copy_(self._result)
+        if self._result is not self._noise:
+            self._noise.copy_(self._result)
 
     def _run_timesteps(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         engine, rows = self.engine, inputs[step_io.TIMESTEP].shape[0]

@@ -72,7 +72,10 @@ class Misuse(Exception):
 
 
 def write_plan(file: Path, onnx: Path, profiles: Sequence[dict[str, Any]], aliases: dict[str, str]) -> None:
-    """A plan of the double: which graph it computes, at which shapes, and which outputs share an input's memory."""
+    """A plan of the double: which graph it computes, at which shapes, and which outputs must have an input's address.
+
+    Which ones that are, nobody is told: TensorRT does not report the aliases of plugins.
+    """
     file.write_text(json.dumps({"onnx": str(onnx), "profiles": profiles, "aliases": aliases}))
 
 
@@ -170,9 +173,6 @@ class ICudaEngine:
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
         return list(self._profiles[profile_index][name])
-
-    def get_aliased_input_tensor(self, name: str) -> str | None:
-        return self._aliases.get(name)  # type: ignore[no-any-return]
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return SCRATCH_BYTES

@@ -33,7 +33,7 @@ from cat_pruning.runtime.step_engine import StepEngine, StepSession, TokenChoice
 from cat_pruning.runtime.tensorrt_engine import TensorRTStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import TIMESTEP, Part, cache_names, output_name
+from cat_pruning.step_io import NOISE, TIMESTEP, Part, cache_names, output_name
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 ENGINES = ("onnxruntime", "torch")
@@ -238,14 +238,15 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
         ]
         plans = {}
         for graph in manifest.graphs:
-            caches = cache_names(len(family.caches(config))) if graph.part is Part.STEP and in_place else []
+            shared = [NOISE, *cache_names(len(family.caches(config)))] if graph.part is Part.STEP and in_place else []
             file = tmp_path / f"{graph.part}.plan"
             profiles: Any = plan_profiles(graph, specs, manifest.geometry.patch_size)
-            write_plan(file, mini_bundle / graph.file, profiles, {output_name(name): name for name in caches})
+            write_plan(file, mini_bundle / graph.file, profiles, {output_name(name): name for name in shared})
             plans[graph.part] = Plan(flavour, file, cpu, kernels)  # type: ignore[arg-type]
         return TensorRTStepEngine(
             flavour,  # type: ignore[arg-type]
             plans,
+            "plugin" if in_place else "function",
             manifest.graphs,
             family=family,
             config=config,

@@ -139,6 +139,7 @@ def test_a_plan_of_another_graph(make_tensorrt: Make) -> None:
         TensorRTStepEngine(
             "tensorrt",
             plans,
+            "plugin",
             list(engine.graphs.values()),
             family=engine.family,
             config=engine.config,
