@@ -10,28 +10,37 @@ import onnx
 import pytest
 
 from cat_pruning.engines import build
-from cat_pruning.engines.build import build_rtx_plan, can_build_rtx, rtx_plan_specs
+from cat_pruning.engines.build import build_plan, can_build, plan_specs
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.engines.profiles import PlanProfile, plan_profiles, profile_spec
-from cat_pruning.engines.records import Geometry
+from cat_pruning.engines.records import Geometry, PlanSpec
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.export import graph_spec
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
-needs_rtx = pytest.mark.skipif(not can_build_rtx(), reason="TensorRT-RTX is not installed; pip install '.[rtx]'")
+needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+
+RTX = PlanSpec(
+    part=Part.STEP,
+    flavour="tensorrt_rtx",
+    version="1.7",
+    architectures=("sm80",),
+    token_ops="function",
+    file="rtx.plan",
+)
 
 # Run with: step.onnx, out. Writes a bundle whose plan may not grow beyond 64 kB.
 SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from cat_pruning.engines.build import build_rtx_plan
+from cat_pruning.engines.build import build_plan, plan_specs
 from cat_pruning.engines.bundle import new_bundle
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 with new_bundle(Path(sys.argv[2]), force=False, needed_bytes=1) as writer:
-    build_rtx_plan(Path(sys.argv[1]), writer.path / "rtx.plan", eval(sys.argv[3]))
+    build_plan(plan_specs("tensorrt_rtx")[0], Path(sys.argv[1]), writer.path / "rtx.plan", eval(sys.argv[3]))
 """
 
 
@@ -56,11 +65,12 @@ def fake_builder(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
 def test_the_bundle_has_the_plans_that_its_manifest_lists(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle)
     plans = bundle.manifest.plans
-    assert plans == rtx_plan_specs()
+    assert plans == plan_specs("tensorrt_rtx")
     assert [plan.part for plan in plans] == list(Part)
     assert len({plan.file for plan in plans}) == 3
     for plan in plans:
         assert plan.version in plan.file
+        assert plan.token_ops == "function"
         assert bundle.manifest.versions["tensorrt_rtx"] == plan.version
         weights = (mini_bundle / f"{plan.part.onnx}.data").stat().st_size
         assert bundle.verified(plan.file).stat().st_size == bundle.manifest.files[plan.file].size > weights / 2
@@ -80,7 +90,7 @@ def test_every_family_can_be_built(tiny_export: Any, tmp_path: Path, part: Part)
     profiles = plan_profiles(graph, [profile], geometry.patch_size)
     assert len(profiles) == (2 if part is Part.STEP else 1)
     plan = tmp_path / "plans" / "tiny.plan"
-    build_rtx_plan(tiny_export.directory / graph.file, plan, profiles)
+    build_plan(RTX, tiny_export.directory / graph.file, plan, profiles)
     assert plan.stat().st_size > (tiny_export.directory / f"{part.onnx}.data").stat().st_size / 2
 
 
@@ -99,7 +109,7 @@ def test_a_graph_that_cannot_be_built(mini_bundle: Path, tmp_path: Path, problem
         graph = onnx.helper.make_graph([node], "g", [value], [output])
         onnx.save(onnx.helper.make_model(graph), step_onnx)
     with pytest.raises(EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: \S") as caught:
-        build_rtx_plan(step_onnx, tmp_path / "plans" / "rtx.plan", shapes_of(Bundle.open(mini_bundle)))
+        build_plan(RTX, step_onnx, tmp_path / "plans" / "rtx.plan", shapes_of(Bundle.open(mini_bundle)))
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 600
 
@@ -108,7 +118,7 @@ def test_a_graph_that_cannot_be_built(mini_bundle: Path, tmp_path: Path, problem
 def test_profiles_that_the_graph_cannot_have(mini_bundle: Path, tmp_path: Path) -> None:
     shapes = [{**shapes, "noise": ((2, 3, 5, 7),) * 3} for shapes in shapes_of(Bundle.open(mini_bundle))]
     with pytest.raises(EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: \S"):
-        build_rtx_plan(mini_bundle / "step.onnx", tmp_path / "rtx.plan", shapes)
+        build_plan(RTX, mini_bundle / "step.onnx", tmp_path / "rtx.plan", shapes)
 
 
 @needs_rtx
@@ -125,7 +135,7 @@ def test_a_disk_that_becomes_full_while_the_plan_is_written(mini_bundle: Path, t
 def test_a_builder_that_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_builder(monkeypatch, "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(EngineError, match=r"ended with -9 \(killed: probably out of memory") as caught:
-        build_rtx_plan(Path("step.onnx"), tmp_path / "plans" / "rtx.plan", [])
+        build_plan(RTX, Path("step.onnx"), tmp_path / "plans" / "rtx.plan", [])
     assert str(caught.value).startswith("TensorRT-RTX cannot build step.onnx: its process ended")
 
 
@@ -134,11 +144,4 @@ def test_a_builder_that_crashes_says_its_last_words(monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: its process ended with 3: last words$"
     ):
-        build_rtx_plan(Path("step.onnx"), tmp_path / "rtx.plan", [])
-
-
-def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    assert not can_build_rtx()
-    with pytest.raises(EngineError, match=r"--target rtx: TensorRT-RTX is not installed.*pip install"):
-        rtx_plan_specs()
+        build_plan(RTX, Path("step.onnx"), tmp_path / "rtx.plan", [])

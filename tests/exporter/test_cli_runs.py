@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cat_pruning.engines.build import can_build_rtx
+from cat_pruning.engines.build import can_build
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.errors import BundleError
 from cat_pruning.exporter import cli
@@ -87,7 +87,7 @@ def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None
 
 def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "outs" / "tiny"
-    target = ["--target", "rtx"] if can_build_rtx() else ["--target", "onnx"]
+    target = ["--target", "rtx"] if can_build("tensorrt_rtx") else ["--target", "onnx"]
     shapes = ["--resolution", "64x64", "--resolution", "72x48", "--batch", "1", "--batch", "2", "--batch", "2"]
     code, printed, errors = cat_export(
         "--model", tiny_checkpoint, "--out", out, "--verify", "--keep-ratio", "0.5", *shapes, *target
@@ -111,7 +111,7 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert again.resolution == [(64, 64), (72, 48)]
     assert again.batch == [1, 2]
     assert again.text_length == 13 + 256
-    assert again.target == (["rtx"] if can_build_rtx() else None)
+    assert again.target == (["rtx"] if can_build("tensorrt_rtx") else None)
 
 
 def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
