@@ -6,84 +6,141 @@ system, the weights are not held twice, and a crash inside the builder is an err
 
 from __future__ import annotations
 
-import importlib.metadata
+import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from onnx import load as load_onnx
+
+from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
+from cat_pruning.engines.plan_builder import PlanJob, PlanReport
 from cat_pruning.engines.profiles import PlanProfile
-from cat_pruning.engines.records import PlanSpec
+from cat_pruning.engines.records import Flavour, PlanSpec, TokenOps
+from cat_pruning.engines.tensorrt_library import TARGETS, TITLES, tensorrt_library
 from cat_pruning.errors import EngineError
+from cat_pruning.plugins.onnx_ops import DOMAIN
 from cat_pruning.step_io import Part
+
+logger = logging.getLogger(__name__)
 
 # The builder copies and frees weights of many sizes; with a fixed threshold glibc gives them back at once. Measured on
 # SD3-medium: 0.7 GB less at the peak. Elsewhere than in glibc nobody reads it.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 # What a plan of TensorRT-RTX runs on unless it is built for something else: these "and later".
-_RTX_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
+_RTX_ARCHITECTURES: tuple[str, ...] = ("sm80", "sm86", "sm89", "sm120")
 
 
-def can_build_rtx() -> bool:
-    """Whether TensorRT-RTX and Polygraphy are installed; a GPU is not needed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("tensorrt_rtx", "polygraphy"))
+def can_build(flavour: Flavour) -> bool:
+    """Whether plans can be built here: by TensorRT-RTX anywhere, by TensorRT where there is a GPU."""
+    if importlib.util.find_spec(flavour) is None or (flavour == "tensorrt" and gpu_architecture() is None):
+        return False
+    try:
+        tensorrt_library(flavour)
+    except EngineError:  # broken, or too old
+        return False
+    return True
 
 
-def rtx_plan_specs() -> tuple[PlanSpec, ...]:
-    """What the installed TensorRT-RTX builds, one plan for every graph, and where in the bundle they go.
+def plan_specs(flavour: Flavour, token_ops: TokenOps = "function") -> tuple[PlanSpec, ...]:
+    """What is built here, one plan for every graph, and where in the bundle the plans go.
 
     Raises:
-        EngineError: it is not installed.
+        EngineError: the flavour is not installed or too old, or there is no GPU for TensorRT to build for.
     """
-    if not can_build_rtx():
-        raise EngineError("--target rtx: TensorRT-RTX is not installed here; pip install 'cat-pruning[rtx]'")
-    version = importlib.metadata.version("tensorrt_rtx_cu13")
-    folder = f"plans/tensorrt_rtx-{version}-{_RTX_ARCHITECTURES[0]}-and-later"
+    target = f"--target {TARGETS[flavour]}"
+    try:
+        version = tensorrt_library(flavour).__version__
+    except EngineError as error:
+        raise EngineError(f"{target}: {error}") from error
+    architectures, built_for = _RTX_ARCHITECTURES, f"{_RTX_ARCHITECTURES[0]}-and-later"
+    if flavour == "tensorrt":
+        if (architecture := gpu_architecture()) is None:
+            raise EngineError(
+                f"{target}: TensorRT measures its kernels on the GPU that will run them, and torch can use none here "
+                f"({missing_gpu()}); run it on that machine, or --target rtx, which builds anywhere"
+            )
+        architectures, built_for = (architecture,), architecture
+    folder = f"plans/{flavour}-{version}-{built_for}"
     return tuple(
         PlanSpec(
             part=part,
-            flavour="tensorrt_rtx",
+            flavour=flavour,
             version=version,
-            architectures=_RTX_ARCHITECTURES,
+            architectures=architectures,
+            token_ops=token_ops,
             file=f"{folder}/{part}.plan",
         )
         for part in Part
     )
 
 
-def build_rtx_plan(onnx: Path, plan: Path, profiles: Sequence[PlanProfile]) -> None:
-    """Build `plan` from the graph `onnx`, with one profile per entry of `profiles`. Needs no GPU.
+def build_plan(
+    spec: PlanSpec, onnx: Path, plan: Path, profiles: Sequence[PlanProfile], timing_cache: Path | None = None
+) -> PlanReport:
+    """Build `plan` from the graph `onnx`, with one profile per entry of `profiles`, and log what it runs.
+
+    Args:
+        spec: by whom, and with which token operators.
+        onnx: the graph, its weights beside it.
+        plan: the file to write.
+        profiles: see `plan_profiles`.
+        timing_cache: where TensorRT's timings are kept; TensorRT-RTX has none.
 
     Raises:
-        EngineError: the builder refused the graph, or its process died.
+        EngineError: the builder refused the graph or took another implementation, or its process died.
         OSError: the plan cannot be written.
     """
     plan.parent.mkdir(parents=True, exist_ok=True)
-    job = {"onnx": str(onnx), "plan": str(plan), "profiles": list(profiles)}
+    job = PlanJob(
+        flavour=spec.flavour,
+        onnx=str(onnx),
+        plan=str(plan),
+        profiles=profiles,
+        plugin_nodes=token_nodes(onnx) if spec.token_ops == "plugin" else {},
+        timing_cache=str(timing_cache) if timing_cache and spec.flavour == "tensorrt" else None,
+    )
     result = subprocess.run(
         [sys.executable, "-m", "cat_pruning.engines.plan_builder"],
-        input=json.dumps(job),
+        input=json.dumps(dataclasses.asdict(job)),
         capture_output=True,
         env=os.environ | _MALLOC,
         text=True,
         check=False,
     )
-    if result.returncode == 0:
-        return
+    for line in result.stderr.splitlines():
+        logger.debug("%s: %s", onnx.name, line)
     report = json.loads(result.stdout) if result.stdout.startswith("{") else {}
+    if result.returncode == 0:
+        built = PlanReport(**report)
+        _log_built(onnx.name, job, built)
+        return built
     if "errno" in report:
         raise OSError(report["errno"], report["problem"], str(plan))
-    problem = _refusal(report["problem"], result.stderr) if "problem" in report else _last_words(result)
-    raise EngineError(f"TensorRT-RTX cannot build {onnx.name}: {problem}")
+    raise EngineError(
+        f"{TITLES[spec.flavour]} cannot build {onnx.name}: {report.get('problem') or _last_words(result)}"
+    )
 
 
-def _refusal(problem: str, log: str) -> str:
-    """The builder's first error, which the later ones follow from, in one line; `problem` where it logged none."""
-    errors = [line.partition("[E]")[2].strip() for line in log.splitlines() if "[E]" in line]
-    return " ".join((errors[0] if errors else problem).split())[:400]
+def token_nodes(onnx: Path) -> dict[str, int]:
+    """How many nodes of each token operator a graph has."""
+    graph = load_onnx(onnx, load_external_data=False).graph
+    return dict(Counter(node.op_type for node in graph.node if node.domain == DOMAIN))
+
+
+def _log_built(name: str, job: PlanJob, built: PlanReport) -> None:
+    if built.engine_layers is None:
+        return
+    nodes = sum(job.plugin_nodes.values())
+    logger.info("%s: %d of the engine's %d layers are plugins", name, built.engine_plugins, built.engine_layers)
+    if nodes and not built.engine_plugins:
+        logger.warning("%s: the network had %d plugin layers, the engine shows none", name, nodes)
 
 
 def _last_words(result: subprocess.CompletedProcess[str]) -> str:

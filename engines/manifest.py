@@ -39,14 +39,13 @@ from cat_pruning.engines.records import (
     Record,
     Source,
 )
+from cat_pruning.engines.tensorrt_library import TARGETS
 from cat_pruning.errors import BundleError
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 MANIFEST_NAME: Final = "manifest.json"
-
-_TARGETS: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # as cat-export spells them
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +163,9 @@ class Manifest(Record):
         words += ["--text-length", str(self.geometry.text_length), "--keep-ratio", str(self.settings.keep_ratio)]
         words += [] if self.guidance else ["--no-guidance"]
         for flavour in targets:
-            words += ["--target", _TARGETS[flavour]]
+            words += ["--target", TARGETS[flavour]]
+        if any(plan.flavour == "tensorrt" and plan.token_ops == "function" for plan in self.plans):
+            words += ["--no-plugin"]
         return shlex.join([*words, "--out", str(out), "--force"])
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveI
 from cat_pruning.step_io import Part, Shape, StepDims
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
+TokenOps = Literal["plugin", "function"]  # the token operators of a plan: our kernels, or TensorRT's from their bodies
 
 
 def _inside(path: str) -> str:
@@ -26,6 +27,7 @@ def _dimension(name: str) -> str:
 
 
 BundlePath = Annotated[str, AfterValidator(_inside)]
+Architecture = Annotated[str, Field(pattern=r"^sm\d{2,3}$")]  # sm90: compute capability 9.0
 _DimName = Annotated[str, AfterValidator(_dimension)]
 
 
@@ -147,13 +149,20 @@ class MacsSpec(Record):
 
 
 class PlanSpec(Record):
-    """A built engine of one graph: the builder and its version, and the GPU architectures that it runs on."""
+    """A built engine of one graph: the builder and its version, and the GPU architectures that it was built for."""
 
     part: Annotated[Part, Strict(False)]
     flavour: Flavour
     version: str
-    architectures: Annotated[tuple[str, ...], Strict(False)]
+    architectures: Annotated[tuple[Architecture, ...], Strict(False), Field(min_length=1)]
+    token_ops: TokenOps
     file: BundlePath
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.flavour == "tensorrt_rtx" and self.token_ops == "plugin":
+            raise ValueError("TensorRT-RTX has no plugins; expected token_ops 'function'")
+        return self
 
 
 class PipelineSpec(Record):

@@ -80,8 +80,13 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         action="append",
         choices=["onnx", "rtx", "tensorrt"],
-        help="what to build; repeatable. The ONNX graphs always are; rtx (TensorRT-RTX) needs no GPU "
-        "(default: onnx, and rtx where it is installed)",
+        help="what to build; repeatable. The ONNX graphs always are; rtx (TensorRT-RTX) needs no GPU, tensorrt the one "
+        "that will run the plans (default: all that this machine can build)",
+    )
+    output.add_argument(
+        "--no-plugin",
+        action="store_true",
+        help="TensorRT's own kernels for the token operators instead of ours",
     )
     output.add_argument(
         "--verify",
@@ -148,6 +153,7 @@ def _export(arguments: argparse.Namespace) -> None:
         guidance=not arguments.no_guidance,
         settings=settings,
         targets=tuple(map(Target, arguments.target)) if arguments.target else default_targets(),
+        plugin=not arguments.no_plugin,
         verify=arguments.verify,
         force=arguments.force,
     )
@@ -170,6 +176,8 @@ def _stage(terminal: Console, title: str) -> Iterator[Advance]:
 
 
 def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds: float) -> None:
+    from cat_pruning.engines.tensorrt_library import TITLES
+
     manifest = bundle.manifest
     files = Table(title=f"{bundle.path}  ({seconds:.0f} s)", title_justify="left", title_style="bold")
     files.add_column("file")
@@ -181,6 +189,12 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
         files.add_row(name, console.file_size(size))
     terminal.print(files)
 
+    for plan in manifest.plans[:: len(manifest.graphs)]:  # the plans of one flavour differ in their graphs only
+        terminal.print(
+            f"{TITLES[plan.flavour]} {plan.version} plans for {', '.join(plan.architectures)}; token operators: "
+            f"{plan.token_ops}",
+            highlight=False,
+        )
     costs = Table(title="MACs of a step", title_justify="left", title_style="bold")
     for column in ("profile", "tokens", "kept", "full\nlinear", "pruned\nlinear", "full\nall", "pruned\nall", "bound"):
         costs.add_column(column, justify="left" if column == "profile" else "right", no_wrap=column == "profile")

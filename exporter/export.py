@@ -18,11 +18,13 @@ from typing import Any
 from torch import nn
 
 from cat_pruning.dtype import DType
-from cat_pruning.engines.build import build_rtx_plan, can_build_rtx, rtx_plan_specs
+from cat_pruning.engines.build import build_plan, can_build, plan_specs
+from cat_pruning.engines.build_caches import timing_cache_path
 from cat_pruning.engines.bundle import Bundle, new_bundle
 from cat_pruning.engines.manifest import Manifest
 from cat_pruning.engines.profiles import plan_profiles, profile_spec, step_dims
 from cat_pruning.engines.records import (
+    Flavour,
     Geometry,
     GraphSpec,
     LoraSpec,
@@ -31,7 +33,9 @@ from cat_pruning.engines.records import (
     PlanSpec,
     ProfileSpec,
     TensorSpec,
+    TokenOps,
 )
+from cat_pruning.engines.tensorrt_library import TARGETS, TITLES
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter.checkpoint import Checkpoint, find_checkpoint, load_transformer
 from cat_pruning.exporter.interception import StepModule
@@ -67,7 +71,7 @@ class Target(StrEnum):
 
 def default_targets() -> tuple[Target, ...]:
     """What this machine can build."""
-    return (Target.ONNX, Target.RTX) if can_build_rtx() else (Target.ONNX,)
+    return (Target.ONNX, *(Target(target) for flavour, target in TARGETS.items() if can_build(flavour)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,7 @@ class ExportConfig:
     there. resolutions: (height, width) in pixels; empty for the model's own. prompts: numbers of prompts in a batch.
     text_length: text rows of the profiles; None for what the pipeline passes at its defaults.
     guidance: classifier-free guidance doubles the rows of a batch. verify: compare ONNX Runtime with torch.
+    plugin: our kernels for the token operators of TensorRT's plans; without, TensorRT compiles their function bodies.
     """
 
     model: str
@@ -92,6 +97,7 @@ class ExportConfig:
     guidance: bool = True
     settings: PruneSettings = field(default_factory=PruneSettings)
     targets: tuple[Target, ...] = field(default_factory=default_targets)
+    plugin: bool = True
     verify: bool = False
     force: bool = False
 
@@ -100,10 +106,9 @@ class ExportConfig:
             raise SettingsError(f"--batch {' '.join(map(str, self.prompts))}: expected numbers of prompts >= 1")
         if self.text_length is not None and self.text_length < 1:
             raise SettingsError(f"--text-length {self.text_length}: expected a number of text tokens >= 1")
-        if Target.TENSORRT in self.targets:
-            raise EngineError(
-                "--target tensorrt: this version builds no TensorRT plans yet; "
-                "--target rtx builds a TensorRT-RTX plan on any machine"
+        if not self.plugin and Target.TENSORRT not in self.targets:
+            raise SettingsError(
+                "--no-plugin: only TensorRT's plans have the plugin, and none are built; give --target tensorrt too"
             )
         if self.verify and self.dtype is DType.BF16:
             raise EngineError(
@@ -130,6 +135,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     Raises:
         CheckpointError, ShapeError, SettingsError, EngineError, OutputError: see `cat_pruning.errors`.
     """
+    plans = _plan_specs(config)  # before a checkpoint is downloaded
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, random_weights=config.random_weights, loras=config.loras
     )
@@ -143,21 +149,21 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         for height, width in dict.fromkeys(config.resolutions or ((side, side),))
         for prompts in dict.fromkeys(config.prompts)
     )
-    plans = rtx_plan_specs() if Target.RTX in config.targets else ()
     check_memory(
         checkpoint.num_parameters * config.dtype.num_bytes,
         held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify),
         builds_plans=bool(plans),
     )
-    with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint)) as writer:
+    with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint, plans)) as writer:
         graphs = _write_graphs(config, checkpoint, transformer, writer.path, stage)
         with stage("Count MACs"):
             macs = tuple(profile_macs(writer.path, graphs, profile, geometry.patch_size) for profile in profiles)
         for plan in plans:
             graph = next(graph for graph in graphs if graph.part is plan.part)
             shapes = plan_profiles(graph, profiles, geometry.patch_size)
-            with stage(f"Build the TensorRT-RTX engine of {graph.file}, profiles: {len(shapes)}"):
-                build_rtx_plan(writer.path / graph.file, writer.path / plan.file, shapes)
+            files, timings = (writer.path / graph.file, writer.path / plan.file), timing_cache_path(writer.out, plan)
+            with stage(f"Build the {TITLES[plan.flavour]} engine of {graph.file}, profiles: {len(shapes)}"):
+                build_plan(plan, *files, shapes, timings)
         with stage("Copy the pipeline's other parts"):
             pipeline = _add_pipeline(checkpoint, writer.path / PIPELINE)
         with stage("Hash and move into place"):
@@ -179,6 +185,16 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     versions=_versions(plans),
                 )
             )
+
+
+def _plan_specs(config: ExportConfig) -> tuple[PlanSpec, ...]:
+    token_ops: dict[Flavour, TokenOps] = {"tensorrt": "plugin" if config.plugin else "function"}
+    return tuple(
+        plan
+        for flavour, target in TARGETS.items()
+        if target in config.targets
+        for plan in plan_specs(flavour, token_ops.get(flavour, "function"))
+    )
 
 
 def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportConfig) -> Checkpoint:
@@ -235,9 +251,9 @@ def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
     )
 
 
-def _needed_bytes(config: ExportConfig, checkpoint: Checkpoint) -> int:
+def _needed_bytes(config: ExportConfig, checkpoint: Checkpoint, plans: tuple[PlanSpec, ...]) -> int:
     weights = checkpoint.num_parameters * config.dtype.num_bytes
-    copies = 2 if Target.RTX in config.targets else 1  # the plans hold the weights again
+    copies = 1 + len({plan.flavour for plan in plans})  # the plans hold the weights again
     parts = sum(path.stat().st_size for path in _pipeline_files(checkpoint))
     return weights * copies + parts + _SLACK_BYTES
 

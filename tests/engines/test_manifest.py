@@ -23,7 +23,7 @@ TIMESTEP_STATES = {"name": "timestep_states_0", "dtype": "FLOAT16", "shape": [22
 
 # As it lies on disk: a small SD3, 256 tokens at 256 x 256, 76 of them kept.
 FIELDS: dict[str, Any] = {
-    "format_version": 2,
+    "format_version": 3,
     "family": "sd3",
     "source": {
         "kind": "hub",
@@ -86,7 +86,14 @@ FIELDS: dict[str, Any] = {
         }
     ],
     "plans": [
-        {"part": "step", "flavour": "tensorrt_rtx", "version": "1.7.0", "architectures": ["sm_90"], "file": "rtx.plan"}
+        {
+            "part": "step",
+            "flavour": "tensorrt_rtx",
+            "version": "1.7.0",
+            "architectures": ["sm80", "sm120"],
+            "token_ops": "function",
+            "file": "rtx.plan",
+        }
     ],
     "pipeline": {"kind": "copied", "path": "pipeline", "hub_id": None, "revision": None, "variant": None},
     "versions": {"torch": "2.13.0"},
@@ -228,6 +235,10 @@ def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
         ("macs/0/prompt_linear", -1, r"macs\.0\.prompt_linear: .*greater than or equal to 0"),
         ("plans/0/part", "image", r"plans\.0\.part: Input should be 'prompt', 'timestep' or 'step'"),
         ("plans/0/flavour", "openvino", r"plans\.0\.flavour"),
+        ("plans/0/architectures", [], r"plans\.0\.architectures: .*at least 1"),
+        ("plans/0/architectures/1", "sm_90", r"plans\.0\.architectures\.1: .*match pattern"),
+        ("plans/0/token_ops", "kernel", r"plans\.0\.token_ops: Input should be 'plugin' or 'function'"),
+        ("plans/0/token_ops", "plugin", r"plans\.0: .*TensorRT-RTX has no plugins; expected token_ops 'function'"),
         ("plans/0/file", "other.plan", r"not among the files: other\.plan"),
         ("plans/0/file", "/etc/passwd", r"plans\.0\.file: .*not a path inside the bundle"),
         ("pipeline/path", None, "pipeline: .*'copied' needs path"),
@@ -253,7 +264,13 @@ def test_a_missing_field_is_refused(tmp_path: Path, field: str) -> None:
 
 @pytest.mark.parametrize(
     ("record", "field"),
-    [("macs/0", "prompt_linear"), ("macs/0", "timestep_linear"), ("plans/0", "part"), ("graphs/1", "outputs")],
+    [
+        ("macs/0", "prompt_linear"),
+        ("macs/0", "timestep_linear"),
+        ("plans/0", "part"),
+        ("plans/0", "token_ops"),
+        ("graphs/1", "outputs"),
+    ],
 )
 def test_a_missing_field_of_a_record_is_refused(tmp_path: Path, record: str, field: str) -> None:
     name, index = record.split("/")
@@ -275,7 +292,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> 
         read_manifest(write(tmp_path, FIELDS | {"files": files}))
 
 
-@pytest.mark.parametrize("version", [0, 1, FORMAT_VERSION + 1, "2", None])
+@pytest.mark.parametrize("version", [0, 1, 2, FORMAT_VERSION + 1, "3", None])
 def test_another_format_version_is_told_before_the_schema(tmp_path: Path, version: object) -> None:
     fields = {"format_version": version, "source": {"location": "my models/sd3"}, "something": "new"}
     with pytest.raises(BundleError) as caught:
@@ -315,6 +332,15 @@ def test_export_command_makes_the_bundle_again() -> None:
     assert "--target rtx --target tensorrt " in manifest.export_command(Path("/b"), "tensorrt", "tensorrt_rtx")
 
 
+@pytest.mark.parametrize("token_ops", ["plugin", "function"])
+def test_export_command_tells_the_token_operators_of_tensorrt(token_ops: str) -> None:
+    plan = FIELDS["plans"][0] | {"flavour": "tensorrt", "architectures": ["sm90"], "token_ops": token_ops}
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"plans": [plan]}))
+    words = shlex.split(manifest.export_command(Path("/b"), "tensorrt_rtx"))
+    assert words[words.index("--target") :][:4] == ["--target", "tensorrt", "--target", "rtx"]
+    assert ("--no-plugin" in words) == (token_ops == "function")
+
+
 def test_export_command_tells_what_is_not_the_default() -> None:
     settings = PruneSettings(keep_ratio=0.5, fresh_quotas=(0.2, 0.1), pooling=Pooling.MEAN)
     square = FIELDS["profiles"][0] | {"num_kept": 128, "prompts": 2}
@@ -352,4 +378,11 @@ def test_parts_say_what_they_lack() -> None:
     with pytest.raises(ValidationError, match="seed"):
         Source(kind="random", location="x")
     with pytest.raises(ValidationError, match="not a path inside"):
-        PlanSpec(part=Part.STEP, flavour="tensorrt", version="10.15", architectures=("sm_90",), file="../x.plan")
+        PlanSpec(
+            part=Part.STEP,
+            flavour="tensorrt",
+            version="10.15",
+            architectures=("sm90",),
+            token_ops="plugin",
+            file="../x.plan",
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cat_pruning.engines.build import build_rtx_plan, can_build_rtx
+from cat_pruning.engines.build import build_plan, can_build, plan_specs
 from cat_pruning.engines.profiles import plan_profiles, profile_spec
 from cat_pruning.engines.records import Geometry
 from cat_pruning.exporter.export import graph_spec
@@ -19,7 +19,7 @@ Make = Callable[..., Any]
 TEXT_LENGTH = 48
 
 
-@pytest.mark.skipif(not can_build_rtx(), reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed")
 @pytest.mark.parametrize("part", list(Part))
 @pytest.mark.parametrize("name", ["pixart-middle", "flux-middle", "sd35-middle"])
 def test_the_middle_sizes_can_be_built(models: Make, name: str, part: Part, tmp_path: Path) -> None:
@@ -36,5 +36,10 @@ def test_the_middle_sizes_can_be_built(models: Make, name: str, part: Part, tmp_
     profile = profile_spec(256, 256, 1, geometry=geometry, settings=PruneSettings(), guidance=guidance)
     assert (profile.num_tokens, profile.num_kept) == (1024, 307)
     graph = graph_spec(part, model.graphs[part])
-    build_rtx_plan(model.directory / graph.file, tmp_path / "plan", plan_profiles(graph, [profile], 2))
+    build_plan(
+        plan_specs("tensorrt_rtx")[0],
+        model.directory / graph.file,
+        tmp_path / "plan",
+        plan_profiles(graph, [profile], 2),
+    )
     assert (tmp_path / "plan").stat().st_size > (model.directory / f"{graph.file}.data").stat().st_size / 2
