@@ -47,7 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, help="the bundle's directory")
     parser.add_argument("prompt", nargs="+", help="one or more prompts, generated as one batch")
     parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the image (default: out.png)")
-    parser.add_argument("--engine", choices=["auto", "onnxruntime", "torch"], default="auto", help="default: auto")
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "tensorrt", "tensorrt_rtx", "onnxruntime", "torch"],
+        default="auto",
+        help="default: the bundle's plans if there are some for this machine's GPU, else ONNX Runtime",
+    )
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step by itself")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the pipeline's own)")
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on (default: 0)")
@@ -82,7 +88,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     manifest = bundle.manifest
     settings = _settings(manifest, arguments)
     with terminal.status("Load the bundle …"):
-        pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
+        graphs = not arguments.no_cuda_graphs
+        pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings, cuda_graphs=graphs)
         pipe.set_progress_bar_config(disable=True)
     height, width = arguments.resolution or (manifest.profiles[0].height, manifest.profiles[0].width)
     config = GenerateConfig(

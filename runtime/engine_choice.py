@@ -2,36 +2,118 @@
 
 from __future__ import annotations
 
+import logging
+from typing import get_args
+
+import torch
+
+from cat_pruning.engines.build_caches import runtime_cache_path
 from cat_pruning.engines.bundle import Bundle
+from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
+from cat_pruning.engines.plan_choice import plans_for
+from cat_pruning.engines.records import Flavour
+from cat_pruning.engines.tensorrt_library import TITLES, tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.checkpoint import load_transformer
 from cat_pruning.exporter.families import family_named
 from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.step_io import Part
 
-ENGINES = ("auto", "onnxruntime", "torch")
+logger = logging.getLogger(__name__)
+
+FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+ENGINES = ("auto", *FLAVOURS, "onnxruntime", "torch")
 
 
-def engine_from_bundle(bundle: Bundle, engine: str = "auto") -> StepEngine:
-    """Load the engine called `engine`; "auto" takes ONNX Runtime, the default where there is no GPU.
+def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: bool = True) -> StepEngine:
+    """Load the engine called `engine` on this machine's GPU, or on the CPU where it has none.
+
+    "auto" takes TensorRT's plans if the bundle has some for this GPU, else TensorRT-RTX's, else ONNX Runtime.
+
+    Args:
+        bundle: what to load.
+        engine: one of `ENGINES`.
+        cuda_graphs: capture steps and replay them as one launch, where the engine can.
 
     Raises:
-        EngineError: no engine of this name, or one that cannot run here.
+        EngineError: no engine of this name, or one that cannot run here; what is missing, and what to do.
         BundleError: a file of the bundle was changed.
         CheckpointError: the torch engine's checkpoint is not where the export found it.
     """
-    manifest = bundle.manifest
-    if engine in ("auto", "onnxruntime"):
-        from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
+    if engine not in ENGINES:
+        raise EngineError(f"engine {engine!r} is not known; known are {', '.join(ENGINES)}")
+    if engine == "auto":
+        engine = _best(bundle)
+    for flavour in FLAVOURS:
+        if engine == flavour:
+            return _tensorrt(bundle, flavour, cuda_graphs)
+    if engine == "onnxruntime":
+        return _onnxruntime(bundle)
+    from cat_pruning.runtime.torch_engine import TorchStepEngine
 
-        for graph in manifest.graphs:
-            bundle.verified(graph.file)
-            if (weights := f"{graph.file}.data") in manifest.files:
-                bundle.verified(weights)
-        return OnnxRuntimeStepEngine(
-            bundle.path, family_named(manifest.family), manifest.transformer_config, manifest.dtype.torch
+    transformer = load_transformer(bundle.manifest.source, bundle.manifest.dtype)
+    return TorchStepEngine(transformer.to(_device()), cuda_graphs=cuda_graphs)
+
+
+def _best(bundle: Bundle) -> str:
+    if not torch.cuda.is_available():
+        return "onnxruntime"
+    for flavour in FLAVOURS:
+        try:
+            plans_for(bundle, flavour, version=tensorrt_library(flavour).__version__, architecture=gpu_architecture())
+        except EngineError as error:
+            logger.info("not %s: %s", TITLES[flavour], error)
+        else:
+            return flavour
+    return "onnxruntime"
+
+
+def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine:
+    from cat_pruning.runtime.plan import Plan
+    from cat_pruning.runtime.tensorrt_engine import TensorRTStepEngine
+
+    manifest, version = bundle.manifest, tensorrt_library(flavour).__version__
+    if not torch.cuda.is_available():
+        raise EngineError(f"{TITLES[flavour]} runs on an NVIDIA GPU, and torch can use none here ({missing_gpu()})")
+    specs = plans_for(bundle, flavour, version=version, architecture=gpu_architecture())
+    plans = {
+        part: Plan(flavour, bundle.verified(spec.file), _device(), runtime_cache_path(bundle.path, spec))
+        for part, spec in specs.items()
+    }
+    return TensorRTStepEngine(
+        flavour,
+        plans,
+        specs[Part.STEP].token_ops,
+        manifest.graphs,
+        family=family_named(manifest.family),
+        config=manifest.transformer_config,
+        dtype=manifest.dtype.torch,
+        device=_device(),
+        rebuild=bundle.export_command(flavour),
+        cuda_graphs=cuda_graphs,
+    )
+
+
+def _onnxruntime(bundle: Bundle) -> StepEngine:
+    import onnxruntime
+
+    from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
+
+    manifest, device = bundle.manifest, _device()
+    if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        logger.warning(
+            "there is a GPU, but this ONNX Runtime has no CUDA provider and runs on the CPU; pip install "
+            "onnxruntime-gpu in its place, build plans for the GPU (%s), or take the engine torch",
+            bundle.export_command("tensorrt"),
         )
-    if engine == "torch":
-        from cat_pruning.runtime.torch_engine import TorchStepEngine
+        device = torch.device("cpu")
+    for graph in manifest.graphs:
+        bundle.verified(graph.file)
+        if (weights := f"{graph.file}.data") in manifest.files:
+            bundle.verified(weights)
+    family, dtype = family_named(manifest.family), manifest.dtype.torch
+    return OnnxRuntimeStepEngine(bundle.path, family, manifest.transformer_config, dtype, device)
 
-        return TorchStepEngine(load_transformer(manifest.source, manifest.dtype))
-    raise EngineError(f"engine {engine!r} is not known; known are {', '.join(ENGINES)}")
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -24,8 +24,9 @@ def load_pipeline(
     *,
     settings: PruneSettings | None = None,
     dtype: torch.dtype | None = None,
+    cuda_graphs: bool = True,
 ) -> Any:
-    """Load a bundle that `cat-export` wrote as the diffusers pipeline that it was exported from.
+    """Load a bundle that `cat-export` wrote as the pipeline that it was exported from, on its engine's device.
 
     Other pipelines over the same parts come from it as always in diffusers:
     `StableDiffusion3Img2ImgPipeline(**pipe.components)`.
@@ -35,6 +36,7 @@ def load_pipeline(
         engine: see `CatTransformer.from_bundle`.
         settings: instead of those that the bundle was exported with.
         dtype: of the pipeline's other parts; by default the engine's.
+        cuda_graphs: see `CatTransformer.from_bundle`.
 
     Raises:
         BundleError: no bundle, one that is truncated, edited or of another version, or one without a pipeline that can
@@ -44,7 +46,8 @@ def load_pipeline(
     """
     bundle = Bundle.open(path)
     parts = _pipeline_directory(bundle)
-    transformer = CatTransformer(engine_from_bundle(bundle, engine), settings or bundle.manifest.settings)
+    step_engine = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs)
+    transformer = CatTransformer(step_engine, settings or bundle.manifest.settings)
     variant = bundle.manifest.pipeline.variant if bundle.manifest.pipeline else None
     try:
         with quiet_diffusers():
@@ -57,7 +60,7 @@ def load_pipeline(
             "export again from a checkpoint that diffusers itself loads"
         ) from error
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
-    return type(loaded)(**{**loaded.components, "transformer": transformer})
+    return type(loaded)(**{**loaded.components, "transformer": transformer}).to(transformer.device)
 
 
 def _absent(parts: Path) -> dict[str, None]:

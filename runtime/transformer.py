@@ -48,29 +48,45 @@ class CatTransformer(nn.Module):
             self.add_module("transformer", engine.transformer)  # so that pipe.to(...) moves it
 
     @classmethod
-    def from_bundle(cls, path: str | Path, engine: str = "auto", *, settings: PruneSettings | None = None) -> Self:
-        """Load a bundle that `cat-export` wrote.
+    def from_bundle(
+        cls,
+        path: str | Path,
+        engine: str = "auto",
+        *,
+        settings: PruneSettings | None = None,
+        cuda_graphs: bool = True,
+    ) -> Self:
+        """Load a bundle that `cat-export` wrote, on this machine's GPU if it has one.
 
         Args:
             path: the bundle's directory.
-            engine: "auto", "onnxruntime" or "torch"; "auto" is ONNX Runtime where there is no GPU.
+            engine: "auto", "tensorrt", "tensorrt_rtx", "onnxruntime" or "torch"; "auto" takes the bundle's plans if
+                there are some for the GPU, else ONNX Runtime.
             settings: instead of those the bundle was exported with.
+            cuda_graphs: on a GPU, capture steps and replay them as one launch each; ONNX Runtime does not.
 
         Raises:
             BundleError: no bundle, or one that is truncated, edited or of another version.
             EngineError: the engine cannot run here.
         """
         bundle = Bundle.open(path)
-        return cls(engine_from_bundle(bundle, engine), settings or bundle.manifest.settings)
+        return cls(engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs), settings or bundle.manifest.settings)
 
     @classmethod
-    def from_model(cls, transformer: nn.Module, settings: PruneSettings | None = None) -> Self:
+    def from_model(
+        cls, transformer: nn.Module, settings: PruneSettings | None = None, *, cuda_graphs: bool = True
+    ) -> Self:
         """Wrap a diffusers transformer, where its weights are. The transformer itself is not changed.
+
+        Args:
+            transformer: the module; its own attributes but for adapters' are not to change while steps are captured.
+            settings: what to compute on which step.
+            cuda_graphs: on a GPU, capture steps and replay them as one launch each: see `TorchStepEngine`.
 
         Raises:
             CheckpointError: a transformer of no supported class.
         """
-        return cls(TorchStepEngine(transformer), settings)
+        return cls(TorchStepEngine(transformer, cuda_graphs=cuda_graphs), settings)
 
     @property
     def dtype(self) -> torch.dtype:
