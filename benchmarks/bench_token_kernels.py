@@ -53,12 +53,9 @@ def main() -> int:
     properties = torch.cuda.get_device_properties(device)
     console = Console()
     results = {}
-    for name, dtype in DTYPES.items():
-        buffers, indices = make_buffers(device, dtype)
-        times = interleaved(contestants(buffers, indices), arguments.rounds)
-        results[name] = summarize(times, moved_bytes(dtype))
+    for name in DTYPES:
+        results[name] = measure(name, device, arguments.rounds)
         print_table(console, f"{properties.name}, {name}", results[name])
-        del buffers
     path = write_result(
         arguments.name,
         {
@@ -70,6 +67,12 @@ def main() -> int:
     )
     console.print(f"wrote {path}")
     return 0
+
+
+def measure(name: str, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """All contestants on caches of one of `DTYPES`; see `summarize`."""
+    dtype = DTYPES[name]
+    return summarize(interleaved(contestants(*make_buffers(device, dtype)), rounds), moved_bytes(dtype))
 
 
 def make_buffers(

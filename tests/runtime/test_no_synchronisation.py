@@ -1,8 +1,8 @@
 """No step of an image stops a GPU or copies to it or from it, as far as that shows without one.
 
-The whole `CatTransformer` runs on a device that has no values (`deaf_device`), with timesteps on the host, whose reading
-from a GPU `test_timesteps` holds to once per image. Only an image's beginning may copy. What is captured into a CUDA
-graph may do no more than this, so the test holds captured steps as well. The real thing: `tests/gpu`.
+The whole `CatTransformer` runs on a device that has no values (`deaf_device`), with timesteps on the host; that they
+are read once per image from a GPU is for `test_timesteps`. Only the beginning of an image may copy. What is captured
+into a CUDA graph may do no more than this, so the test holds captured steps as well. The real thing: `tests/gpu`.
 """
 
 from __future__ import annotations
