@@ -51,8 +51,12 @@ class TimestepStates:
             name: tensor.repeat(count, *[1] * (tensor.dim() - 1)) if name in self._per_row else tensor
             for name, tensor in self._inputs.items()
         }
-        rows = torch.tensor(timesteps, dtype=torch.float32).repeat_interleave(batch)
-        inputs[TIMESTEP] = rows.to(next(iter(inputs.values())).device) if inputs else rows
+        # Filled where the other inputs are: a copy of Python's numbers would stop a GPU amid a long schedule.
+        device = next(iter(inputs.values())).device if inputs else None
+        rows = torch.empty(count, batch, dtype=torch.float32, device=device)
+        for row, timestep in zip(rows, timesteps, strict=True):
+            row.fill_(timestep)
+        inputs[TIMESTEP] = rows.flatten()
         states: dict[float, dict[str, Tensor]] = {timestep: {} for timestep in timesteps}
         for name, packed in self._run(inputs).items():
             shape = self._outputs[name]
