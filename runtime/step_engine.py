@@ -134,7 +134,8 @@ class StepSession(ABC):
 
         Raises:
             ShapeError: the latents do not fit the image that was begun, or the engine was not built for n tokens.
-            EngineError: no image was begun, a pruned step before any full one, or the engine failed.
+            EngineError: no image was begun, a pruned step before any full one, the engine failed, or its device has not
+                enough memory.
         """
         dims = self._dims
         if dims is None:
@@ -154,6 +155,10 @@ class StepSession(ABC):
                 self._compute(tokens, num_kept)
                 self._steps += 1
                 return self._noise.clone()
+        except torch.OutOfMemoryError as error:
+            self.reset()
+            self._free()  # what is cached for nothing may be what the next image needs
+            raise self._out_of_memory(dims, error) from error
         except BaseException:
             self.reset()  # the caches may be half updated
             raise
@@ -196,10 +201,13 @@ class StepSession(ABC):
             self._allocate(dims)
         except torch.OutOfMemoryError as error:
             self._free()
-            raise EngineError(
-                f"{device} has not enough memory for an image of {dims.latent_height}x{dims.latent_width} latents and "
-                f"{dims.batch} rows: {str(error).splitlines()[0]}; generate smaller or fewer images at once"
-            ) from error
+            raise self._out_of_memory(dims, error) from error
+
+    def _out_of_memory(self, dims: StepDims, error: torch.OutOfMemoryError) -> EngineError:
+        return EngineError(
+            f"{self.engine.device} has not enough memory for an image of {dims.latent_height}x{dims.latent_width} "
+            f"latents and {dims.batch} rows: {str(error).splitlines()[0]}; generate smaller or fewer images at once"
+        )
 
     def _free(self) -> None:
         """Let go of the memory, so that it is not held while other memory is allocated."""

@@ -1,0 +1,178 @@
+"""The torch engine on a GPU: captured steps, the CPU's results, and a loop that never waits. On the CPU, the tests."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cat_pruning.errors import EngineError
+from cat_pruning.runtime import kmeans, selection
+from cat_pruning.runtime.torch_engine import TorchSession
+from cat_pruning.runtime.transformer import CatTransformer
+from cat_pruning.settings import Pooling, PruneSettings
+
+Make = Callable[..., CatTransformer]
+
+
+def captured(transformer: CatTransformer) -> int:
+    graphs = transformer._sampling().session._graphs
+    assert not graphs._impossible
+    return graphs.num_captured
+
+
+def test_captured_steps_equal_uncaptured_ones(
+    device: torch.device, make: Make, sample: Any, assert_same_image: Any
+) -> None:
+    """Other prompts and seeds on the same memory; another size, whose memory is new, and back."""
+    runs: list[dict[str, Any]] = [{"seed": 0}, {"seed": 1}, {"seed": 2, "size": (12, 20)}, {"seed": 3}]
+    plain, fast = make(device, captures=False), make(device)
+    for run in runs:
+        assert_same_image(sample(fast, **run), sample(plain, **run), exact=device.type == "cpu")
+        assert captured(plain) == 0
+        assert captured(fast) >= 2  # full steps, and pruned ones that choose their own tokens
+
+
+def test_settings_between_images(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
+    plain, fast = make(device, captures=False), make(device)
+    for settings in (
+        PruneSettings(full_steps=4),
+        PruneSettings(keep_ratio=0.5, num_clusters=9),
+        PruneSettings(extra_full_steps=(10,), pooling=Pooling.MEAN),
+        PruneSettings(keep_ratio=1),
+    ):
+        plain.settings = fast.settings = settings
+        assert_same_image(sample(fast), sample(plain), exact=device.type == "cpu")
+
+
+def test_adapters_between_images(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
+    peft = pytest.importorskip("peft")
+    plain, fast = make(device, captures=False), make(device)
+    without = sample(fast)
+    module: Any = fast.engine.transformer  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    module.add_adapter(config)
+    try:
+        styled = sample(fast)
+        assert not torch.allclose(styled.latents, without.latents, atol=1e-2)
+        assert_same_image(styled, sample(plain), exact=device.type == "cpu")
+    finally:
+        module.delete_adapters("default")
+    assert_same_image(sample(fast), without)
+
+
+def test_the_results_of_the_cpu(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
+    cpu = make(torch.device("cpu"), captures=False)
+    for captures in (False, True):
+        for seed in range(3):
+            actual, expected = sample(make(device, captures), seed), sample(cpu, seed)
+            assert_same_image(actual, expected, exact=device.type == "cpu")
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_the_same_noise_selects_the_same_tokens(device: torch.device, pooling: Pooling) -> None:
+    """At SD3-medium's size: clusters and two selections, each from what the CPU found."""
+    settings, grid, channels = PruneSettings(pooling=pooling), (64, 64), 64
+    noise = torch.randn(2, 4096, channels, generator=torch.Generator().manual_seed(0))
+    features = selection.cluster_features(noise, kmeans.position_encoding(*grid, channels), 1.0)
+    initial = kmeans.initial_tokens(*grid, settings.num_clusters)
+    clusters = kmeans.kmeans(features, initial, settings.kmeans_iterations)
+    here = kmeans.kmeans(features.to(device), initial.to(device), settings.kmeans_iterations)
+    assert (here.cpu() != clusters).float().mean() < 1e-3
+    count = torch.rand(2, 4096, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    for select, given in (
+        (selection.first_selection, (noise, clusters)),
+        (selection.next_selection, (noise, clusters, count)),
+    ):
+        expected = select(*given, 1228, settings)  # type: ignore[arg-type]
+        actual = select(*(tensor.to(device) for tensor in given), 1228, settings).cpu()  # type: ignore[arg-type]
+        assert sum(len(set(a.tolist()) ^ set(b.tolist())) for a, b in zip(actual, expected, strict=True)) <= 4
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_loop_never_waits_for_the_device(device: torch.device, captures: bool, make: Make, sample: Any) -> None:
+    """From the second step on. Not in a session's first image, which captures its steps, and that waits."""
+    transformer, is_cuda = make(device, captures), device.type == "cuda"
+
+    def forbid(step: int) -> None:
+        if is_cuda and step == 1:
+            torch.cuda.set_sync_debug_mode("error")
+
+    sample(transformer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        try:
+            sample(transformer, seed=1, on_step=forbid)
+        finally:
+            if is_cuda:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_image_that_does_not_fit(
+    device: torch.device, make: Make, sample: Any, assert_same_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = make(device)
+    expected = sample(transformer)
+    engine, session = transformer.engine, transformer._sampling().session
+    dims = engine.family.dims(engine.config, (16, 16), batch=2**20, text_length=48, num_kept=0)
+    shapes = engine.family.input_shapes(engine.config, dims)
+    nothing = torch.zeros(())
+    inputs = {name: nothing.expand([int(size) for size in shape]) for name, shape in shapes.items()}
+    with monkeypatch.context() as patch:
+        if device.type == "cpu":
+            patch.setattr("cat_pruning.runtime.step_engine.zeros", _full)
+        with pytest.raises(EngineError, match="not enough memory"):
+            session.begin(dims, inputs)
+    assert_same_image(sample(transformer), expected, exact=device.type == "cpu")
+
+
+def test_a_step_that_does_not_fit(
+    device: torch.device, make: Make, sample: Any, assert_same_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caches do, and what it computes between them does not."""
+    transformer = make(device)
+    expected = sample(transformer)
+    original = TorchSession._run
+
+    def run(session: TorchSession, keep_indices: torch.Tensor) -> None:
+        if device.type == "cuda":
+            torch.empty(torch.cuda.mem_get_info(device)[1], dtype=torch.float32, device=device)  # four times the card
+        _full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSession, "_run", run)
+        with pytest.raises(EngineError, match="not enough memory for an image of 12x20 latents and 2 rows"):
+            sample(transformer, size=(12, 20))
+    assert TorchSession._run is original
+    assert not transformer._sampling().session._caches  # type: ignore[attr-defined]
+    assert_same_image(sample(transformer), expected, exact=device.type == "cpu")
+
+
+def _full(*arguments: Any) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 PiB.")
+
+
+def test_memory_does_not_grow(device: torch.device, make: Make, sample: Any) -> None:
+    """Over twenty images, after three that allocate and capture."""
+    transformer = make(device)
+    sizes = []
+    for seed in range(23):
+        sample(transformer, seed, steps=10)
+        sizes.append(held_bytes(device))
+    assert max(sizes[3:]) <= sizes[2]
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory of the tensors that are alive on the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [each for each in tensors if each.device == device]
+    return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
