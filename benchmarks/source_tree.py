@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from pathlib import Path
 
@@ -24,3 +25,7 @@ def source_tree(out: Path = ROOT / "build" / "source") -> Path:
                 link.unlink()
             link.symlink_to(target)
     return out
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{source_tree()}\n")

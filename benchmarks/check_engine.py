@@ -1,0 +1,104 @@
+"""sd3-mini exported for an engine, one image under it and under the torch engine: whether it runs here, and how close.
+
+What is refused, by the build or by the load, is said in the library's own words, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cat_pruning import load_pipeline
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.engines.tensorrt_library import TARGETS
+from cat_pruning.errors import CatError
+from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.settings import PruneSettings
+
+PROMPT = "a large red circle left of a small blue star on a plain black background"
+SIZE, STEPS, TEXT_LENGTH = 128, 28, 48
+ENGINES = (*TARGETS, "onnxruntime")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export, load, sample, compare, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    arguments = parser.parse_args(argv)
+    result: dict[str, Any] = {}
+    try:
+        check(arguments.engine, result)
+    except CatError as error:
+        traceback.print_exc()
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+    finally:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def check(engine: str, result: dict[str, Any]) -> None:
+    """Fill `result` as far as it goes.
+
+    Raises:
+        CatError: the engine cannot be built or run here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "sd3-mini"
+        targets = (Target.ONNX, *([Target(TARGETS[engine])] if engine in TARGETS else []))  # type: ignore[index]
+        started = time.perf_counter()
+        sizes = ((SIZE, SIZE),)
+        export(ExportConfig(model="sd3-mini", out=out, text_length=TEXT_LENGTH, resolutions=sizes, targets=targets))
+        result["export_seconds"] = time.perf_counter() - started
+        manifest = Bundle.open(out).manifest
+        result["plans"] = [spec.model_dump(mode="json") for spec in manifest.plans]
+        for name, settings in (("unpruned", PruneSettings(keep_ratio=1)), ("pruned", PruneSettings())):
+            theirs, mine = _image(out, "torch", settings), _image(out, engine, settings)
+            result[name] = {
+                "largest_difference": float((mine["latents"] - theirs["latents"]).abs().max()),
+                "spread": float(theirs["latents"].std()),
+                "tokens_that_differ": sum(
+                    len(set(a.tolist()) - set(b.tolist()))
+                    for step, other in zip(mine["kept"], theirs["kept"], strict=True)
+                    for a, b in zip(step, other, strict=True)
+                ),
+                "tokens": sum(step.numel() for step in theirs["kept"]),
+                "finite": bool(mine["latents"].isfinite().all()),
+            }
+
+
+def _image(bundle: Path, engine: str, settings: PruneSettings) -> dict[str, Any]:
+    """The latents of one image, and what every step computed."""
+    pipe = load_pipeline(bundle, engine, settings=settings)
+    pipe.set_progress_bar_config(disable=True)
+    kept: list[torch.Tensor] = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, inputs, outputs: kept.append(module.last_step.keep_indices.cpu())
+    )
+    try:
+        latents = pipe(
+            PROMPT,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=STEPS,
+            guidance_scale=4.0,
+            max_sequence_length=TEXT_LENGTH - pipe.tokenizer_max_length,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+    finally:
+        hook.remove()
+    return {"latents": latents.float().cpu(), "kept": kept}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""`make gpu-check` without a GPU: its refusal, and its way with stages that fail, hang, or lack something."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_gpu
+import check_engine
+import gpu_check
+import pytest
+import torch
+from gpu_check import Stage
+from source_tree import ROOT, source_tree
+
+from cat_pruning.errors import EngineError
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+GPU = {"name": "NVIDIA Test 100"}
+
+
+@NO_GPU
+@pytest.mark.parametrize("file", ["gpu_check.py", "bench_gpu.py"])
+def test_without_a_gpu_it_says_so_in_one_line(file: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / file), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "needs an NVIDIA GPU" in done.stderr
+    assert not out.exists()
+
+
+@NO_GPU
+def test_make_does_too() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-s", "gpu-check", f"BIN={Path(sys.executable).parent}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "gpu_check needs an NVIDIA GPU" in done.stderr
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_check, "is_there", lambda module: False)
+    assert gpu_check.main([]) == 2
+    assert "torch is not installed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Runs stages as on a machine with a GPU: the exit code, and what was written."""
+    monkeypatch.setattr(gpu_check, "describe_gpu", lambda: GPU)
+
+    def run(stages: list[Stage], *arguments: str) -> tuple[int, dict[str, Any]]:
+        out = tmp_path / "gpu.json"
+        code = gpu_check.main(["--out", str(out), *arguments], stages)
+        return code, json.loads(out.read_text())
+
+    return run
+
+
+def stage(name: str, code: str, seconds: int = 20, needs: tuple[str, ...] = ()) -> Stage:
+    return Stage(name, ("-c", code, "{out}"), needs, seconds)
+
+
+NUMBERS = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"ms\": 1}'); "
+
+
+def test_stages_do_not_stop_each_other(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    code, report = check(
+        [
+            stage("good", NUMBERS),
+            stage("bad", NUMBERS + "raise SystemExit('TensorRT-RTX: no such card')"),
+            stage("lacking", NUMBERS, needs=("json", "no_such_module", "no.such")),
+            stage("slow", NUMBERS + child, seconds=5),
+            stage("crashing", "import os; os.abort()"),
+            stage("silent", "pass"),
+            stage("last", NUMBERS),
+        ]
+    )
+    outcomes = {name: result["outcome"] for name, result in report["stages"].items()}
+    assert code == 1
+    assert outcomes == {
+        "good": "ok",
+        "bad": "failed",
+        "lacking": "skipped",
+        "slow": "failed",
+        "crashing": "failed",
+        "silent": "failed",
+        "last": "ok",
+    }
+    stages = report["stages"]
+    assert stages["good"]["numbers"] == stages["bad"]["numbers"] == stages["slow"]["numbers"] == {"ms": 1}
+    assert stages["bad"]["message"] == "TensorRT-RTX: no such card"
+    assert stages["lacking"]["message"] == "no_such_module, no.such not installed"
+    assert stages["slow"]["message"] == "stopped after 5 seconds"
+    assert stages["slow"]["seconds"] < 15  # the child with the pipe did not keep it
+    assert stages["silent"]["message"] == "it wrote nothing"
+    assert report["gpu"] == GPU
+    assert report["machine"]["torch"]
+    assert "bad: failed, TensorRT-RTX: no such card" in capsys.readouterr().out
+
+
+def test_the_file_is_there_after_every_stage(check: Any, tmp_path: Path) -> None:
+    look = f"import json; assert list(json.load(open({str(tmp_path / 'gpu.json')!r}))['stages']) == ['first']; "
+    code, report = check([stage("first", NUMBERS), stage("second", look + NUMBERS)])
+    assert code == 0, report
+
+
+def test_the_time_is_up(check: Any) -> None:
+    _, report = check([stage("good", NUMBERS)], "--minutes", "0.05")
+    assert report["stages"]["good"] == {"outcome": "skipped", "message": "the time is up"}
+
+
+def test_stages_by_name(check: Any) -> None:
+    _, report = check([stage("loops sd3", NUMBERS), stage("steps sd3", NUMBERS)], "--only", "loops")
+    assert list(report["stages"]) == ["loops sd3"]
+
+
+def test_the_gpu_tests_results_by_name(check: Any, tmp_path: Path) -> None:
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'not alike'\n"
+        "@pytest.mark.skipif(True, reason='no TensorRT')\n"
+        "def test_lacking(): pass\n"
+    )
+    tests = Stage("tests", gpu_check._tests("--noconftest", str(file)), (), 60, numbers=gpu_check.test_results)
+    code, report = check([tests])
+    numbers = report["stages"]["tests"]["numbers"]
+    assert code == 1
+    assert numbers["passed"] == 1
+    assert list(numbers["failed"]) == ["test_some::test_bad"]
+    assert "not alike" in numbers["failed"]["test_some::test_bad"]
+    assert list(numbers["skipped"].values()) == ["no TensorRT"]
+
+
+def test_every_stage_is_a_command_that_exists() -> None:
+    names = [each.name for each in gpu_check.stages()]
+    assert len(set(names)) == len(names)
+    for each in gpu_check.stages():
+        script = Path(each.command[0])
+        if script.suffix == ".py":
+            assert script.is_file()
+            known = {"bench_gpu.py": bench_gpu.MEASUREMENTS, "check_engine.py": check_engine.ENGINES}[script.name]
+            assert each.command[1] in known
+        else:
+            assert (ROOT / each.command[-1]).exists()
+        assert "{out}" in each.command
+
+
+def test_an_engine_that_cannot_be_built_is_told_in_its_own_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+
+    def refuse(config: Any) -> None:
+        raise EngineError("TensorRT-RTX 1.7: no such card")
+
+    monkeypatch.setattr(check_engine, "export", refuse)
+    assert check_engine.main(["tensorrt_rtx", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.endswith("EngineError: TensorRT-RTX 1.7: no such card\n")
+    assert json.loads(out.read_text()) == {}
+
+
+def test_an_engine_beside_the_torch_engine(tmp_path: Path) -> None:
+    """ONNX Runtime on the CPU in the place of a GPU's plans."""
+    out = tmp_path / "out.json"
+    assert check_engine.main(["onnxruntime", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    for name in ("unpruned", "pruned"):
+        assert result[name]["largest_difference"] < 1e-3
+        assert result[name]["tokens_that_differ"] == 0
+        assert result[name]["finite"]
+
+
+def test_a_bare_checkout(tmp_path: Path) -> None:
+    """The package from a tree of links, which may be there already; with its data, and no other names."""
+    for _ in range(2):
+        tree = source_tree(tmp_path / "tree")
+    assert [path.name for path in tree.iterdir()] == ["cat_pruning"]
+    code = (
+        "import cat_pruning; print(cat_pruning.__file__);"
+        "from cat_pruning.exporter.published import published_models; print(*published_models());"
+        "from cat_pruning.models import miniatures; print(*miniatures());"
+        "import cat_pruning.runtime.selection, cat_pruning.plugins.cuda_launch"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    file, models, small = done.stdout.splitlines()
+    assert Path(file).is_relative_to(tree)
+    assert "sd3" in models.split()
+    assert "sd3-mini" in small.split()
