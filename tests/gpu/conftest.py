@@ -7,7 +7,7 @@ the CPU steps are captured by a double (`graph_double`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ CUDA = pytest.param(
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device in turn."""
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """fp32 is fp32: by default cuDNN rounds a convolution's inputs, and the patch embedding is one."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass
@@ -124,26 +133,26 @@ def sample() -> Callable[..., Sampled]:
 
 @pytest.fixture(scope="session")
 def assert_same_image() -> Callable[..., None]:
-    """Asserts that two runs are one image: to the bit, or up to another device's rounding.
+    """Asserts that two runs are one image: to the bit, or up to another device's rounding, in units of the spread.
 
     Rounding may swap a token of the last score that is kept, so one token in a hundred may differ.
     """
 
-    def check(actual: Sampled, expected: Sampled, exact: bool = False) -> None:
+    def check(actual: Sampled, expected: Sampled, exact: bool = False, rounding: float = 1e-3) -> None:
         for mine, other in zip(actual.records, expected.records, strict=True):
             kept, wanted = mine.keep_indices.cpu(), other.keep_indices.cpu()
             assert kept.shape == wanted.shape
             differ = sum(
                 len(set(row.tolist()) - set(wanted_row.tolist())) for row, wanted_row in zip(kept, wanted, strict=True)
             )
-            assert differ <= (0 if exact else kept.numel() // 100), f"step {mine.step}: {differ} tokens differ"
+            assert differ <= (0 if exact else kept.numel() * 10 * rounding), f"step {mine.step}: {differ} tokens differ"
         latents, wanted = actual.latents.cpu(), expected.latents.cpu()
         if exact:
             assert torch.equal(latents, wanted)
         else:
             # Away from a swapped token all is rounding; at one it is a step's change of the picture.
-            assert (latents - wanted).abs().median() < 1e-3 * wanted.std()
-            assert (latents - wanted).abs().max() < 0.1 * wanted.std()
+            assert (latents - wanted).abs().median() < rounding * wanted.std()
+            assert (latents - wanted).abs().max() < 100 * rounding * wanted.std()
 
     return check
 
@@ -160,11 +169,15 @@ def onnx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_agrees(
     make: Callable[..., CatTransformer], sample: Callable[..., Sampled], assert_same_image: Callable[..., None]
 ) -> Callable[..., None]:
-    """Asserts that an engine computes two images as the torch engine on the CPU does."""
+    """Asserts that an engine computes two images as the torch engine on the CPU does.
+
+    On a GPU these libraries round what they multiply to ten bits (TF32) as long as nobody forbids it.
+    """
 
     def check(engine: StepEngine, size: tuple[int, int] = (16, 16)) -> None:
+        rounding = 1e-2 if engine.device.type == "cuda" else 1e-3
         transformer, reference = CatTransformer(engine), make(torch.device("cpu"), captures=False)
         for seed in range(2):
-            assert_same_image(sample(transformer, seed, size), sample(reference, seed, size))
+            assert_same_image(sample(transformer, seed, size), sample(reference, seed, size), rounding=rounding)
 
     return check
