@@ -72,11 +72,11 @@ def build(job: PlanJob) -> PlanReport:
 
 
 def _build_plan(trt: Any, log: Log, job: PlanJob) -> None:
-    builder = trt.Builder(log.handle)
     flags = [trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED]  # in 11, what every network is
     if job.plugin_nodes:
         _register_plugins(trt)
         flags.append(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    builder = trt.Builder(log.handle)
     network = builder.create_network(sum(1 << int(flag) for flag in flags))
     parser = trt.OnnxParser(network, log.handle)  # owns the weights that the network refers to, so it lives as long
     with log.collected() as errors:

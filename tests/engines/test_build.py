@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -12,8 +15,9 @@ import pytest
 from cat_pruning.engines import build
 from cat_pruning.engines.build import build_plan, can_build, plan_specs
 from cat_pruning.engines.bundle import Bundle
+from cat_pruning.engines.plan_builder import PlanReport
 from cat_pruning.engines.profiles import PlanProfile, plan_profiles, profile_spec
-from cat_pruning.engines.records import Geometry, PlanSpec
+from cat_pruning.engines.records import Flavour, Geometry, PlanSpec, TokenOps
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.export import graph_spec
 from cat_pruning.settings import PruneSettings
@@ -145,3 +149,101 @@ def test_a_builder_that_crashes_says_its_last_words(monkeypatch: pytest.MonkeyPa
         EngineError, match=r"^TensorRT-RTX cannot build step\.onnx: its process ended with 3: last words$"
     ):
         build_plan(RTX, Path("step.onnx"), tmp_path / "rtx.plan", [])
+
+
+# ------------------------------------------------------------------ what is built where
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *, architecture: str | None) -> None:
+    """TensorRT 11.4 and a GPU, as far as they are asked before a build."""
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(build, "tensorrt_library", lambda flavour: SimpleNamespace(__version__="11.4.0.106"))
+    monkeypatch.setattr(build, "gpu_architecture", lambda: architecture)
+    monkeypatch.setattr(build, "missing_gpu", lambda: "Found no NVIDIA driver on your system.")
+
+
+@pytest.mark.parametrize("token_ops", ["plugin", "function"])
+def test_plans_of_tensorrt_are_this_gpus(monkeypatch: pytest.MonkeyPatch, token_ops: TokenOps) -> None:
+    installed(monkeypatch, architecture="sm90")
+    assert can_build("tensorrt")
+    specs = plan_specs("tensorrt", token_ops)
+    assert [spec.part for spec in specs] == list(Part)
+    assert {(spec.version, spec.architectures, spec.token_ops) for spec in specs} == {
+        ("11.4.0.106", ("sm90",), token_ops)
+    }
+    assert specs[-1].file == "plans/tensorrt-11.4.0.106-sm90/step.plan"
+
+
+@needs_rtx
+def test_plans_of_tensorrt_rtx_are_for_several() -> None:
+    (version,) = {spec.version for spec in plan_specs("tensorrt_rtx")}
+    assert plan_specs("tensorrt_rtx")[-1].file == f"plans/tensorrt_rtx-{version}-sm80-and-later/step.plan"
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, architecture=None)
+    assert not can_build("tensorrt")
+    assert can_build("tensorrt_rtx")
+    with pytest.raises(EngineError) as caught:
+        plan_specs("tensorrt", "plugin")
+    assert str(caught.value) == (
+        "--target tensorrt: TensorRT measures its kernels on the GPU that will run them, and torch can use none here "
+        "(Found no NVIDIA driver on your system.); run it on that machine, or --target rtx, which builds anywhere"
+    )
+
+
+@pytest.mark.parametrize(("flavour", "target"), [("tensorrt", "tensorrt"), ("tensorrt_rtx", "rtx")])
+def test_not_installed(monkeypatch: pytest.MonkeyPatch, flavour: Flavour, target: str) -> None:
+    installed(monkeypatch, architecture="sm90")
+
+    def broken(flavour: Flavour) -> None:
+        raise EngineError("it cannot be imported; pip install it")
+
+    monkeypatch.setattr(build, "tensorrt_library", broken)
+    assert not can_build(flavour)
+    with pytest.raises(EngineError, match=rf"^--target {target}: it cannot be imported; pip install it$"):
+        plan_specs(flavour)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert not can_build(flavour)
+
+
+# ------------------------------------------------------------------ what the builder is asked, and what it tells
+
+TENSORRT = RTX.model_copy(update={"flavour": "tensorrt", "architectures": ("sm90",), "token_ops": "plugin"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "timings"),
+    [(TENSORRT, True), (TENSORRT.model_copy(update={"token_ops": "function"}), True), (RTX, False)],
+)
+def test_the_job(
+    monkeypatch: pytest.MonkeyPatch, mini_bundle: Path, tmp_path: Path, spec: PlanSpec, timings: bool
+) -> None:
+    fake_builder(
+        monkeypatch, f"import sys; open({str(tmp_path / 'job')!r}, 'w').write(sys.stdin.read()); print('{{}}')"
+    )
+    profiles: list[PlanProfile] = [{"noise": ((1, 2), (1, 2), (1, 2))}]
+    build_plan(spec, mini_bundle / "step.onnx", tmp_path / "a" / "step.plan", profiles, tmp_path / "timings")
+    job = json.loads((tmp_path / "job").read_text())
+    assert job["flavour"] == spec.flavour
+    assert job["profiles"] == [{"noise": [[1, 2]] * 3}]
+    assert sorted(job["plugin_nodes"]) == (["TokenGather", "TokenScatter"] if spec.token_ops == "plugin" else [])
+    assert job["timing_cache"] == (str(tmp_path / "timings") if timings else None)
+
+
+@pytest.mark.parametrize("plugins", [98, 0])
+def test_what_the_engine_runs_is_logged(
+    monkeypatch: pytest.MonkeyPatch, mini_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, plugins: int
+) -> None:
+    fake_builder(monkeypatch, f'print(\'{{"engine_layers": 612, "engine_plugins": {plugins}}}\')')
+    with caplog.at_level("INFO", logger="cat_pruning.engines.build"):
+        built = build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])
+    assert built == PlanReport(engine_layers=612, engine_plugins=plugins)
+    assert caplog.messages[0] == f"step.onnx: {plugins} of the engine's 612 layers are plugins"
+    assert [record.levelname for record in caplog.records[1:]] == ([] if plugins else ["WARNING"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_builder_without_its_library(mini_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"^TensorRT cannot build step\.onnx: TensorRT cannot be imported here .*pip"):
+        build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])

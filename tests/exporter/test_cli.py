@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import errors as hub_errors
 
+from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.exporter.checkpoint import model_names
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
@@ -65,7 +68,7 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--text-length", "0"], "--text-length 0: expected a number of text tokens >= 1"),
         (["--text-length", "-3"], "--text-length -3: expected"),
         (["--dtype", "fp8"], r"--dtype: .*fp8"),
-        (["--target", "tensorrt"], "--target tensorrt: this version builds no TensorRT plans yet; --target rtx"),
+        (["--target", "onnx", "--no-plugin"], "--no-plugin: only TensorRT's plans .*; give --target tensorrt too"),
         (["--target", "coreml"], r"--target: invalid choice: 'coreml' .*onnx.*rtx"),
         (["--verify", "--dtype", "bf16"], "--verify: .*bf16; verify with --dtype fp32"),
         (["--random-weights"], rf"--random-weights needs a published architecture \({PUBLISHED}\), got"),
@@ -92,13 +95,62 @@ def test_revision_of_a_miniature(refused: Callable[..., None]) -> None:
     refused("--revision 'v1': 'sd3-mini' is a local directory", "--model", "sd3-mini", "--revision", "v1")
 
 
-def test_rtx_where_it_is_not_installed(
-    refused: Callable[..., None], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+# ------------------------------------------------------------------ targets; told before a checkpoint is looked for
+
+
+@pytest.fixture
+def clean_library() -> Iterator[None]:
+    """`tensorrt_library` as in a new process, before and after."""
+    tensorrt_library.cache_clear()
+    yield
+    tensorrt_library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flavour", "target", "title"), [("tensorrt_rtx", "rtx", "TensorRT-RTX"), ("tensorrt", "tensorrt", "TensorRT")]
+)
+@pytest.mark.usefixtures("clean_library")
+def test_a_target_that_is_not_installed(
+    refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, flavour: str, target: str, title: str
 ) -> None:
-    monkeypatch.setattr("cat_pruning.engines.build.can_build_rtx", lambda: False)
+    monkeypatch.setitem(sys.modules, flavour, None)
     refused(
-        r"--target rtx: TensorRT-RTX is not installed.*; pip install", "--model", tiny_checkpoint, "--target", "rtx"
-    )
+        rf"--target {target}: {title} cannot be imported here .*; pip install 'cat-pruning\[{target}\]'$",
+        "--model", "nowhere", "--target", target,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("clean_library")
+def test_a_tensorrt_that_is_too_old(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.14.1.48"))
+    refused(
+        r"--target tensorrt: TensorRT 10\.14\.1\.48 is too old, expected 10\.15 or newer; pip install",
+        "--model", "nowhere", "--target", "tensorrt",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU",
+        "The NVIDIA driver on your system is too old (found version 11040).\nPlease update your GPU driver",
+        "No CUDA GPUs are available",
+        "Torch not compiled with CUDA enabled",
+    ],
+)
+@pytest.mark.usefixtures("clean_library")
+def test_tensorrt_without_a_gpu(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def init() -> None:
+        raise RuntimeError(reason)
+
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0.106"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    words = re.escape(" ".join(reason.split()))
+    refused(
+        rf"--target tensorrt: .*torch can use none here \({words}\); run it on that machine, or --target rtx",
+        "--model", "nowhere", "--target", "tensorrt",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -7,14 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cat_pruning.engines import build
 from cat_pruning.engines.build import can_build
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.errors import BundleError
 from cat_pruning.exporter import cli
+from cat_pruning.exporter.export import Target, default_targets
+from cat_pruning.step_io import Part
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
 
@@ -136,3 +141,51 @@ def test_interrupted(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Pat
     code, _, errors = cat_export("--model", tiny_checkpoint, "--out", tmp_path / "outs" / "bundle")
     assert (code, errors) == (130, ["cat-export: interrupted; nothing was left behind"])
     assert list((tmp_path / "outs").iterdir()) == []
+
+
+# ------------------------------------------------------------------ --target tensorrt
+
+
+@pytest.mark.parametrize("no_plugin", [[], ["--no-plugin"]])
+def test_tensorrt_plans(
+    cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any, no_plugin: list[str]
+) -> None:
+    """All but the builder itself, on a machine with TensorRT 11.4 and an H100."""
+    jobs = []
+
+    def run(command: list[str], *, input: str, **_: object) -> subprocess.CompletedProcess[str]:
+        jobs.append(json.loads(input))
+        Path(jobs[-1]["plan"]).write_bytes(b"a plan")
+        return subprocess.CompletedProcess(command, 0, '{"engine_layers": 9, "engine_plugins": 5}', "")
+
+    monkeypatch.setattr(build.subprocess, "run", run)
+    monkeypatch.setattr(build, "tensorrt_library", lambda flavour: SimpleNamespace(__version__="11.4.0.106"))
+    monkeypatch.setattr(build, "gpu_architecture", lambda: "sm90")
+    out = tmp_path / "outs" / "tiny"
+    code, printed, errors = cat_export("--model", tiny_checkpoint, "--out", out, "--target", "tensorrt", *no_plugin)
+    assert (code, errors) == (0, [])
+    token_ops = "function" if no_plugin else "plugin"
+    assert f"TensorRT 11.4.0.106 plans for sm90; token operators: {token_ops}" in printed
+
+    bundle = Bundle.open(out)
+    plans = bundle.manifest.plans
+    assert [plan.file for plan in plans] == [f"plans/tensorrt-11.4.0.106-sm90/{part}.plan" for part in Part]
+    assert {(plan.flavour, plan.architectures, plan.token_ops) for plan in plans} == {
+        ("tensorrt", ("sm90",), token_ops)
+    }
+    assert bundle.manifest.versions["tensorrt"] == "11.4.0.106"
+    assert [sorted(job["plugin_nodes"]) for job in jobs] == [
+        [], [], [] if no_plugin else ["TokenGather", "TokenScatter"]
+    ]  # fmt: skip
+    assert {job["timing_cache"] for job in jobs} == {f"{out}.cache/tensorrt-11.4.0.106-sm90.timing"}
+    words = shlex.split(bundle.export_command())
+    again = cli._parser().parse_args(words[1:])
+    assert (again.target, again.no_plugin) == (["tensorrt"], bool(no_plugin))
+
+
+@pytest.mark.parametrize("gpu", ["sm90", None])
+def test_what_is_built_by_default(monkeypatch: Any, gpu: str | None) -> None:
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name == "tensorrt" or None)
+    monkeypatch.setattr(build, "tensorrt_library", lambda flavour: SimpleNamespace(__version__="11.4.0.106"))
+    monkeypatch.setattr(build, "gpu_architecture", lambda: gpu)
+    assert default_targets() == ((Target.ONNX, Target.TENSORRT) if gpu else (Target.ONNX,))

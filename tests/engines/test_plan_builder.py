@@ -1,0 +1,328 @@
+"""The building process from the inside.
+
+TensorRT's builder is not on PyPI. Its double here is the real TensorRT-RTX, the same API by another name, changed in
+what only TensorRT has: plugins, and a GPU to load the plan on.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from cat_pruning.engines import plan_builder
+from cat_pruning.engines.build import can_build, token_nodes
+from cat_pruning.engines.build_caches import read_cache, write_cache
+from cat_pruning.engines.plan_builder import PlanJob, PlanReport, build, count_layers
+from cat_pruning.engines.profiles import plan_profiles, profile_spec
+from cat_pruning.engines.records import Geometry
+from cat_pruning.engines.tensorrt_library import library_log, tensorrt_library
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter.export import graph_spec
+from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
+
+needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+# "Timing cache operations are no-ops in TensorRT-RTX"; the double uses them all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX")
+
+LAYERS = {"Layers": [{"Name": "a", "LayerType": "gemm"}, {"Name": "b", "LayerType": "PluginV3"}, "c"], "Bindings": []}
+
+
+# ------------------------------------------------------------------ the path of TensorRT
+
+
+class Tensorrt(ModuleType):
+    """TensorRT-RTX as TensorRT; `asked` is what the builder asked of it, in order."""
+
+    def __init__(self, plugins: bool) -> None:
+        super().__init__("tensorrt")
+        rtx, asked = tensorrt_library("tensorrt_rtx"), []
+        vars(self).update({name: value for name, value in vars(rtx).items() if name != "__name__"})
+        self.__version__ = "11.4.0"
+        self.asked: list[str] = asked
+        self.loads = True
+        strongly_typed = rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+
+        def builder(log: Any) -> Any:
+            real = rtx.Builder(log)
+
+            def create_network(flags: int) -> Any:
+                asked.append(f"network {flags:b}")
+                return real.create_network(1 << int(strongly_typed))
+
+            def create_builder_config() -> Any:
+                asked.append("config")
+                return real.create_builder_config()
+
+            def build_serialized_network_to_stream(network: Any, config: Any, writer: Any) -> bool:
+                aliased = config.get_preview_feature(rtx.PreviewFeature.ALIASED_PLUGIN_IO_10_03)
+                asked.append(f"build, aliased {aliased}, {config.profiling_verbosity.name}")
+                asked.append(f"tf32 {config.get_flag(rtx.BuilderFlag.TF32)}")
+                return bool(real.build_serialized_network_to_stream(network, config, writer))
+
+            return SimpleNamespace(
+                create_network=create_network,
+                create_builder_config=create_builder_config,
+                create_optimization_profile=real.create_optimization_profile,
+                build_serialized_network_to_stream=build_serialized_network_to_stream,
+            )
+
+        def deserialize(plan: Any) -> Any:
+            asked.append(f"load {len(plan)} bytes")
+            information = SimpleNamespace(get_engine_information=lambda form: json.dumps(LAYERS))
+            return SimpleNamespace(create_engine_inspector=lambda: information) if self.loads else None
+
+        self.Builder = builder
+        self.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=deserialize)
+        self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1, PREFER_AOT_PYTHON_PLUGINS=3)
+        self.LayerType = SimpleNamespace(
+            ATTENTION_INPUT=rtx.LayerType.ATTENTION_INPUT,
+            # The node of a function body that stands for a plugin's: of the one token operator of `scatter_job`.
+            PLUGIN_V3=rtx.LayerType.SCATTER if plugins else rtx.LayerType.PLUGIN_V3,
+        )
+
+
+@pytest.fixture
+def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tensorrt:
+    """TensorRT's double; its parser takes plugins unless the test is parametrized with False."""
+    double = Tensorrt(getattr(request, "param", True))
+    log = library_log(tensorrt_library("tensorrt_rtx"))  # a process has one
+    monkeypatch.setattr(plan_builder, "tensorrt_library", lambda flavour: {"tensorrt": double}[flavour])
+    monkeypatch.setattr(plan_builder, "library_log", lambda module: log)
+    plugin = ModuleType("cat_pruning.plugins.tensorrt_plugin")
+    plugin.register_token_plugins = lambda trt: double.asked.append(f"register in {trt.__name__}")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    return double
+
+
+@pytest.fixture
+def scatter_job(export_tiny: Any, tmp_path: Path) -> PlanJob:
+    """A tiny SD3 step whose plugins serve its scatters."""
+    tiny = export_tiny("sd3")
+    geometry = Geometry(pixels_per_latent=8, patch_size=2, latent_channels=4, max_latent_size=None, text_length=7)
+    profile = profile_spec(80, 64, 1, geometry=geometry, settings=PruneSettings(num_clusters=4), guidance=True)
+    graph = graph_spec(Part.STEP, tiny.graphs[Part.STEP])
+    nodes = token_nodes(tiny.directory / graph.file)
+    assert nodes["TokenGather"] >= 1
+    return PlanJob(
+        flavour="tensorrt",
+        onnx=str(tiny.directory / graph.file),
+        plan=str(tmp_path / "step.plan"),
+        profiles=plan_profiles(graph, [profile], 2),
+        plugin_nodes={"TokenScatter": nodes["TokenScatter"]},
+        timing_cache=str(tmp_path / "sd3.cache" / "timings"),
+    )
+
+
+def changed(job: PlanJob, **changes: Any) -> PlanJob:
+    return PlanJob(**{name: getattr(job, name) for name in PlanJob.__dataclass_fields__} | changes)
+
+
+@needs_rtx
+def test_a_plan_with_plugins(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    assert build(scatter_job) == PlanReport(engine_layers=3, engine_plugins=1)
+    size = Path(scatter_job.plan).stat().st_size
+    assert tensorrt.asked == [
+        "register in tensorrt",
+        "network 1010",
+        "config",
+        "build, aliased True, DETAILED",
+        "tf32 False",
+        f"load {size} bytes",
+    ]
+
+
+@needs_rtx
+@pytest.mark.parametrize("tensorrt", [False], indirect=True)
+def test_a_plan_without_plugins_registers_none(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    build(changed(scatter_job, plugin_nodes={}))
+    assert tensorrt.asked[:3] == ["network 10", "config", "build, aliased False, DETAILED"]
+
+
+@needs_rtx
+@pytest.mark.parametrize("tensorrt", [False], indirect=True)
+def test_a_parser_that_takes_the_function_bodies(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    """The real parser, for which nothing is registered, does."""
+    count = scatter_job.plugin_nodes["TokenScatter"]
+    with pytest.raises(EngineError) as caught:
+        build(scatter_job)
+    assert str(caught.value) == (
+        "the plugin was asked for, and TensorRT 11.4.0 took the function bodies of the token operators instead: "
+        f"0 plugin layers, expected {count} ({count} TokenScatter); build with --no-plugin, which needs none"
+    )
+    assert not Path(scatter_job.plan).exists()
+    assert tensorrt.asked[-1] == "network 1010"
+
+
+@needs_rtx
+def test_a_plugin_that_cannot_be_made(
+    tensorrt: Tensorrt, scatter_job: PlanJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cat_pruning.plugins.tensorrt_plugin", None)
+    with pytest.raises(EngineError, match=r"^the token plugin cannot be made here .*pip install .*, or --no-plugin$"):
+        build(scatter_job)
+
+
+@needs_rtx
+def test_a_plan_that_cannot_be_loaded(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    tensorrt.loads = False
+    with pytest.raises(EngineError):
+        build(scatter_job)
+
+
+@needs_rtx
+@pytest.mark.parametrize("found", ["none", "earlier", "damaged"])
+def test_the_timing_cache_is_written_after_the_build(tensorrt: Tensorrt, scatter_job: PlanJob, found: str) -> None:
+    assert scatter_job.timing_cache is not None
+    path = Path(scatter_job.timing_cache)
+    if found == "earlier":
+        build(scatter_job)
+    elif found == "damaged":
+        path.parent.mkdir()
+        path.write_bytes(b"x" * 99)
+    build(scatter_job)
+    assert read_cache(path)
+
+
+def test_a_timing_cache_of_another_gpu_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    attached: list[bytes] = []
+
+    def attach(cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        attached.append(cache)
+        return cache == b""
+
+    config = SimpleNamespace(create_timing_cache=lambda data: data, set_timing_cache=attach)
+    path = tmp_path / "cache"
+    write_cache(path, b"of another GPU")
+    assert plan_builder._timing_cache(config, path) == b""
+    assert attached == [b"of another GPU", b""]
+    assert caplog.messages == [f"{path} is not of this TensorRT on this GPU and is ignored"]
+
+
+def test_a_builder_that_is_null(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    """What the bindings raise where the driver is too old."""
+
+    def null(log: Any) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    tensorrt.Builder = null
+    with pytest.raises(EngineError, match="nullptr"):
+        build(scatter_job)
+
+
+def test_layers_are_counted() -> None:
+    assert count_layers(json.dumps(LAYERS)) == PlanReport(engine_layers=3, engine_plugins=1)
+    assert count_layers('{"Layers": []}') == PlanReport(engine_layers=0, engine_plugins=0)
+
+
+# ------------------------------------------------------------------ the API
+
+# The names of the builder's variables that are TensorRT's, and their classes; all others are ours or Python's.
+VARIABLES = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "layer": "ILayer",
+    "timings": "ITimingCache",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "inspector": "EngineInspector",
+}
+OURS = {
+    "Path", "built", "data", "dataclasses", "dict", "entry", "errors", "error", "expected", "file", "flags", "job",
+    "json", "kind", "log", "logging", "logger", "mmap", "os", "output", "plan", "report", "self", "shapes", "sys",
+}  # fmt: skip
+# What a class inherits from, or becomes: a layer whose type is ATTENTION_INPUT.
+BECOMES = {"ILayer.attention": "IAttentionInputLayer.attention"}
+OF_A_PROPERTY = {"IAttentionInputLayer.attention.decomposable": "IAttention.decomposable"}
+ONLY_TENSORRT = {"NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS"}
+
+MISSING = """
+import importlib, json
+trt = importlib.import_module({module!r})
+def has(name):
+    place = trt
+    for part in name.split("."):
+        if not hasattr(place, part):
+            return False
+        place = getattr(place, part)
+    return True
+print(json.dumps([name for name in {names!r} if not has(name)]))
+"""
+
+
+def used_names() -> set[str]:
+    """The attributes of the API that the builder uses, by class: "Builder.create_network"."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(plan_builder))):
+        attributes: list[str] = []
+        place: ast.AST = node
+        while isinstance(place, ast.Attribute):
+            attributes.insert(0, place.attr)
+            place = place.value
+        if not attributes or not isinstance(place, ast.Name) or attributes[0] == "__class__":
+            continue
+        if place.id == "trt":
+            names.add(".".join(attributes))
+        elif place.id in VARIABLES:
+            name = f"{VARIABLES[place.id]}.{attributes[0]}"
+            names.add(BECOMES.get(name, name))
+            if attributes[1:]:
+                names.add(OF_A_PROPERTY[".".join((BECOMES.get(name, name), *attributes[1:]))])
+        else:
+            assert place.id in OURS, f"{place.id}.{'.'.join(attributes)}: TensorRT's? say so in VARIABLES, or in OURS"
+    return names
+
+
+def test_the_names_that_are_checked() -> None:
+    names = used_names()
+    assert len(names) > 35
+    assert {"Builder", "OnnxParser.parse_from_file", "LayerType.PLUGIN_V3", "IAttention.decomposable"} <= names
+    assert names >= ONLY_TENSORRT
+
+
+@needs_rtx
+def test_tensorrt_rtx_has_every_name_that_the_builder_uses() -> None:
+    program = MISSING.format(module="tensorrt_rtx", names=sorted(used_names()))
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(json.loads(result.stdout)) == ONLY_TENSORRT
+
+
+def test_tensorrt_has_every_name_that_the_builder_uses(python_with_bindings: Callable[[str], str]) -> None:
+    program = MISSING.format(module="tensorrt_bindings", names=sorted(used_names()))
+    assert json.loads(python_with_bindings(program)) == []
+    nonsense = MISSING.format(module="tensorrt_bindings", names=["Builder.frobnicate"])
+    assert json.loads(python_with_bindings(nonsense)) == ["Builder.frobnicate"]
+
+
+# ------------------------------------------------------------------ what a plugin serves
+
+
+def test_the_token_operators_of_a_graph_are_counted(tmp_path: Path) -> None:
+    nodes = [
+        onnx.helper.make_node("TokenScatter", ["x"], ["y"], domain="cat"),
+        onnx.helper.make_node("TokenScatter", ["y"], ["z"], domain="cat"),
+        onnx.helper.make_node("TokenGather", ["z"], ["w"], domain="cat"),
+        onnx.helper.make_node("TokenGather", ["w"], ["v"], domain="another"),
+        onnx.helper.make_node("Relu", ["v"], ["u"]),
+    ]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [])), tmp_path / "step.onnx")
+    assert token_nodes(tmp_path / "step.onnx") == {"TokenScatter": 2, "TokenGather": 1}
+
+
+@pytest.mark.parametrize("part", [Part.PROMPT, Part.TIMESTEP])
+def test_only_the_step_has_token_operators(export_tiny: Any, part: Part) -> None:
+    assert token_nodes(export_tiny("sd3").directory / part.onnx) == {}
