@@ -187,16 +187,12 @@ class OnnxRuntimeSession(StepSession):
         self._states = engine.run(Part.PROMPT, self._inputs)
         for name, tensor in self._states.items():
             self._bind_if_read(name, tensor)
-        symbolic = engine.family.input_shapes(engine.config, step_io.SYMBOLIC)
-        inputs = [name for name in engine.inputs[Part.TIMESTEP] if name != step_io.TIMESTEP]
-        self._timestep_states = TimestepStates(
-            functools.partial(engine.run, Part.TIMESTEP),
-            {value.name: tuple(value.shape) for value in engine.graphs[Part.TIMESTEP].get_outputs()},
-            {name: self._inputs[name] for name in inputs},
-            {name for name in inputs if step_io.SYMBOLIC.batch in symbolic[name]},
-            int(dims.batch),
-            timesteps,
+        graph = engine.graphs[Part.TIMESTEP]
+        reads, writes = (
+            {value.name: tuple(value.shape) for value in values} for values in (graph.get_inputs(), graph.get_outputs())
         )
+        run = functools.partial(engine.run, Part.TIMESTEP)
+        self._timestep_states = TimestepStates(run, reads, writes, self._inputs, timesteps)
 
     def _load(self, timestep: float) -> None:
         assert self._timestep_states is not None
