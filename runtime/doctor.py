@@ -266,7 +266,8 @@ def check_plans(flavour: Flavour, bundle: Bundle) -> Finding:
     fit = plan_fit(bundle, flavour, version=version, architecture=architecture)
     if fit.problem:
         where = "on the machine with the GPU: " if fit.rebuild == "tensorrt" and architecture is None else ""
-        return Finding(topic, "warning", fit.problem, where + bundle.export_command(fit.rebuild))
+        has = f"; the bundle has {fit.has}" if any(plan.flavour == flavour for plan in bundle.manifest.plans) else ""
+        return Finding(topic, "warning", fit.problem + has, where + bundle.export_command(fit.rebuild))
     for spec in fit.plans.values():
         bundle.verified(spec.file)
     spec = next(iter(fit.plans.values()))
@@ -337,8 +338,9 @@ def _auto(bundle: Bundle | None, running: list[str]) -> tuple[Finding, str | Non
     """`--engine auto`, and the engine to take."""
     runs = running[0] if running else None
     if bundle is None:
-        plans = [f"{engine} where a bundle has plans for it" for engine in running if engine in TITLES]
-        return Finding("auto", "ok", f"takes {', else '.join([*plans, 'onnxruntime'])}"), runs
+        planned = " or ".join(engine for engine in running if engine in TITLES)
+        first = f"{planned} where a bundle has plans for it, else " if planned else ""
+        return Finding("auto", "ok" if running else "problem", f"takes {first}onnxruntime"), runs
 
     def check() -> Finding:
         from cat_pruning.runtime.engine_choice import best_engine
