@@ -314,8 +314,8 @@ def check_onnxruntime_engine(bundle: Bundle | None) -> Finding:
         bundle.verify_graphs()
     limit, remedy = _onnxruntime_limit()
     if limit:
-        # With a provider that it has and cannot load, the engine does not start.
-        return Finding("onnxruntime", "problem" if device.type == "cuda" else "warning", f"{limit}", remedy)
+        status: Status = "problem" if device.type == "cuda" else "warning"  # its tensors would be on the GPU
+        return Finding("onnxruntime", status, limit, remedy)
     return Finding("onnxruntime", "ok", _on(device))
 
 
@@ -419,7 +419,7 @@ def _onnxruntime_limit() -> tuple[str, str]:
     if _PROVIDER not in onnxruntime.get_available_providers():
         return "on the CPU, for this build has no CUDA provider", _GPU_BUILD
     if _PROVIDER not in onnxruntime.InferenceSession(_smallest_graph(), providers=[_PROVIDER]).get_providers():
-        return "its CUDA provider cannot be loaded", f"{_GPU_BUILD}[cuda,cudnn]"
+        return "its CUDA provider cannot be loaded", "pip install 'onnxruntime-gpu[cuda,cudnn]'"
     return "", ""
 
 

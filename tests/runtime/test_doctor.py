@@ -294,6 +294,7 @@ def test_a_cuda_provider_is_tried(make_gpu: MakeGpu, monkeypatch: pytest.MonkeyP
         assert engine == Finding("onnxruntime", "ok", "on the GPU")
     else:
         assert (engine.status, engine.text) == ("problem", "its CUDA provider cannot be loaded")
+        assert engine.remedy == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 def test_hopper_is_no_gpu_of_tensorrt_rtx(make_gpu: MakeGpu) -> None:
