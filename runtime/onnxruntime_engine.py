@@ -61,11 +61,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         device: torch.device | str = "cpu",
     ) -> None:
         self.family, self.config, self.dtype, self.device = family, config, dtype, torch.device(device)
-        if self.device.type == "cpu" and dtype is torch.bfloat16:
-            raise EngineError(
-                "ONNX Runtime's CPU provider does not compute in bfloat16; "
-                "export with --dtype fp32, or use --engine torch"
-            )
+        check_dtype(dtype, self.device)
         self.stream = SideStream(self.device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; the warnings are about the optimizer's own nodes
@@ -143,6 +139,18 @@ class OnnxRuntimeStepEngine(StepEngine):
             )
         options = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self.stream.handle)}
         return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """That ONNX Runtime computes in `dtype` on `device`.
+
+    Raises:
+        EngineError: it does not.
+    """
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        raise EngineError(
+            "ONNX Runtime's CPU provider does not compute in bfloat16; export with --dtype fp32, or use --engine torch"
+        )
 
 
 class OnnxRuntimeSession(StepSession):
