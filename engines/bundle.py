@@ -83,6 +83,17 @@ class Bundle:
             raise self._error(f"{name} was changed after the export: its SHA-256 is {found}, expected {expected}")
         return path
 
+    def verify_graphs(self) -> None:
+        """Verify the graphs and their weights, all that runs without a plan.
+
+        Raises:
+            BundleError: as `verified`.
+        """
+        for graph in self.manifest.graphs:
+            self.verified(graph.file)
+            if (weights := f"{graph.file}.data") in self.manifest.files:
+                self.verified(weights)
+
     def verified_tree(self, prefix: str) -> Path:
         """The path of a directory, every file below it verified and none there that is not listed.
 

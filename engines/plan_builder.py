@@ -99,9 +99,7 @@ def _build_plan(trt: Any, log: Log, job: PlanJob) -> None:
 
 def _register_plugins(trt: Any) -> None:
     try:
-        from cat_pruning.plugins.tensorrt_plugin import (  # type: ignore[import-not-found,unused-ignore]
-            register_token_plugins,
-        )
+        from cat_pruning.plugins.tensorrt_plugin import register_token_plugins
     except ImportError as error:
         raise EngineError(
             f"the token plugin cannot be made here ({error}); pip install 'cat-pruning[tensorrt]', or --no-plugin"

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.engines.records import Flavour, PlanSpec
 from cat_pruning.engines.tensorrt_library import TITLES
 from cat_pruning.errors import EngineError
 from cat_pruning.step_io import Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFit:
+    """How a bundle's plans of one flavour fit a machine.
+
+    Attributes:
+        plans: that of every part where they fit, else none.
+        problem: what the bundle does not have; empty where the plans fit.
+        has: all plans of the bundle, in words.
+        rebuild: the flavour whose plans would fit.
+    """
+
+    plans: dict[Part, PlanSpec]
+    problem: str
+    has: str
+    rebuild: Flavour
 
 
 def plans_for(bundle: Bundle, flavour: Flavour, *, version: str, architecture: str | None) -> dict[Part, PlanSpec]:
@@ -26,26 +44,34 @@ def plans_for(bundle: Bundle, flavour: Flavour, *, version: str, architecture: s
     title = TITLES[flavour]
     if architecture is None:
         raise EngineError(f"{title} runs on an NVIDIA GPU, and this machine has none that it can use")
+    fit = plan_fit(bundle, flavour, version=version, architecture=architecture)
+    if not fit.problem:
+        return fit.plans
+    raise EngineError(
+        f"{bundle.path} has {fit.problem}; it has {fit.has}. This machine has {title} {version} and {architecture}; "
+        f"build the plans on it: {bundle.export_command(fit.rebuild)}"
+    )
+
+
+def plan_fit(bundle: Bundle, flavour: Flavour, *, version: str | None, architecture: str | None) -> PlanFit:
+    """How the plans of `flavour` fit a machine. What is None of it, the version or the GPU, is not asked for."""
+    title = TITLES[flavour]
+    named = f"{title} {version}" if version else title
     ours = [plan for plan in bundle.manifest.plans if plan.flavour == flavour]
-    current = [plan for plan in ours if plan.version == version]
-    runnable = {plan.part: plan for plan in current if runs_on(plan, architecture)}
-    if all(part in runnable for part in Part):
-        return {part: runnable[part] for part in Part}
-    rebuild = flavour
+    current = [plan for plan in ours if version in (None, plan.version)]
+    runnable = {plan.part: plan for plan in current if architecture is None or runs_on(plan, architecture)}
+    problem, rebuild = "", flavour
     if not ours:
         problem = f"no plans for {title}"
     elif not current:
-        problem = f"no plans for {title} {version}, and plans of one version do not load in another"
+        problem = f"no plans for {named}, and plans of one version do not load in another"
     elif not runnable:
         problem = f"no plans for {architecture}, this machine's GPU"
         rebuild = "tensorrt"  # TensorRT-RTX's are the same from every machine; it does not know this GPU
-    else:
-        missing = ", ".join(f"{part}.onnx" for part in Part if part not in runnable)
-        problem = f"no plan of {missing} for {title} {version} on {architecture}"
-    raise EngineError(
-        f"{bundle.path} has {problem}; it has {_described(bundle.manifest.plans)}. This machine has {title} {version} "
-        f"and {architecture}; build the plans on it: {bundle.export_command(rebuild)}"
-    )
+    elif missing := ", ".join(part.onnx for part in Part if part not in runnable):
+        problem = f"no plan of {missing} for {named}" + (f" on {architecture}" if architecture else "")
+    plans = {} if problem else {part: runnable[part] for part in Part}
+    return PlanFit(plans=plans, problem=problem, has=_described(bundle.manifest.plans), rebuild=rebuild)
 
 
 def runs_on(plan: PlanSpec, architecture: str) -> bool:

@@ -35,7 +35,7 @@ def tensorrt_library(flavour: Flavour) -> Any:
     remedy = f"pip install 'cat-pruning[{TARGETS[flavour]}]'"
     try:
         module = importlib.import_module(flavour)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # OSError: one of its own libraries is missing
         raise EngineError(f"{TITLES[flavour]} cannot be imported here ({error}); {remedy}") from error
     if flavour == "tensorrt" and _version_numbers(module.__version__) < OLDEST_TENSORRT:
         oldest = ".".join(map(str, OLDEST_TENSORRT))

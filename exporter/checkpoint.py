@@ -121,23 +121,17 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
     Raises:
         CheckpointError: it is gone, has no safetensors weights, they are damaged, or an adapter does not fit.
     """
-    if source.in_memory:
-        raise CheckpointError(
-            f"the bundle's weights were those of a module in memory and not of {source.location}; "
-            "only its exported graphs have them: --engine onnxruntime"
-        )
+    check_source(source)
     if source.kind == "random":
         assert source.seed is not None
         published = published_models()[source.location]
         return random_transformer(published.transformer_class, published.transformer, dtype, source.seed)
     if source.kind == "packaged":
-        directory = miniatures().get(source.location)
+        directory = miniatures()[source.location]
     elif source.kind == "hub":
         directory = download_checkpoint(source.location, source.revision)[0]
     else:
         directory = Path(source.location)
-    if directory is None or not directory.is_dir():
-        raise CheckpointError(f"the checkpoint {source.location} is not there any more; export it again")
     checkpoint = _local(directory, source)
     transformer_class = getattr(diffusers, checkpoint.family.transformer_class)
     folder = _transformer_directory(directory)
@@ -157,6 +151,25 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
             f"{folder} cannot be loaded ({first_line(error)}); download or convert it again"
         ) from error
     return fuse_loras(module, checkpoint.family, source.loras).eval()
+
+
+def check_source(source: Source) -> None:
+    """That the weights of an export can be loaded again, as far as that is known without the hub.
+
+    Raises:
+        CheckpointError: they were in memory only, or are gone.
+    """
+    if source.in_memory:
+        raise CheckpointError(
+            f"the bundle's weights were those of a module in memory and not of {source.location}; "
+            "only its exported graphs have them: --engine onnxruntime"
+        )
+    is_gone = {
+        "packaged": source.location not in miniatures(),
+        "directory": not Path(source.location).is_dir(),
+    }
+    if is_gone.get(source.kind):
+        raise CheckpointError(f"the checkpoint {source.location} is not there any more; export it again")
 
 
 def _transformer_directory(directory: Path) -> Path:

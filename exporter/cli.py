@@ -35,6 +35,7 @@ examples:
   cat-export --model ./my-finetune --dtype bf16 --out tuned                a local directory in the diffusers layout
   cat-export --model flux-dev --dtype bf16 --lora style.safetensors:0.8 --out styled    an adapter fused in
   cat-export --model sd3 --random-weights --dtype bf16 --target rtx --out random    the architecture alone, no network
+  cat-export --model sd3 --dtype bf16 --target tensorrt --out sd3          on the machine with the GPU that will run it
   cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
                                                                            plans for two resolutions, 1 and 4 prompts
 then:

@@ -13,7 +13,8 @@ from cat_pruning.exporter.checkpoint import Checkpoint
 from cat_pruning.exporter.variants import without_other_variants
 
 # Of all weights' size, beside what Python and the libraries take. The builder holds 1.5 times the weights of one graph
-# (benchmarks/RESULTS.md), and the largest, step.onnx, has 67 to 85 % of them.
+# (benchmarks/RESULTS.md), and the largest, step.onnx, has 67 to 85 % of them. That is TensorRT-RTX's; TensorRT's, which
+# measures kernels with the weights on the GPU besides, is taken to be the same until somebody has measured it.
 _BUILDER_COPIES = 1.3
 _BASE_BYTES = 2 << 30
 _GIB = 1 << 30

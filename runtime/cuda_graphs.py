@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,16 @@ logger = logging.getLogger(__name__)
 MOST_GRAPHS = 16  # of one session; the oldest goes first
 
 
-def capture(body: Callable[[], None], device: torch.device) -> Any:
-    """Capture what `body` launches on `device`; nothing runs before the graph's `replay`."""
+def capture(body: Callable[[], None], device: torch.device, others: Sequence[Any]) -> Any:
+    """Capture what `body` launches on `device`; nothing runs before the graph's `replay`.
+
+    The memory of what is computed on the way is shared with the `others`: no two run at once, and none leaves anything
+    there for another. Synchronises.
+    """
     graph = torch.cuda.CUDAGraph()
+    pool = others[0].pool() if others else None
     # Other threads may allocate meanwhile, for images of their own: their calls must not break this capture.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         body()
     return graph
 
@@ -35,13 +40,13 @@ class CudaGraphs:
         capture: makes a graph; the tests' own where there is no GPU.
     """
 
-    def __init__(self, capture: Callable[[Callable[[], None], torch.device], Any] = capture) -> None:
+    def __init__(self, capture: Callable[[Callable[[], None], torch.device, Sequence[Any]], Any] = capture) -> None:
         self._capture = capture
         self._graphs: dict[Hashable, Any] = {}  # None where the key ran once
         self._impossible = False
 
     def run(self, key: Hashable, body: Callable[[], None], device: torch.device) -> None:
-        """Run `body`, or replay what it launched before under this key. Does not synchronise.
+        """Run `body`, or replay what it launched before under this key. Does not synchronise, but for the capture.
 
         Args:
             key: equal for bodies that launch the same kernels on the same memory.
@@ -64,7 +69,7 @@ class CudaGraphs:
 
     def _captured(self, body: Callable[[], None], device: torch.device) -> Any:
         try:
-            return self._capture(body, device)
+            return self._capture(body, device, [graph for graph in self._graphs.values() if graph is not None])
         except (RuntimeError, EngineError) as error:
             # Nothing of it ran: a capture only records.
             logger.warning("steps cannot be captured as CUDA graphs and are slower: %s", str(error).splitlines()[0])

@@ -43,7 +43,7 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: boo
     if engine not in ENGINES:
         raise EngineError(f"engine {engine!r} is not known; known are {', '.join(ENGINES)}")
     if engine == "auto":
-        engine = _best(bundle)
+        engine = best_engine(bundle)
     for flavour in FLAVOURS:
         if engine == flavour:
             return _tensorrt(bundle, flavour, cuda_graphs)
@@ -55,7 +55,8 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: boo
     return TorchStepEngine(transformer.to(_device()), cuda_graphs=cuda_graphs)
 
 
-def _best(bundle: Bundle) -> str:
+def best_engine(bundle: Bundle) -> str:
+    """What "auto" takes."""
     if not torch.cuda.is_available():
         return "onnxruntime"
     for flavour in FLAVOURS:
@@ -95,24 +96,26 @@ def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine
 
 
 def _onnxruntime(bundle: Bundle) -> StepEngine:
-    import onnxruntime
-
     from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
 
-    manifest, device = bundle.manifest, _device()
-    if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    manifest, device = bundle.manifest, onnxruntime_device()
+    if device != _device():
         logger.warning(
             "there is a GPU, but this ONNX Runtime has no CUDA provider and runs on the CPU; pip install "
             "onnxruntime-gpu in its place, build plans for the GPU (%s), or take the engine torch",
             bundle.export_command("tensorrt"),
         )
-        device = torch.device("cpu")
-    for graph in manifest.graphs:
-        bundle.verified(graph.file)
-        if (weights := f"{graph.file}.data") in manifest.files:
-            bundle.verified(weights)
+    bundle.verify_graphs()
     family, dtype = family_named(manifest.family), manifest.dtype.torch
     return OnnxRuntimeStepEngine(bundle.path, family, manifest.transformer_config, dtype, device)
+
+
+def onnxruntime_device() -> torch.device:
+    """Where ONNX Runtime computes: on the GPU if there is one and this build has a provider for it."""
+    import onnxruntime
+
+    has_provider = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return _device() if has_provider else torch.device("cpu")
 
 
 def _device() -> torch.device:

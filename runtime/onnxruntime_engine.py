@@ -61,11 +61,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         device: torch.device | str = "cpu",
     ) -> None:
         self.family, self.config, self.dtype, self.device = family, config, dtype, torch.device(device)
-        if self.device.type == "cpu" and dtype is torch.bfloat16:
-            raise EngineError(
-                "ONNX Runtime's CPU provider does not compute in bfloat16; "
-                "export with --dtype fp32, or use --engine torch"
-            )
+        check_dtype(dtype, self.device)
         self.stream = SideStream(self.device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; the warnings are about the optimizer's own nodes
@@ -145,6 +141,18 @@ class OnnxRuntimeStepEngine(StepEngine):
         return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """That ONNX Runtime computes in `dtype` on `device`.
+
+    Raises:
+        EngineError: it does not.
+    """
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        raise EngineError(
+            "ONNX Runtime's CPU provider does not compute in bfloat16; export with --dtype fp32, or use --engine torch"
+        )
+
+
 class OnnxRuntimeSession(StepSession):
     """Each cache is bound as input and as output, so that ONNX Runtime updates it in place.
 
@@ -187,16 +195,12 @@ class OnnxRuntimeSession(StepSession):
         self._states = engine.run(Part.PROMPT, self._inputs)
         for name, tensor in self._states.items():
             self._bind_if_read(name, tensor)
-        symbolic = engine.family.input_shapes(engine.config, step_io.SYMBOLIC)
-        inputs = [name for name in engine.inputs[Part.TIMESTEP] if name != step_io.TIMESTEP]
-        self._timestep_states = TimestepStates(
-            functools.partial(engine.run, Part.TIMESTEP),
-            {value.name: tuple(value.shape) for value in engine.graphs[Part.TIMESTEP].get_outputs()},
-            {name: self._inputs[name] for name in inputs},
-            {name for name in inputs if step_io.SYMBOLIC.batch in symbolic[name]},
-            int(dims.batch),
-            timesteps,
+        graph = engine.graphs[Part.TIMESTEP]
+        reads, writes = (
+            {value.name: tuple(value.shape) for value in values} for values in (graph.get_inputs(), graph.get_outputs())
         )
+        run = functools.partial(engine.run, Part.TIMESTEP)
+        self._timestep_states = TimestepStates(run, reads, writes, self._inputs, timesteps)
 
     def _load(self, timestep: float) -> None:
         assert self._timestep_states is not None

@@ -45,7 +45,7 @@ def load_pipeline(
         CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
     """
     bundle = Bundle.open(path)
-    parts = _pipeline_directory(bundle)
+    parts = pipeline_directory(bundle)
     step_engine = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs)
     transformer = CatTransformer(step_engine, settings or bundle.manifest.settings)
     variant = bundle.manifest.pipeline.variant if bundle.manifest.pipeline else None
@@ -69,7 +69,13 @@ def _absent(parts: Path) -> dict[str, None]:
     return {name: None for name, value in index.items() if value == [None, None]} | {"transformer": None}
 
 
-def _pipeline_directory(bundle: Bundle) -> Path:
+def pipeline_directory(bundle: Bundle) -> Path:
+    """Where the pipeline's other parts are, verified; downloaded if they are on the hub.
+
+    Raises:
+        BundleError: it has none, or they were changed.
+        CheckpointError: the hub cannot be reached.
+    """
     spec = bundle.manifest.pipeline
     if spec is None:
         raise BundleError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -48,6 +49,7 @@ class Plan:
         self._log = library_log(self._library)
         self._title = f"{TITLES[flavour]} {self._library.__version__}"
         self._file, self._device = file, device
+        self._lock = threading.Lock()  # threads make contexts of their own, but not at once
         with self._log.collected() as errors, _current(device):
             try:
                 self._runtime = self._library.Runtime(self._log.handle)
@@ -101,7 +103,7 @@ class Plan:
         Raises:
             EngineError: the library refuses.
         """
-        with self._log.collected() as errors, _current(self._device):
+        with self._lock, self._log.collected() as errors, _current(self._device):
             if self._config is not None:
                 context = self._engine.create_execution_context(self._config)
             else:
@@ -164,7 +166,9 @@ class PlanContext:
             EngineError: the library refuses.
         """
         with self._plan._log.collected() as errors, _current(self._plan._device):
-            for name in (*self._plan.inputs, *self._plan.outputs):
+            for name, dtype in (self._plan.inputs | self._plan.outputs).items():
+                if tensors[name].dtype is not dtype:
+                    raise self._plan._error(f"takes {name} as {dtype}, not {tensors[name].dtype}", errors)
                 self._bind(name, tensors[name], errors)
             with self._stream.in_turn():
                 done = self._context.execute_async_v3(self._stream.handle)

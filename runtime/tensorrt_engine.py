@@ -119,17 +119,9 @@ class TensorRTSession(StepSession):
     def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
         engine = self.engine
         self._run_part(Part.PROMPT, {**self._inputs, **self._states})
-        symbolic = engine.family.input_shapes(engine.config, step_io.SYMBOLIC)
         graph = engine.graphs[Part.TIMESTEP]
-        inputs = [tensor.name for tensor in graph.inputs if tensor.name != step_io.TIMESTEP]
-        self._timestep_states = TimestepStates(
-            self._run_timesteps,
-            {tensor.name: tensor.shape for tensor in graph.outputs},
-            {name: self._inputs[name] for name in inputs},
-            {name for name in inputs if step_io.SYMBOLIC.batch in symbolic[name]},
-            int(dims.batch),
-            timesteps,
-        )
+        reads, writes = ({tensor.name: tensor.shape for tensor in tensors} for tensors in (graph.inputs, graph.outputs))
+        self._timestep_states = TimestepStates(self._run_timesteps, reads, writes, self._inputs, timesteps)
 
     def _load(self, timestep: float) -> None:
         assert self._timestep_states is not None
@@ -163,7 +155,10 @@ class TensorRTSession(StepSession):
         try:
             profile = engine.plans[part].profile_for(shapes)
         except ShapeError as error:
-            raise ShapeError(f"{error}; build it for this too: {engine.rebuild}") from error
+            raise ShapeError(
+                f"{error}; give the --resolution, --batch, --text-length or --keep-ratio that you need to this command "
+                f"and run it: {engine.rebuild}"
+            ) from error
         if (part, profile) not in self._contexts:
             if self._scratch is None:
                 needed = max(plan.scratch_bytes for plan in engine.plans.values())

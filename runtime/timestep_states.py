@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cat_pruning.step_io import MAX_TIMESTEPS, SYMBOLIC, TIMESTEP, Shape
+from cat_pruning.step_io import LATENTS, MAX_TIMESTEPS, SYMBOLIC, TIMESTEP, Shape
 
 Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # inputs of timestep.onnx by name -> its outputs by name
 
@@ -17,24 +17,24 @@ class TimestepStates:
 
     Args:
         run: runs the graph.
-        outputs: the shapes of its outputs by name, with dynamic dimensions by name; `batch` counts rows of all steps.
-        inputs: the rows of one step: what the graph reads but for the timestep. Those whose name is in `per_row` have
-            one row per row of the batch, the others hold for all rows.
-        batch: rows of one step.
+        reads, writes: the shapes of its inputs and outputs by name, with dynamic dimensions by name; `batch` counts
+            rows of all steps.
+        inputs: the model's inputs for one step; those that the graph does not read are not kept.
         timesteps: those that are expected, in order.
     """
 
     def __init__(
         self,
         run: Run,
-        outputs: Mapping[str, Shape],
+        reads: Mapping[str, Shape],
+        writes: Mapping[str, Shape],
         inputs: Mapping[str, Tensor],
-        per_row: set[str],
-        batch: int,
         timesteps: Sequence[float],
     ) -> None:
-        self._run, self._outputs, self._inputs = run, outputs, inputs
-        self._per_row, self._batch, self._timesteps = per_row, batch, timesteps
+        self._run, self._outputs, self._timesteps = run, writes, timesteps
+        self._inputs = {name: inputs[name] for name in reads if name != TIMESTEP}
+        self._per_row = {name for name in self._inputs if SYMBOLIC.batch in reads[name]}
+        self._batch, self._device = inputs[LATENTS].shape[0], inputs[LATENTS].device
         self._states: dict[float, dict[str, Tensor]] = {}
 
     def at(self, timestep: float) -> dict[str, Tensor]:
@@ -51,9 +51,8 @@ class TimestepStates:
             name: tensor.repeat(count, *[1] * (tensor.dim() - 1)) if name in self._per_row else tensor
             for name, tensor in self._inputs.items()
         }
-        # Filled where the other inputs are: a copy of Python's numbers would stop a GPU amid a long schedule.
-        device = next(iter(inputs.values())).device if inputs else None
-        rows = torch.empty(count, batch, dtype=torch.float32, device=device)
+        # Filled on the device: a copy of Python's numbers would stop a GPU amid a long schedule.
+        rows = torch.empty(count, batch, dtype=torch.float32, device=self._device)
         for row, timestep in zip(rows, timesteps, strict=True):
             row.fill_(timestep)
         inputs[TIMESTEP] = rows.flatten()

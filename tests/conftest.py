@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the tools set it; see 
 
 import functools
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tensorrt_stubs import build_stubs
 
 from cat_pruning.exporter import step_graph
 from cat_pruning.exporter.export import ExportConfig, export
@@ -46,6 +49,27 @@ def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "sd3-mini"
     export(ExportConfig(model="sd3-mini", out=out, text_length=TEXT_LENGTH))
     return out
+
+
+@pytest.fixture(scope="session")
+def tensorrt_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what TensorRT's bindings load with here: see `tensorrt_stubs.py`."""
+    folder = tmp_path_factory.mktemp("tensorrt_stubs")
+    build_stubs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python_with_bindings(tensorrt_stubs: Path) -> Callable[[str], str]:
+    """Runs a program that may import `tensorrt_bindings`, and returns what it prints."""
+
+    def run(program: str) -> str:
+        environment = os.environ | {"LD_LIBRARY_PATH": str(tensorrt_stubs)}
+        result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn, TextIO
 
 from cat_pruning.errors import CatError
 
@@ -51,6 +53,37 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     for name in ("diffusers", "transformers", "torch", "onnxscript", "onnx_ir", "matplotlib", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def muted() -> Iterator[TextIO]:
+    """Keep what libraries print, in C too, out of a tool's own output; with `CAT_PRUNING_LOG` it goes to the errors.
+
+    Yields:
+        The standard error as it was, for the tool itself.
+    """
+    _flush()
+    output, error = os.dup(1), os.dup(2)
+    sink = os.dup(2) if os.environ.get("CAT_PRUNING_LOG") else os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        with open(error, "w", closefd=False) as own:
+            yield own
+    finally:
+        _flush()
+        os.dup2(output, 1)
+        os.dup2(error, 2)
+        for descriptor in (output, error, sink):
+            os.close(descriptor)
+
+
+def _flush() -> None:
+    """Write what Python and C hold back, so that it comes out where it was printed for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with suppress(OSError, AttributeError, TypeError):  # where the process itself is no library
+        ctypes.CDLL(None).fflush(None)
 
 
 def resolution(text: str) -> tuple[int, int]:

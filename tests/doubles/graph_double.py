@@ -6,7 +6,7 @@ since; and whatever would make the host wait for the device, or read from it, ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def _is_written(alias: Any) -> bool:
 def recorder(library: TensorRTDouble | None = None) -> Callable[..., RecordedGraph]:
     """What stands in for `cuda_graphs.capture`; launches of the double of TensorRT are recorded too."""
 
-    def capture(body: Callable[[], None], device: torch.device) -> RecordedGraph:
+    def capture(body: Callable[[], None], device: torch.device, others: Sequence[object]) -> RecordedGraph:
         graph = RecordedGraph()
         if library is not None:
             library.on_launch = graph.add

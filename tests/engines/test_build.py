@@ -219,9 +219,8 @@ TENSORRT = RTX.model_copy(update={"flavour": "tensorrt", "architectures": ("sm90
 def test_the_job(
     monkeypatch: pytest.MonkeyPatch, mini_bundle: Path, tmp_path: Path, spec: PlanSpec, timings: bool
 ) -> None:
-    fake_builder(
-        monkeypatch, f"import sys; open({str(tmp_path / 'job')!r}, 'w').write(sys.stdin.read()); print('{{}}')"
-    )
+    keep = f"import pathlib, sys; pathlib.Path({str(tmp_path / 'job')!r}).write_text(sys.stdin.read())"
+    fake_builder(monkeypatch, f"{keep}; print('{{}}')")
     profiles: list[PlanProfile] = [{"noise": ((1, 2), (1, 2), (1, 2))}]
     build_plan(spec, mini_bundle / "step.onnx", tmp_path / "a" / "step.plan", profiles, tmp_path / "timings")
     job = json.loads((tmp_path / "job").read_text())

@@ -9,7 +9,7 @@ import pytest
 from cat_pruning.dtype import DType
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.engines.manifest import Manifest
-from cat_pruning.engines.plan_choice import plans_for, runs_on
+from cat_pruning.engines.plan_choice import plan_fit, plans_for, runs_on
 from cat_pruning.engines.records import Flavour, Geometry, GraphSpec, PlanSpec, ProfileSpec, Source
 from cat_pruning.errors import EngineError
 from cat_pruning.settings import PruneSettings
@@ -142,6 +142,21 @@ def test_no_gpu() -> None:
 def test_what_runs_a_plan_of_tensorrt_rtx(architecture: str, runs: bool) -> None:
     assert runs_on(RTX[0], architecture) == runs
     assert runs_on(plans("tensorrt", "11.4", "sm90")[0], architecture) == (architecture == "sm90")
+
+
+def test_a_machine_of_which_little_is_known() -> None:
+    """Without a GPU, or without the library: what can be said is said."""
+    several = bundle(*RTX, *OLD)
+    fit = plan_fit(several, "tensorrt_rtx", version="1.7", architecture=None)
+    assert (fit.problem, fit.plans) == ("", {plan.part: plan for plan in RTX})
+    assert plan_fit(several, "tensorrt", version=None, architecture="sm90").problem == ""
+    assert plan_fit(several, "tensorrt", version=None, architecture="sm120").problem.startswith("no plans for sm120")
+    assert plan_fit(several, "tensorrt", version="11.4", architecture=None).problem.startswith(
+        "no plans for TensorRT 11"
+    )
+    fit = plan_fit(bundle(*SM90[:2]), "tensorrt", version=None, architecture=None)
+    assert fit.problem == "no plan of step.onnx for TensorRT"
+    assert fit.has == "TensorRT 11.4 for sm90"
 
 
 def test_the_command_keeps_the_choice_of_no_plugin() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from cat_pruning.dtype import DType
+from cat_pruning.engines import build
 from cat_pruning.engines.records import LoraSpec
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter import memory
@@ -45,13 +47,16 @@ def test_enough_memory(monkeypatch: pytest.MonkeyPatch, weights: int, held: int,
     check_memory(weights * GIB, held_bytes=held * GIB, builds_plans=builds_plans)
 
 
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
 def test_the_exporter_of_a_machine_that_is_too_small_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, cat_export: Callable[..., Any], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, cat_export: Callable[..., Any], tmp_path: Path, target: str
 ) -> None:
     monkeypatch.setattr(memory, "total_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(build, "tensorrt_library", lambda flavour: SimpleNamespace(__version__="11.4"))
+    monkeypatch.setattr(build, "gpu_architecture", lambda: "sm90")
     out = tmp_path / "out"
     options = ["--model", "flux-dev", "--random-weights", "--dtype", "bf16", "--out", out]
-    code, _, errors = cat_export(*options, "--target", "rtx")
+    code, _, errors = cat_export(*options, "--target", target)
     assert code == 2
     assert len(errors) == 1
     assert "weights of 22.2 GiB need about 31 GiB of memory for an engine to be built from them" in errors[0]

@@ -1,4 +1,4 @@
-"""The CUDA kernels' source compiled as C++ and run on the host, and stubs that NVIDIA's TensorRT bindings load with."""
+"""The CUDA kernels' source compiled as C++ and run on the host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import shutil
 import subprocess
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,41 +56,3 @@ def run_on_host(build_host_kernels: Callable[[Variant, str], Path]) -> Callable[
         assert status == 0, {1: "misaligned access", 2: f"no kernel {launch.kernel}"}[status]
 
     return run
-
-
-# What the bindings want of the builder's libraries and the lean runtime has not got.
-STUBS = {
-    "libnvinfer.so.11": ["createInferBuilder_INTERNAL", "getBuilderPluginRegistry"],
-    "libnvonnxparser.so.11": [
-        "createNvOnnxParser_INTERNAL",
-        "createNvOnnxParserRefitter_INTERNAL",
-        "getNvOnnxParserVersion",
-    ],
-    "libnvinfer_plugin.so.11": ["initLibNvInferPlugins"],
-}
-# The package that comes with the builder, and only passes its bindings on.
-FRONT_END = {
-    "__init__.py": "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n",
-    "plugin/__init__.py": "from tensorrt_bindings.plugin import *\n",
-}
-
-
-@pytest.fixture(scope="session")
-def tensorrt_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package `tensorrt`, and shared libraries in place of the builder's, over the lean runtime."""
-    if find_spec("tensorrt_bindings") is None or (lean := find_spec("tensorrt_lean_libs")) is None:
-        pytest.skip("TensorRT's bindings and lean runtime are not installed (the extra 'dev', on Linux)")
-    if shutil.which("gcc") is None:
-        pytest.skip("there is no gcc here to build stubs of the builder's libraries")
-    assert lean.origin is not None
-    folder, runtime = tmp_path_factory.mktemp("tensorrt_stubs"), Path(lean.origin).parent
-    for library, symbols in STUBS.items():
-        source = folder / f"{library}.c"
-        source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols))
-        command = ["gcc", "-shared", "-fPIC", str(source), "-o", str(folder / library), f"-Wl,-soname,{library}"]
-        command += ["-Wl,--no-as-needed", f"-L{runtime}", "-l:libnvinfer_lean.so.11", f"-Wl,-rpath,{runtime}"]
-        subprocess.run(command, check=True)
-    (folder / "tensorrt" / "plugin").mkdir(parents=True)
-    for name, text in FRONT_END.items():
-        (folder / "tensorrt" / name).write_text(text)
-    return folder

@@ -226,6 +226,7 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
         prompts: tuple[int, ...] = (1,),
         kernels: Path | None = None,
         cuda_graphs: bool = False,
+        any_shape: bool = False,
     ) -> TensorRTStepEngine:
         cpu = torch.device("cpu")
         flavour, in_place = TENSORRT_KINDS[kind]
@@ -241,6 +242,9 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
             shared = [NOISE, *cache_names(len(family.caches(config)))] if graph.part is Part.STEP and in_place else []
             file = tmp_path / f"{graph.part}.plan"
             profiles: Any = plan_profiles(graph, specs, manifest.geometry.patch_size)
+            if any_shape:
+                ranks = {tensor.name: len(tensor.shape) for tensor in graph.inputs}
+                profiles = [{name: ((1,) * rank, (1,) * rank, (4096,) * rank) for name, rank in ranks.items()}]
             write_plan(file, mini_bundle / graph.file, profiles, {output_name(name): name for name in shared})
             plans[graph.part] = Plan(flavour, file, cpu, kernels)  # type: ignore[arg-type]
         return TensorRTStepEngine(

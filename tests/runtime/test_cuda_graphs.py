@@ -177,7 +177,7 @@ def test_the_first_run_is_an_ordinary_one_and_the_oldest_graph_goes() -> None:
         def replay(self) -> None:
             calls.append("replay")
 
-    graphs = CudaGraphs(lambda body, device: Graph(body))
+    graphs = CudaGraphs(lambda body, device, others: Graph(body))
     for _ in range(3):
         graphs.run("key", lambda: calls.append("body"), CPU)
     assert calls == ["body", "capture", "replay", "replay"]

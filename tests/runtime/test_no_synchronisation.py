@@ -20,7 +20,7 @@ from cat_pruning.runtime import selection
 from cat_pruning.runtime.timestep_states import TimestepStates
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import Pooling, PruneSettings
-from cat_pruning.step_io import SYMBOLIC, TIMESTEP
+from cat_pruning.step_io import LATENTS, SYMBOLIC, TIMESTEP
 
 GRID = (8, 6)
 SETTINGS = PruneSettings(full_steps=2, num_clusters=5, extra_full_steps=(4,))
@@ -131,8 +131,12 @@ def test_an_image_begins_with_one_copy_of_each_input(make_tiny: Callable[..., An
         loop.step(0)
 
 
-def test_the_timesteps_of_a_long_schedule_are_made_on_the_device() -> None:
-    """What depends on them is computed 64 steps at once, so the 65th comes in the middle of the loop."""
+@pytest.mark.parametrize("reads", [{"pooled": (SYMBOLIC.batch, 5)}, {}])
+def test_the_timesteps_of_a_long_schedule_are_made_on_the_device(reads: dict[str, Any]) -> None:
+    """What depends on them is computed 64 steps at once, so the 65th comes in the middle of the loop.
+
+    PixArt-Σ's graph reads nothing else.
+    """
     rows: list[torch.Tensor] = []
 
     def run(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -140,9 +144,10 @@ def test_the_timesteps_of_a_long_schedule_are_made_on_the_device() -> None:
         return {"state": inputs[TIMESTEP]}
 
     timesteps = [float(1000 - step) for step in range(100)]
+    shape = (SYMBOLIC.batch,)
     for device in (DEAF, torch.device("cpu")):
-        pooled = torch.empty(2, 5, device=device)
-        states = TimestepStates(run, {"state": (SYMBOLIC.batch,)}, {"pooled": pooled}, {"pooled"}, 2, timesteps)
+        inputs = {"pooled": torch.empty(2, 5, device=device), LATENTS: torch.empty(2, 3, device=device)}
+        states = TimestepStates(run, {TIMESTEP: shape, **reads}, {"state": shape}, inputs, timesteps)
         with deaf():
             assert [states.at(timestep)["state"].device for timestep in timesteps] == [device] * 100
     assert [each.shape[0] for each in rows] == [128, 72] * 2

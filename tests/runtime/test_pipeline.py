@@ -92,9 +92,7 @@ def test_a_missing_file(copied_bundle: Path) -> None:
 
 
 def test_an_unknown_engine(mini_bundle: Path) -> None:
-    with pytest.raises(
-        EngineError, match="'nonsense' is not known; known are auto, tensorrt, tensorrt_rtx, onnxruntime, torch"
-    ):
+    with pytest.raises(EngineError, match="'nonsense' is not known; known are auto, tensorrt, tensorrt_rtx, "):
         load_pipeline(mini_bundle, "nonsense")
 
 

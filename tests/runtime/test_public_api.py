@@ -11,7 +11,7 @@ import cat_pruning
 _IMPORT_ALL = """
 import importlib, pkgutil, sys
 
-for name in ("tensorrt", "tensorrt_rtx", "polygraphy"):
+for name in ("tensorrt", "tensorrt_rtx"):
     sys.modules[name] = None  # as Python itself marks what cannot be imported
 import cat_pruning
 names = [module.name for module in pkgutil.walk_packages(cat_pruning.__path__, "cat_pruning.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from cat_pruning.step_io import Part, StepDims
 
 TOKENS = 64  # of latents of 16 x 16
 SIZE = (16, 16)
+
+
+@pytest.fixture(params=["onnxruntime", "torch", "tensorrt in place", "tensorrt two cache sets"])
+def engine(request: pytest.FixtureRequest, engines: dict[str, StepEngine]) -> StepEngine:
+    """Every engine in turn; TensorRT's over a double of TensorRT."""
+    if request.param in engines:
+        return engines[request.param]
+    make: Callable[..., StepEngine] = request.getfixturevalue("make_tensorrt")
+    return make(request.param.removeprefix("tensorrt "), any_shape=True)
 
 
 def dims(engine: StepEngine, size: tuple[int, int] = SIZE) -> StepDims:
@@ -54,8 +64,18 @@ def some() -> Tensor:
 
 
 def caches_of(session: StepSession) -> list[Tensor]:
+    """As the last step left them."""
+    return cache_sets_of(session)[session._steps % session.num_cache_sets]
+
+
+def cache_sets_of(session: StepSession) -> list[list[Tensor]]:
     caches: Any = session._caches  # type: ignore[attr-defined]
-    return list(caches.values()) if isinstance(caches, dict) else caches
+    sets = caches if isinstance(caches, list) and isinstance(caches[0], dict) else [caches]
+    return [list(caches.values()) if isinstance(caches, dict) else caches for caches in sets]
+
+
+def addresses_of(session: StepSession) -> list[int]:
+    return [cache.data_ptr() for caches in cache_sets_of(session) for cache in caches]
 
 
 def test_a_step_before_an_image_was_begun(engine: StepEngine) -> None:
@@ -124,17 +144,17 @@ def test_the_conditioning_and_the_timestep_count(engine: StepEngine) -> None:
     assert not torch.allclose(noise, begun(engine).step(latents(engine), 400.0, every()), atol=1e-3)
 
 
-def test_caches_are_allocated_once_and_updated_in_place(engine: StepEngine) -> None:
+def test_caches_are_allocated_once_and_updated(engine: StepEngine) -> None:
     session = begun(engine)
     session.step(latents(engine), 500.0, every())
-    addresses = [cache.data_ptr() for cache in caches_of(session)]
-    assert len(set(addresses)) == 2 * engine.config["num_layers"]
+    addresses = addresses_of(session)
+    assert len(set(addresses)) == 2 * engine.config["num_layers"] * session.num_cache_sets
     for seed, keep_indices in ((1, some()), (2, every()), (3, some())):
         if seed == 2:  # the memory is kept for the next image of its shape
             session.begin(dims(engine), conditioning(engine, seed))
         before = [cache.clone() for cache in caches_of(session)]
         session.step(latents(engine, seed), 500.0 - seed, keep_indices)
-        assert [cache.data_ptr() for cache in caches_of(session)] == addresses
+        assert addresses_of(session) == addresses
         rows = torch.zeros(2, TOKENS + 48, dtype=torch.bool).scatter(1, keep_indices.long(), True)
         rows[:, TOKENS:] = True  # the text is computed on every step
         for old, new in zip(before, caches_of(session), strict=True):

@@ -117,7 +117,7 @@ def test_every_answer_is_checked(
 
 def test_shapes_that_no_profile_holds(make_tensorrt: Make, drop_in: Any, sample: Any) -> None:
     pipe = drop_in(make_tensorrt(sizes=((128, 128),)))
-    with pytest.raises(ShapeError, match=r"step\.plan was built for .*build it for this too: cat-export"):
+    with pytest.raises(ShapeError, match=r"step\.plan was built for .*--resolution.*run it: cat-export"):
         sample(pipe, STEPS, (96, 160))
     with pytest.raises(ShapeError, match=r"keep_indices has shape \(2, 128\).*built for \(2, 256\) or \(2, 76\)"):
         sample(drop_in(make_tensorrt(sizes=((128, 128),)), keep_ratio=0.5), STEPS)
@@ -147,6 +147,16 @@ def test_a_plan_of_another_graph(make_tensorrt: Make) -> None:
             device=CPU,
             rebuild="cat-export …",
         )
+
+
+def test_a_tensor_of_another_dtype(make_tensorrt: Make) -> None:
+    engine = make_tensorrt()
+    session = engine.session()
+    plan = engine.plans[Part.PROMPT]
+    scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
+    context = plan.context(0, scratch, session._stream)  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match=r"takes encoder_hidden_states as torch.float32, not torch.float16"):
+        context.run({"encoder_hidden_states": torch.zeros(2, 48, 192, dtype=torch.float16)})
 
 
 def test_a_device_that_is_out_of_memory(

@@ -215,7 +215,9 @@ def test_from_bundle(mini_bundle: Path) -> None:
     assert "engine=onnxruntime" in repr(transformer)
     assert transformer.config.in_channels == 4
     assert CatTransformer.from_bundle(mini_bundle, settings=SETTINGS).settings == SETTINGS
-    with pytest.raises(EngineError, match="'nonsense' is not known; known are auto, onnxruntime, torch"):
+    with pytest.raises(
+        EngineError, match="'nonsense' is not known; known are auto, tensorrt, tensorrt_rtx, onnxruntime, torch"
+    ):
         CatTransformer.from_bundle(mini_bundle, "nonsense")
     with pytest.raises(BundleError, match="does not exist"):
         CatTransformer.from_bundle(mini_bundle / "nowhere")

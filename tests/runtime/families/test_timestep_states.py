@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
 from cat_pruning.runtime.timestep_states import TimestepStates
-from cat_pruning.step_io import MAX_TIMESTEPS, SYMBOLIC, TIMESTEP, Part
+from cat_pruning.step_io import LATENTS, MAX_TIMESTEPS, SYMBOLIC, TIMESTEP, Part
 
 Make = Callable[..., Any]
 Runs = list[tuple[Part, int]]
@@ -54,8 +54,10 @@ def states(engine: OnnxRuntimeStepEngine, timesteps: list[float], rows: slice = 
         runs.append(len(inputs[TIMESTEP]) // batch)
         return engine.run(Part.TIMESTEP, inputs)
 
-    outputs = {value.name: tuple(value.shape) for value in engine.graphs[Part.TIMESTEP].get_outputs()}
-    return TimestepStates(run, outputs, inputs, per_row, batch, timesteps), runs
+    graph = engine.graphs[Part.TIMESTEP]
+    reads = {value.name: tuple(value.shape) for value in graph.get_inputs()}
+    writes = {value.name: tuple(value.shape) for value in graph.get_outputs()}
+    return TimestepStates(run, reads, writes, inputs | {LATENTS: torch.zeros(batch)}, timesteps), runs
 
 
 @pytest.mark.parametrize(
