@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from cat_pruning.engines.gpu import gpu_architecture
+from cat_pruning.engines.gpu import gpu_file_name
 from cat_pruning.engines.records import PlanSpec
 
 logger = logging.getLogger(__name__)
@@ -25,9 +25,9 @@ def timing_cache_path(bundle: Path, plan: PlanSpec) -> Path:
     return _cache_folder(bundle) / f"{plan.flavour}-{plan.version}-{'-'.join(plan.architectures)}.timing"
 
 
-def runtime_cache_path(bundle: Path, plan: PlanSpec, architecture: str | None = None) -> Path:
-    """Where the kernels that TensorRT-RTX compiled of `plan` are kept: for one architecture, this machine's GPU's."""
-    built_for = architecture or gpu_architecture() or "-".join(plan.architectures)
+def runtime_cache_path(bundle: Path, plan: PlanSpec) -> Path:
+    """Where the kernels that TensorRT-RTX compiled of `plan` are kept: those for this machine's kind of GPU."""
+    built_for = gpu_file_name() or "-".join(plan.architectures)
     return _cache_folder(bundle) / f"{plan.flavour}-{plan.version}-{built_for}-{plan.part}.runtime"
 
 

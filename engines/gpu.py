@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import warnings
 from typing import Any, Final
@@ -11,8 +12,8 @@ _CUDA: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MANAGEMENT: Final = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 
-def gpu_architecture(device: int = 0) -> str | None:
-    """The architecture of a GPU as plans name it, "sm90" for compute capability 9.0; None where there is no GPU."""
+def gpu_architecture(device: int | None = None) -> str | None:
+    """The architecture of a GPU (torch's current one) as plans name it, "sm90" for 9.0; None where there is no GPU."""
     import torch
 
     with warnings.catch_warnings(action="ignore"):  # of a driver that is too old: `missing_gpu` tells it
@@ -20,6 +21,16 @@ def gpu_architecture(device: int = 0) -> str | None:
             return None
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
+
+
+def gpu_file_name(device: int | None = None) -> str | None:
+    """A GPU as file names tell it from others, "sm89-nvidia-l4"; None where there is no GPU."""
+    import torch
+
+    architecture = gpu_architecture(device)
+    if architecture is None:
+        return None
+    return f"{architecture}-{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name(device).lower()).strip('-')}"
 
 
 def missing_gpu() -> str:
@@ -33,8 +44,8 @@ def missing_gpu() -> str:
     return "no device"
 
 
-def describe_gpu(device: int = 0) -> dict[str, Any]:
-    """A GPU, its driver, and what torch was built for, for reports; None for whatever is not there or not told.
+def describe_gpu(device: int | None = None) -> dict[str, Any]:
+    """A GPU (torch's current one), its driver, and what torch was built for, for reports; None for whatever is not there or not told.
 
     Returns:
         name, memory_bytes, architecture ("sm90"): of the GPU, where torch can use it.

@@ -122,6 +122,8 @@ def _config(trt: Any, builder: Any, job: PlanJob) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector knows layers by name only
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what was asked for, and what torch computes
+    if job.flavour == "tensorrt_rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a step may not be captured as a CUDA graph
     if job.plugin_nodes:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)  # scattered in place
     for shapes in job.profiles:
@@ -136,7 +138,7 @@ def _config(trt: Any, builder: Any, job: PlanJob) -> Any:
 def _timing_cache(config: Any, path: Path) -> Any:
     """The timings of earlier builds, or none yet, attached to `config`."""
     cache = config.create_timing_cache(read_cache(path) or b"")
-    if not config.set_timing_cache(cache, False):
+    if cache is None or not config.set_timing_cache(cache, False):
         logger.warning("%s is not of this TensorRT on this GPU and is ignored", path)
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)

@@ -158,12 +158,14 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         graphs = _write_graphs(config, checkpoint, transformer, writer.path, stage)
         with stage("Count MACs"):
             macs = tuple(profile_macs(writer.path, graphs, profile, geometry.patch_size) for profile in profiles)
+        built: list[PlanSpec] = []
         for plan in plans:
             graph = next(graph for graph in graphs if graph.part is plan.part)
             shapes = plan_profiles(graph, profiles, geometry.patch_size)
             files, timings = (writer.path / graph.file, writer.path / plan.file), timing_cache_path(writer.out, plan)
             with stage(f"Build the {TITLES[plan.flavour]} engine of {graph.file}, profiles: {len(shapes)}"):
-                build_plan(plan, *files, shapes, timings)
+                report = build_plan(plan, *files, shapes, timings)
+            built.append(plan.model_copy(update={"plugin_layers": report.engine_plugins}))
         with stage("Copy the pipeline's other parts"):
             pipeline = _add_pipeline(checkpoint, writer.path / PIPELINE)
         with stage("Hash and move into place"):
@@ -180,7 +182,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     graphs=graphs,
                     profiles=profiles,
                     macs=macs,
-                    plans=plans,
+                    plans=tuple(built),
                     pipeline=pipeline,
                     versions=_versions(plans),
                 )

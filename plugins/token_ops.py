@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 
-def _expand(indices: Tensor, channels: int) -> Tensor:
-    return indices.long().unsqueeze(-1).expand(-1, -1, channels)  # (B, n, D), no memory of its own
+def _flat(indices: Tensor, num_tokens: int) -> Tensor:
+    """The places of (B, n) indices among the rows of all B * N tokens, (B * n). Whole rows are moved then, not elements."""
+    first = torch.arange(indices.shape[0], device=indices.device).unsqueeze(-1) * num_tokens
+    return (indices + first).flatten()
 
 
 @torch.library.custom_op("cat::token_gather", mutates_args=())
@@ -25,7 +27,8 @@ def token_gather(tokens: Tensor, indices: Tensor) -> Tensor:
     Returns:
         (B, n, D), new memory. Does not synchronise.
     """
-    return tokens.gather(1, _expand(indices, tokens.shape[-1]))
+    rows = tokens.flatten(0, 1).index_select(0, _flat(indices, tokens.shape[1]))
+    return rows.unflatten(0, indices.shape)
 
 
 @token_gather.register_fake
@@ -45,7 +48,7 @@ def token_scatter(tokens: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     Returns:
         (B, N, D), new memory. Does not synchronise.
     """
-    return tokens.scatter(1, _expand(indices, tokens.shape[-1]), rows)
+    return token_scatter_(tokens.clone(memory_format=torch.contiguous_format), indices, rows)
 
 
 @token_scatter.register_fake
@@ -54,5 +57,6 @@ def _(tokens: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
 
 
 def token_scatter_(tokens: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """`token_scatter` in place: `tokens` itself is changed and returned."""
-    return tokens.scatter_(1, _expand(indices, tokens.shape[-1]), rows)
+    """`token_scatter` in place: `tokens`, which must be contiguous, is changed itself and returned."""
+    tokens.view(-1, tokens.shape[-1]).index_copy_(0, _flat(indices, tokens.shape[1]), rows.flatten(0, 1))
+    return tokens

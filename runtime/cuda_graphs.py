@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,29 +16,57 @@ from cat_pruning.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 16  # of one session; the oldest goes first
+MOST_GRAPHS = 16  # of one session
+MOST_FAILURES = 2
+
+
+# Torch allows one capture at a time in a process, and whatever waits for the whole device must not come in between.
+capturing = threading.RLock()
 
 
 def capture(body: Callable[[], None], device: torch.device, others: Sequence[Any]) -> Any:
-    """Capture what `body` launches on `device`; nothing runs before the graph's `replay`.
+    """Capture what `body` launches on `device`; nothing runs before the graph's `replay`. Synchronises.
 
     The memory of what is computed on the way is shared with the `others`: no two run at once, and none leaves anything
-    there for another. Synchronises.
+    there for another.
     """
     graph = torch.cuda.CUDAGraph()
     pool = others[0].pool() if others else None
-    # Other threads may allocate meanwhile, for images of their own: their calls must not break this capture.
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        body()
+    with capturing, torch.cuda.device(device), _no_garbage_collection():
+        before = torch.cuda.current_stream()
+        try:
+            # Other threads may allocate meanwhile, for images of their own: their calls must not break this capture.
+            with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
+                body()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
     return graph
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream to capture on. Torch's own is of whichever device captured first; of high priority, no other is it."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What is collected may free memory of the device, which breaks a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class CudaGraphs:
     """The captured steps of one session by what makes them what they are.
 
     A key's first run is an ordinary one: libraries choose kernels and allocate workspaces then, which must not happen
-    in a capture. Its second run captures, and from there on it is replayed. What cannot be captured runs as it is, with
-    a warning in the log.
+    in a capture. Its second run captures, and from there on it is replayed. What could not be captured `MOST_FAILURES`
+    times runs as it is, with a warning in the log.
 
     Args:
         capture: makes a graph; the tests' own where there is no GPU.
@@ -43,7 +75,7 @@ class CudaGraphs:
     def __init__(self, capture: Callable[[Callable[[], None], torch.device, Sequence[Any]], Any] = capture) -> None:
         self._capture = capture
         self._graphs: dict[Hashable, Any] = {}  # None where the key ran once
-        self._impossible = False
+        self._failures = 0
 
     def run(self, key: Hashable, body: Callable[[], None], device: torch.device) -> None:
         """Run `body`, or replay what it launched before under this key. Does not synchronise, but for the capture.
@@ -54,26 +86,31 @@ class CudaGraphs:
                 that existed before.
             device: of the work.
         """
-        if self._impossible:
+        if key not in self._graphs or self._failures >= MOST_FAILURES:
             body()
-        elif key not in self._graphs:
-            while len(self._graphs) >= MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            body()
-            self._graphs[key] = None
-        else:
-            if self._graphs[key] is None:
-                self._graphs[key] = self._captured(body, device)
-            graph = self._graphs.get(key)
-            body() if graph is None else graph.replay()
+            self._keep(key, None)
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._captured(body, device)
+        self._keep(key, graph)
+        body() if graph is None else graph.replay()
+
+    def _keep(self, key: Hashable, graph: Any) -> None:
+        """Keep as the latest; the one that has not run for longest goes."""
+        self._graphs.pop(key, None)
+        while len(self._graphs) >= MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph
 
     def _captured(self, body: Callable[[], None], device: torch.device) -> Any:
         try:
             return self._capture(body, device, [graph for graph in self._graphs.values() if graph is not None])
         except (RuntimeError, EngineError) as error:
-            # Nothing of it ran: a capture only records.
-            logger.warning("steps cannot be captured as CUDA graphs and are slower: %s", str(error).splitlines()[0])
-            self._impossible = True
+            # Nothing of it ran: a capture only records. What another thread did meanwhile may be why, so once more.
+            self._failures += 1
+            if self._failures == MOST_FAILURES:
+                logger.warning("steps cannot be captured as CUDA graphs and are slower: %s", str(error).splitlines()[0])
             return None
 
     @property
@@ -84,3 +121,4 @@ class CudaGraphs:
     def clear(self) -> None:
         """Forget every graph: the memory that they work on is about to go."""
         self._graphs.clear()
+        self._failures = 0

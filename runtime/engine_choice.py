@@ -16,7 +16,7 @@ from cat_pruning.engines.tensorrt_library import TITLES, tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.checkpoint import load_transformer
 from cat_pruning.exporter.families import family_named
-from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.step_engine import StepEngine, enough_memory
 from cat_pruning.step_io import Part
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,9 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: boo
         return _onnxruntime(bundle)
     from cat_pruning.runtime.torch_engine import TorchStepEngine
 
-    transformer = load_transformer(bundle.manifest.source, bundle.manifest.dtype)
-    return TorchStepEngine(transformer.to(_device()), cuda_graphs=cuda_graphs)
+    transformer, device = load_transformer(bundle.manifest.source, bundle.manifest.dtype), _device()
+    with enough_memory(device, "the transformer", "free memory on it, or take a smaller --dtype"):
+        return TorchStepEngine(transformer.to(device), cuda_graphs=cuda_graphs)
 
 
 def best_engine(bundle: Bundle) -> str:

@@ -72,9 +72,11 @@ class OnnxRuntimeStepEngine(StepEngine):
         for part in Part:
             path = directory / part.onnx
             try:
-                self.graphs[part] = onnxruntime.InferenceSession(path, options, providers=providers)
+                # No fallback: a provider that cannot be loaded is to be told, not to be replaced.
+                self.graphs[part] = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
             except ORT_ERRORS as error:
                 raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+            self._check_provider(self.graphs[part])
         self.inputs = {part: [value.name for value in graph.get_inputs()] for part, graph in self.graphs.items()}
         self._run_options = onnxruntime.RunOptions()
         if self.device.type == "cuda":  # the stream keeps the order
@@ -113,7 +115,7 @@ class OnnxRuntimeStepEngine(StepEngine):
             EngineError: ONNX Runtime failed in `what`.
         """
         try:
-            with self.stream.in_turn():
+            with self.stream.in_turn():  # the stream that the provider was given
                 self.graphs[part].run_with_iobinding(binding, self._run_options)
         except ORT_ERRORS as error:
             raise EngineError(f"ONNX Runtime failed in {what}: {error}") from error
@@ -137,8 +139,20 @@ class OnnxRuntimeStepEngine(StepEngine):
                 f"this ONNX Runtime {onnxruntime.__version__} has no CUDA provider; pip install onnxruntime-gpu in its "
                 "place, or load the engine on the CPU"
             )
-        options = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self.stream.handle)}
+        options = {
+            "device_id": str(self.device.index or 0),
+            "user_compute_stream": str(self.stream.handle),
+            "use_tf32": "0",  # fp32 is what was asked for, and what the other engines compute
+            "arena_extend_strategy": "kSameAsRequested",
+        }
         return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+
+    def _check_provider(self, graph: Any) -> None:
+        if self.device.type == "cuda" and "CUDAExecutionProvider" not in graph.get_providers():
+            raise EngineError(
+                f"the CUDA provider of ONNX Runtime {onnxruntime.__version__} cannot be loaded; install the CUDA and "
+                "cuDNN that it was built for, or take the engine torch"
+            )
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from cat_pruning.errors import BundleError
 from cat_pruning.exporter.hub import pipeline_snapshot
 from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
 from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.step_engine import enough_memory
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -60,7 +61,9 @@ def load_pipeline(
             "export again from a checkpoint that diffusers itself loads"
         ) from error
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
-    return type(loaded)(**{**loaded.components, "transformer": transformer}).to(transformer.device)
+    pipe = type(loaded)(**{**loaded.components, "transformer": transformer})
+    with enough_memory(transformer.device, "the pipeline's other parts", "free memory on it, or give a smaller dtype"):
+        return pipe.to(transformer.device)
 
 
 def _absent(parts: Path) -> dict[str, None]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
-import threading
-import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,11 +17,16 @@ from cat_pruning.engines.build_caches import read_cache, write_cache
 from cat_pruning.engines.records import Flavour
 from cat_pruning.engines.tensorrt_library import TITLES, first_error, library_log, tensorrt_library
 from cat_pruning.errors import EngineError, ShapeError
+from cat_pruning.runtime.cuda_graphs import capturing
 from cat_pruning.runtime.side_stream import SideStream
 from cat_pruning.step_io import Shape
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
-_MEMORY = re.compile("out of memory|OutOfMemory|memory could not be allocated", re.IGNORECASE)
+_REMEDIES = {
+    "out of memory|OutOfMemory|memory could not be allocated": "; free memory on the device, or build for smaller images "
+    "and batches",
+    "driver version is insufficient|cudaError 35": "; update NVIDIA's driver",
+}
 Ranges = dict[str, tuple[Shape, Shape]]  # of one profile: input name -> smallest and largest shape
 
 
@@ -49,8 +53,7 @@ class Plan:
         self._log = library_log(self._library)
         self._title = f"{TITLES[flavour]} {self._library.__version__}"
         self._file, self._device = file, device
-        self._lock = threading.Lock()  # threads make contexts of their own, but not at once
-        with self._log.collected() as errors, _current(device):
+        with capturing, self._log.collected() as errors, _current(device):
             try:
                 self._runtime = self._library.Runtime(self._log.handle)
                 with file.open("rb") as opened:
@@ -58,10 +61,11 @@ class Plan:
                 self._engine = self._runtime.deserialize_cuda_engine(content)
             except (RuntimeError, TypeError, ValueError) as error:  # what the bindings make of a null pointer
                 raise self._error("cannot load it", [*errors, str(error)]) from error
-        if self._engine is None:
-            raise self._error("cannot load it", errors)
-        self._read_tensors()
-        self._config = self._runtime_config(kernels) if flavour == "tensorrt_rtx" else None
+            if self._engine is None:
+                raise self._error("cannot load it", errors)
+            self._read_tensors()
+            self._kernels, self._kernel_cache, self._kept_kernels = kernels, None, None
+            self._config = self._runtime_config(errors) if flavour == "tensorrt_rtx" else None
 
     def _read_tensors(self) -> None:
         engine, mode = self._engine, self._library.TensorIOMode
@@ -73,9 +77,7 @@ class Plan:
         for profile in range(engine.num_optimization_profiles):
             shapes = {name: engine.get_tensor_profile_shape(name, profile) for name in self.inputs}
             self.profiles.append({name: (tuple(low), tuple(high)) for name, (low, _, high) in shapes.items()})
-        self.scratch_bytes = max(
-            engine.get_device_memory_size_for_profile_v2(profile) for profile in range(len(self.profiles))
-        )
+        self.scratch_bytes: int = engine.device_memory_size_v2
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype = self._engine.get_tensor_dtype(name).name
@@ -103,7 +105,8 @@ class Plan:
         Raises:
             EngineError: the library refuses.
         """
-        with self._lock, self._log.collected() as errors, _current(self._device):
+        # One thread at a time, and none while another captures: this may allocate and wait for the device.
+        with capturing, self._log.collected() as errors, _current(self._device):
             if self._config is not None:
                 context = self._engine.create_execution_context(self._config)
             else:
@@ -111,42 +114,47 @@ class Plan:
                 context = self._engine.create_execution_context(strategy)
             if context is None:
                 raise self._error("cannot make an execution context", errors)
-            if scratch.numel():
-                context.set_device_memory(scratch.data_ptr(), scratch.numel())
-            with stream.in_turn():
-                chosen = context.set_optimization_profile_async(profile, stream.handle)
+            context.set_device_memory(scratch.data_ptr(), scratch.numel())  # which answers in the log only
+            if errors:
+                raise self._error("refuses its scratch memory", errors)
+            with stream.in_turn() as handle:
+                chosen = context.set_optimization_profile_async(profile, handle)
             if not chosen:
                 raise self._error(f"refuses its profile {profile}", errors)
         return PlanContext(self, context, stream)
 
-    def _runtime_config(self, kernels: Path | None) -> Any:
+    def _runtime_config(self, errors: list[str]) -> Any:
         """How TensorRT-RTX makes contexts: kernels compiled before the first run returns, and kept in a file."""
         library = self._library
-        with self._log.collected() as errors:
-            config = self._engine.create_runtime_config()
-            if config is None:
-                raise self._error("cannot make a runtime configuration", errors)
-            config.set_execution_context_allocation_strategy(library.ExecutionContextAllocationStrategy.USER_MANAGED)
-            # Compiled later, in the background, a captured step would keep the slower ones for ever.
-            config.dynamic_shapes_kernel_specialization_strategy = (
-                library.DynamicShapesKernelSpecializationStrategy.EAGER
-            )
-            if kernels is not None:
-                cache = config.create_runtime_cache()
-                content = read_cache(kernels)
-                if content is not None:
-                    cache.deserialize(content)  # False for those of another machine: then they are compiled again
-                if not config.set_runtime_cache(cache):
-                    raise self._error("refuses a runtime cache", errors)
-                weakref.finalize(self, _keep_kernels, cache, content, kernels)
+        config = self._engine.create_runtime_config()
+        if config is None:
+            raise self._error("cannot make a runtime configuration", errors)
+        config.set_execution_context_allocation_strategy(library.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Compiled later, in the background, a captured step would keep the slower ones for ever.
+        config.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._kernels is not None:
+            self._kernel_cache = config.create_runtime_cache()
+            self._kept_kernels = read_cache(self._kernels)
+            if self._kept_kernels is not None:
+                # False for those of another machine: then they are compiled again.
+                self._kernel_cache.deserialize(self._kept_kernels)
+            if not config.set_runtime_cache(self._kernel_cache):
+                raise self._error("refuses a runtime cache", errors)
         return config
+
+    def keep_kernels(self) -> None:
+        """Write the kernels that were compiled in this process to their file, if there is anything new."""
+        if self._kernel_cache is None or self._kernels is None:
+            return
+        serialized = self._kernel_cache.serialize()
+        if serialized is not None and (content := bytes(serialized)) != self._kept_kernels:
+            write_cache(self._kernels, content)
+            self._kept_kernels = content
 
     def _error(self, problem: str, errors: list[str]) -> EngineError:
         reason = f": {first_error(errors, '')}" if errors else ""
-        remedy = (
-            "; free memory on the device, or build for smaller images and batches" if _MEMORY.search(reason) else ""
-        )
-        return EngineError(f"{self._file}: {self._title} {problem}{reason}{remedy}")
+        remedies = (remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, reason, re.IGNORECASE))
+        return EngineError(f"{self._file}: {self._title} {problem}{reason}{next(remedies, '')}")
 
 
 class PlanContext:
@@ -155,25 +163,44 @@ class PlanContext:
     def __init__(self, plan: Plan, context: Any, stream: SideStream) -> None:
         self._plan, self._context, self._stream = plan, context, stream
         self._bound: dict[str, tuple[int, torch.Size]] = {}
+        self._ran = False
+
+    def __del__(self) -> None:
+        """Wait for the device: a context must not go while it runs."""
+        if self._plan._device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # at the end of the process there may be no device any more
+                torch.cuda.synchronize(self._plan._device)
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         """Run on the tensors given by name, contiguous and on the plan's device. Does not synchronise.
 
         Shapes and addresses that are still the last run's are not set again. The tensors must live until the work is
-        done: those freed in the order of the current stream do.
+        done: those freed in the order of the current stream do. A context's first run under TensorRT-RTX compiles its
+        kernels, and writes them to their file.
 
         Raises:
             EngineError: the library refuses.
         """
         with self._plan._log.collected() as errors, _current(self._plan._device):
             for name, dtype in (self._plan.inputs | self._plan.outputs).items():
-                if tensors[name].dtype is not dtype:
-                    raise self._plan._error(f"takes {name} as {dtype}, not {tensors[name].dtype}", errors)
+                self._check(name, tensors[name], dtype)
                 self._bind(name, tensors[name], errors)
-            with self._stream.in_turn():
-                done = self._context.execute_async_v3(self._stream.handle)
+            with self._stream.in_turn() as handle:
+                done = self._context.execute_async_v3(handle)
             if not done:
                 raise self._plan._error("failed in a step", errors)
+        if not self._ran:
+            self._ran = True
+            self._plan.keep_kernels()
+
+    def _check(self, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+        """What would be read as something else, or crash the process."""
+        plan = self._plan
+        if tensor.dtype is not dtype:
+            raise plan._error(f"takes {name} as {dtype}, not {tensor.dtype}", [])
+        if tensor.device != plan._device or not tensor.is_contiguous():
+            kind = "contiguous" if tensor.is_contiguous() else "strided"
+            raise plan._error(f"takes {name} contiguous and on {plan._device}, not {kind} on {tensor.device}", [])
 
     def _bind(self, name: str, tensor: Tensor, errors: list[str]) -> None:
         new = (tensor.data_ptr(), tensor.shape)
@@ -185,13 +212,6 @@ class PlanContext:
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
             raise self._plan._error(f"refuses the address of {name}", errors)
         self._bound[name] = new
-
-
-def _keep_kernels(cache: Any, loaded: bytes | None, file: Path) -> None:
-    """Write what was compiled in this process, if there is anything new."""
-    content = bytes(cache.serialize())
-    if content != loaded:
-        write_cache(file, content)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

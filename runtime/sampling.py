@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -139,7 +140,8 @@ class Sampling:
         self.reset()
         image = Image(self.session, latents, arguments)
         self._selector = self._selector_for(image)
-        self.session.begin(image.dims, image.conditioning, self._expected())
+        dims = dataclasses.replace(image.dims, num_kept=self._selector.num_kept)
+        self.session.begin(dims, image.conditioning, self._expected())
         self._image = image
 
     def _selector_for(self, image: Image) -> Selector:

@@ -91,7 +91,7 @@ class StepSession(ABC):
         """Begin an image.
 
         Args:
-            dims: its dimensions; `num_kept` is not read.
+            dims: its dimensions; `num_kept` is what pruned steps will compute, 0 if that is not known yet.
             conditioning: the model's inputs other than `hidden_states` and `timestep`, wherever they are and in
                 whatever dtype; they hold for every step of the image, and are copied.
             timesteps: those that are expected, in order, so that what depends on them only can be computed at once. A
@@ -102,6 +102,7 @@ class StepSession(ABC):
             EngineError: the engine failed, or its device has not enough memory.
         """
         self.reset()
+        self._check(dims)
         dims = dataclasses.replace(dims, num_kept=0)
         engine = self.engine
         shapes = engine.family.input_shapes(engine.config, dims)
@@ -110,7 +111,7 @@ class StepSession(ABC):
             if tuple(tensor.shape) != shapes[name]:
                 raise ShapeError(f"{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
         needed = (dims, engine.device, engine.dtype)
-        with ordinary_tensors():
+        with ordinary_tensors(), self._memory_for(dims):
             if needed != self._allocated:
                 self._free()
                 self._allocate_all(dims)
@@ -130,7 +131,7 @@ class StepSession(ABC):
 
         Returns:
             The noise prediction before guidance, in the layout of the transformer's output; new memory. Does not
-            synchronise with a GPU.
+            synchronise with a GPU, but when a step of its kind is captured, once per shape.
 
         Raises:
             ShapeError: the latents do not fit the image that was begun, or the engine was not built for n tokens.
@@ -149,16 +150,12 @@ class StepSession(ABC):
                 "nothing is cached yet; run a full step first"
             )
         try:
-            with ordinary_tensors():
+            with ordinary_tensors(), self._memory_for(dims):
                 self._inputs[LATENTS].copy_(latents)
                 self._load(timestep)
                 self._compute(tokens, num_kept)
                 self._steps += 1
                 return self._noise.clone()
-        except torch.OutOfMemoryError as error:
-            self.reset()
-            self._free()  # what is cached for nothing may be what the next image needs
-            raise self._out_of_memory(dims, error) from error
         except BaseException:
             self.reset()  # the caches may be half updated
             raise
@@ -199,21 +196,31 @@ class StepSession(ABC):
                 for name, shape in family.input_shapes(config, dims).items()
             }
             self._allocate(dims)
-        except torch.OutOfMemoryError as error:
+        except BaseException:
             self._free()
-            raise self._out_of_memory(dims, error) from error
+            raise
 
-    def _out_of_memory(self, dims: StepDims, error: torch.OutOfMemoryError) -> EngineError:
-        return EngineError(
-            f"{self.engine.device} has not enough memory for an image of {dims.latent_height}x{dims.latent_width} "
-            f"latents and {dims.batch} rows: {str(error).splitlines()[0]}; generate smaller or fewer images at once"
-        )
+    @contextmanager
+    def _memory_for(self, dims: StepDims) -> Iterator[None]:
+        """Let go of everything if the device is full: what is cached for nothing may be what the next image needs."""
+        what = f"an image of {dims.latent_height}x{dims.latent_width} latents and {dims.batch} rows"
+        try:
+            with enough_memory(self.engine.device, what, "generate smaller or fewer images at once"):
+                yield
+        except EngineError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                self.reset()
+                self._free()
+            raise
 
     def _free(self) -> None:
         """Let go of the memory, so that it is not held while other memory is allocated."""
         self._allocated = None
         self._graphs.clear()
         self._inputs, self._keep_indices, self._noise = {}, {}, torch.empty(0)
+
+    def _check(self, dims: StepDims) -> None:  # noqa: B027  # most engines take any shape
+        """Raise ShapeError for shapes that the engine was not built for, before any memory is let go of."""
 
     @abstractmethod
     def _allocate(self, dims: StepDims) -> None:
@@ -237,6 +244,16 @@ def ordinary_tensors() -> Iterator[None]:
     """No gradients, and no inference mode either: what is allocated under that could not be written outside it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+@contextmanager
+def enough_memory(device: torch.device, what: str, remedy: str) -> Iterator[None]:
+    """A device that is out of memory as an EngineError: on which, for what, and what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise EngineError(f"{device} has not enough memory for {what}: {reason}; {remedy}") from error
 
 
 def zeros(shape: Sequence[int | str], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,9 +3,11 @@
 One engine per graph, one context per profile, and so one set of weights for full and pruned steps, every resolution
 and every thread. All contexts of a session share their scratch memory, because they never run at once.
 
-Where the plugin scatters, it writes into its input: a cache's output and the noise's are bound to the address of the
-input. TensorRT does not report a plugin's aliases; should it copy the input first, the result is the same. Where the
-function body scatters, outputs are memory of their own, and two sets of caches are read and written in turn.
+Where the plugin scatters, it writes into its input: a cache's output is bound to the address of the input. TensorRT
+does not report a plugin's aliases; should it copy the input first, the result is the same. The noise's output too: in
+FLUX it is the scatter's own, in the other families it is made of what the scatter returns, after all of the input
+was read. Where the function body scatters, outputs are memory of their own, and two sets of caches, each with contexts
+of its own, are read and written in turn.
 """
 
 from __future__ import annotations
@@ -84,17 +86,23 @@ class TensorRTSession(StepSession):
         self.num_cache_sets = 1 if engine.in_place else 2
         self._stream = SideStream(engine.device)
         self._scratch: Tensor | None = None
-        self._contexts: dict[tuple[Part, int], PlanContext] = {}  # by part and profile
+        self._contexts: dict[tuple[Part, int, int], PlanContext] = {}  # by part, profile and cache set that is read
         self._caches: list[dict[str, Tensor]] = []
         self._states: dict[str, Tensor] = {}  # of the prompt and of the timestep of the step
         self._result = torch.empty(0)
         self._timestep_states: TimestepStates | None = None
 
+    def _check(self, dims: StepDims) -> None:
+        graph = self.engine.graphs[Part.STEP]
+        for num_kept in (dims.num_tokens, dims.num_kept or dims.num_tokens):
+            self._profile(Part.STEP, graph.input_shapes(dataclasses.replace(dims, num_kept=num_kept)))
+
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
         full = dataclasses.replace(dims, num_kept=dims.num_tokens)
-        # What no profile holds is told before anything is allocated.
-        self._context(Part.STEP, engine.graphs[Part.STEP].input_shapes(full))
+        if self._scratch is None:
+            needed = max(256, *(plan.scratch_bytes for plan in engine.plans.values()))  # a null pointer is none
+            self._scratch = torch.empty(needed, dtype=torch.uint8, device=engine.device)
         specs = [spec for spec in engine.family.caches(engine.config) for _ in range(2)]
         names = step_io.cache_names(len(specs) // 2)
         self._caches = [
@@ -151,17 +159,18 @@ class TensorRTSession(StepSession):
         self._context(part, shapes).run(tensors)
 
     def _context(self, part: Part, shapes: Mapping[str, Shape]) -> PlanContext:
+        assert self._scratch is not None
+        key = (part, self._profile(part, shapes), self._steps % self.num_cache_sets if part is Part.STEP else 0)
+        if key not in self._contexts:
+            self._contexts[key] = self.engine.plans[part].context(key[1], self._scratch, self._stream)
+        return self._contexts[key]
+
+    def _profile(self, part: Part, shapes: Mapping[str, Shape]) -> int:
         engine = self.engine
         try:
-            profile = engine.plans[part].profile_for(shapes)
+            return engine.plans[part].profile_for(shapes)
         except ShapeError as error:
             raise ShapeError(
                 f"{error}; give the --resolution, --batch, --text-length or --keep-ratio that you need to this command "
                 f"and run it: {engine.rebuild}"
             ) from error
-        if (part, profile) not in self._contexts:
-            if self._scratch is None:
-                needed = max(plan.scratch_bytes for plan in engine.plans.values())
-                self._scratch = torch.empty(needed, dtype=torch.uint8, device=engine.device)
-            self._contexts[part, profile] = engine.plans[part].context(profile, self._scratch, self._stream)
-        return self._contexts[part, profile]

@@ -110,7 +110,7 @@ def _state_of(module: nn.Module) -> list[object]:
     state: list[object] = []
     for part in module.modules():
         tensors = (*part._parameters.values(), *part._buffers.values())
-        state += [part, len(part._forward_hooks), len(part._forward_pre_hooks)]
+        state += [part, len(part._forward_hooks), len(part._forward_pre_hooks), vars(part).get("forward")]
         state += [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors if tensor is not None]
         layer: Any = part
         if isinstance(adapters := getattr(layer, "active_adapters", None), list):  # a layer of PEFT's

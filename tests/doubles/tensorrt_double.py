@@ -122,8 +122,8 @@ class IRuntimeCache:
         self._content = blob
         return True
 
-    def serialize(self) -> bytes:
-        return self._content or b"kernels of this GPU"
+    def serialize(self) -> memoryview:
+        return memoryview(self._content or b"kernels of this GPU")
 
 
 class IRuntimeConfig:
@@ -174,7 +174,8 @@ class ICudaEngine:
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
         return list(self._profiles[profile_index][name])
 
-    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+    @property
+    def device_memory_size_v2(self) -> int:
         return SCRATCH_BYTES
 
     def create_runtime_config(self) -> IRuntimeConfig:
@@ -187,6 +188,7 @@ class ICudaEngine:
             self._logger.log(Severity.ERROR, "Requested amount of GPU memory could not be allocated: out of memory")
             return None
         if isinstance(strategy, IRuntimeConfig):
+            assert strategy.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
             strategy = strategy._strategy
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise Misuse("every context would have scratch memory of its own")

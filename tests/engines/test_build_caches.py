@@ -26,13 +26,12 @@ RTX = PLAN.model_copy(
 def test_caches_lie_beside_the_bundle_and_carry_flavour_version_and_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cat_pruning.engines.build_caches.gpu_architecture", lambda: None)
+    monkeypatch.setattr("cat_pruning.engines.build_caches.gpu_file_name", lambda: None)
     folder = tmp_path / "sd3.cache"
     assert timing_cache_path(tmp_path / "sd3", PLAN) == folder / "tensorrt-11.4.0.106-sm90.timing"
     assert runtime_cache_path(tmp_path / "sd3", RTX) == folder / "tensorrt_rtx-1.7.1-sm80-sm120-step.runtime"
-    assert runtime_cache_path(tmp_path / "sd3", RTX, "sm89") == folder / "tensorrt_rtx-1.7.1-sm89-step.runtime"
-    monkeypatch.setattr("cat_pruning.engines.build_caches.gpu_architecture", lambda: "sm86")
-    assert runtime_cache_path(tmp_path / "sd3", RTX) == folder / "tensorrt_rtx-1.7.1-sm86-step.runtime"
+    monkeypatch.setattr("cat_pruning.engines.build_caches.gpu_file_name", lambda: "sm86-nvidia-a10")
+    assert runtime_cache_path(tmp_path / "sd3", RTX) == folder / "tensorrt_rtx-1.7.1-sm86-nvidia-a10-step.runtime"
 
 
 def test_a_bundle_named_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

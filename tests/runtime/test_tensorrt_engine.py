@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +40,9 @@ def test_it_computes_what_onnx_runtime_does(
         assert actual.kinds == expected.kinds == SCHEDULE
         assert actual.same_tokens_as(expected)
         torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=1e-5)
-    # Per size a full and a pruned step; the small graphs' profiles, which depend on the text only, serve both.
-    assert len(library.contexts) == 2 * 2 + 2
+    # Per size and cache set a full and a pruned step; the small graphs' profiles depend on the text only: one for both.
+    sets = 1 if kind == "in place" else 2
+    assert len(library.contexts) == 2 * 2 * sets + 2
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -58,8 +58,10 @@ def test_two_prompts(
     torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=1e-5)
 
 
-def test_what_is_bound_stays_bound(make_tensorrt: Make, drop_in: Any, sample: Any, library: TensorRTDouble) -> None:
-    pipe = drop_in(make_tensorrt("in place"))
+def test_what_is_bound_stays_bound(
+    kind: str, make_tensorrt: Make, drop_in: Any, sample: Any, library: TensorRTDouble
+) -> None:
+    pipe = drop_in(make_tensorrt(kind))
     sample(pipe, STEPS)
     library.calls.clear()
     sample(pipe, STEPS)
@@ -196,16 +198,29 @@ def test_two_threads(make_tensorrt: Make, drop_in: Any, sample: Any, engines: di
 
 
 def test_compiled_kernels_are_kept(make_tensorrt: Make, drop_in: Any, sample: Any, tmp_path: Path) -> None:
+    """Once something ran, not when the process ends: a server is killed."""
     kernels = tmp_path / "bundle.cache" / "kernels"
-    engine = make_tensorrt("two cache sets", kernels=kernels)
+    pipe = drop_in(make_tensorrt("two cache sets", kernels=kernels))
     assert not kernels.exists()
-    del engine
-    gc.collect()
-    assert b"kernels of this GPU" in kernels.read_bytes()
+    sample(pipe, STEPS)
+    assert kernels.read_bytes().endswith(b"kernels of this GPU")
     written = kernels.stat().st_mtime_ns
-    engine = make_tensorrt("two cache sets", kernels=kernels)
-    del engine
-    gc.collect()
+    sample(drop_in(make_tensorrt("two cache sets", kernels=kernels)), STEPS)
     assert kernels.stat().st_mtime_ns == written  # nothing new
     kernels.write_bytes(b"damaged")
-    make_tensorrt("two cache sets", kernels=kernels)
+    sample(drop_in(make_tensorrt("two cache sets", kernels=kernels)), STEPS)
+    assert kernels.read_bytes().endswith(b"kernels of this GPU")
+
+
+def test_another_keep_ratio_is_told_at_once(make_tensorrt: Make, drop_in: Any, sample: Any) -> None:
+    """Not after the full steps, and what was there for the last image still is."""
+    pipe = drop_in(make_tensorrt(), keep_ratio=0.3)
+    expected = sample(pipe, STEPS)
+    steps: list[int] = []
+    pipe.transformer.settings = pipe.transformer.settings.replace(keep_ratio=0.5)
+    with pytest.raises(ShapeError, match=r"keep_indices has shape \(2, 128\)"):
+        sample(pipe, STEPS, on_step=steps.append)
+    assert steps == []
+    assert pipe.transformer._sampling().session._noise.numel()
+    pipe.transformer.settings = pipe.transformer.settings.replace(keep_ratio=0.3)
+    assert torch.equal(sample(pipe, STEPS).final, expected.final)
