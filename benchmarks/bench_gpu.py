@@ -210,7 +210,6 @@ def steps(setting: Setting) -> Results:
 
 def step_contestants(case: Case, captured: bool) -> dict[str, Run]:
     """Steps in the middle of an image; each has run often enough to be captured."""
-    from cat_pruning.runtime.cuda_graphs import capture
     from cat_pruning.runtime.image import every_token
     from cat_pruning.runtime.selector import Selector
     from cat_pruning.runtime.step_engine import ordinary_tensors
@@ -241,13 +240,21 @@ def step_contestants(case: Case, captured: bool) -> dict[str, Run]:
         run()
     if engine.cuda_graphs and session._graphs.num_captured != 2:
         raise RuntimeError("the steps could not be captured: see the warning in the log")
-    return {"full": full, "pruned": pruned, "selection": graph_of(select, setting.device, capture, captured)}
+    return {"full": full, "pruned": pruned, "selection": graph_of(select, setting.device) if captured else select}
 
 
-def graph_of(run: Run, device: torch.device, capture: Callable[..., Any], captured: bool) -> Run:
-    """`run` as a captured graph, on a GPU."""
-    replay: Run = capture(run, device).replay if captured and device.type == "cuda" else run
+def graph_of(run: Run, device: torch.device) -> Run:
+    """`run`, which has run before, as a captured graph, on a GPU."""
+    if device.type != "cuda":
+        return run
+    from cat_pruning.runtime import cuda_graphs
+
+    replay: Run = cuda_graphs.capture(lambda: _ignore(run()), device, []).replay
     return replay
+
+
+def _ignore(result: object) -> None:
+    pass
 
 
 def loops(setting: Setting) -> Results:
@@ -389,9 +396,7 @@ def select_alone(setting: Setting) -> Results:
     for run in runs.values():
         run()
     if device.type == "cuda":
-        from cat_pruning.runtime.cuda_graphs import capture
-
-        runs |= {f"{name}, captured": capture(run, device).replay for name, run in list(runs.items())}
+        runs |= {f"{name}, captured": graph_of(run, device) for name, run in runs.items()}
     yield "ms", medians(interleaved(runs, setting.rounds, device))
 
 

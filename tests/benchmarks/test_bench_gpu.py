@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import create_autospec
 
 import bench_gpu
 import pytest
@@ -14,6 +15,7 @@ import torch
 from bench_gpu import MODELS, Case, Setting
 from deaf_device import DEAF, HostTraffic, deaf
 
+from cat_pruning.runtime import cuda_graphs
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -110,3 +112,17 @@ def test_the_loop_itself_leaves_the_host_alone(model: str) -> None:
         assert transformer.last_step.kind.value == "pruned"
         with pytest.raises(HostTraffic):
             latents.copy_(torch.ones(()))
+
+
+def test_what_only_a_gpu_does_fits_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture and events, by their signatures."""
+    capture, event = create_autospec(cuda_graphs.capture), create_autospec(torch.cuda.Event)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    event.return_value.elapsed_time.return_value = 8.0
+    cuda, runs = torch.device("cuda"), []
+    replay = bench_gpu.graph_of(lambda: runs.append(1), cuda)
+    capture.call_args.args[0]()
+    assert replay is capture.return_value.replay
+    assert bench_gpu.timed(replay, cuda, repeats=4) == 2.0
+    assert (len(runs), replay.call_count) == (1, 4)
