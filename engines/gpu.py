@@ -45,7 +45,7 @@ def missing_gpu() -> str:
 
 
 def describe_gpu(device: int | None = None) -> dict[str, Any]:
-    """A GPU (torch's current one), its driver, and what torch was built for, for reports; None for whatever is not there or not told.
+    """A GPU (torch's current one), its driver, what torch was built for; None for whatever is not there or not told.
 
     Returns:
         name, memory_bytes, architecture ("sm90"): of the GPU, where torch can use it.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _flat(indices: Tensor, num_tokens: int) -> Tensor:
-    """The places of (B, n) indices among the rows of all B * N tokens, (B * n). Whole rows are moved then, not elements."""
+    """The places of (B, n) indices among the rows of all B * N tokens, (B * n): whole rows are moved then."""
     first = torch.arange(indices.shape[0], device=indices.device).unsqueeze(-1) * num_tokens
     return (indices + first).flatten()
 
@@ -28,7 +28,7 @@ def token_gather(tokens: Tensor, indices: Tensor) -> Tensor:
         (B, n, D), new memory. Does not synchronise.
     """
     rows = tokens.flatten(0, 1).index_select(0, _flat(indices, tokens.shape[1]))
-    return rows.unflatten(0, indices.shape)
+    return rows.view(*indices.shape, tokens.shape[2])
 
 
 @token_gather.register_fake

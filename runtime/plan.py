@@ -23,9 +23,10 @@ from cat_pruning.step_io import Shape
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
 _REMEDIES = {
-    "out of memory|OutOfMemory|memory could not be allocated": "; free memory on the device, or build for smaller images "
-    "and batches",
     "driver version is insufficient|cudaError 35": "; update NVIDIA's driver",
+    "out of memory|OutOfMemory|memory could not be allocated": (
+        "; free memory on the device, or build for smaller images and batches"
+    ),
 }
 Ranges = dict[str, tuple[Shape, Shape]]  # of one profile: input name -> smallest and largest shape
 
@@ -64,7 +65,9 @@ class Plan:
             if self._engine is None:
                 raise self._error("cannot load it", errors)
             self._read_tensors()
-            self._kernels, self._kernel_cache, self._kept_kernels = kernels, None, None
+            self._kernels = kernels
+            self._kernel_cache: Any = None
+            self._kept_kernels: bytes | None = None
             self._config = self._runtime_config(errors) if flavour == "tensorrt_rtx" else None
 
     def _read_tensors(self) -> None:

@@ -21,7 +21,7 @@ Make = Callable[..., CatTransformer]
 
 def captured(transformer: CatTransformer) -> int:
     graphs = transformer._sampling().session._graphs
-    assert not graphs._impossible
+    assert graphs._failures == 0
     return graphs.num_captured
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from graph_double import recorder
 from tensorrt_double import TensorRTDouble
 
+from cat_pruning.runtime import cuda_graphs
 from cat_pruning.runtime.cuda_graphs import MOST_GRAPHS, CudaGraphs
 from cat_pruning.runtime.step_engine import StepEngine
 from cat_pruning.runtime.torch_engine import TorchStepEngine
@@ -47,7 +50,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def captured(pipe: Any) -> int:
     graphs = pipe.transformer._sampling().session._graphs
-    assert not graphs._impossible
+    assert graphs._failures == 0
     return int(graphs.num_captured)
 
 
@@ -188,3 +191,66 @@ def test_the_first_run_is_an_ordinary_one_and_the_oldest_graph_goes() -> None:
     assert calls == ["body"] * (MOST_GRAPHS + 1)
     graphs.clear()
     assert graphs.num_captured == 0
+
+
+def test_a_failed_capture_is_tried_once_more() -> None:
+    """Another thread may have done what breaks a capture; new memory is a new chance."""
+    tried: list[str] = []
+
+    def fails(*arguments: Any) -> Any:
+        tried.append("capture")
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    graphs = CudaGraphs(fails)
+    for _ in range(4):
+        graphs.run("key", lambda: tried.append("body"), CPU)
+    assert tried == ["body", "capture", "body", "capture", "body", "body"]
+    graphs.clear()
+    tried.clear()
+    for _ in range(2):
+        graphs.run("key", lambda: tried.append("body"), CPU)
+    assert tried == ["body", "capture", "body"]
+
+
+class FakeCuda:
+    """Torch's own captures, as far as `capture` sees them: its graph leaves its stream behind when its end fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+        self.current = "the caller's"
+        self.passed: dict[str, Any] = {}
+        cuda = self
+
+        class Graph:
+            def __init__(self, graph: Any, **options: Any) -> None:
+                cuda.passed = options
+
+            def __enter__(self) -> None:
+                cuda.current = cuda.passed["stream"]
+
+            def __exit__(self, *error: Any) -> None:
+                if fails:
+                    raise RuntimeError("capture_end")
+                cuda.current = "the caller's"
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a graph")
+        monkeypatch.setattr(torch.cuda, "graph", Graph)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: f"{device} {priority}")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "current", stream))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_callers_stream_is_current_again(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    cuda = FakeCuda(monkeypatch, fails)
+    device = torch.device("cuda", 1)
+    seen: list[tuple[Any, bool]] = []
+    cuda_graphs._stream.cache_clear()
+    try:
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            cuda_graphs.capture(lambda: seen.append((cuda.current, gc.isenabled())), device, [])
+    finally:
+        cuda_graphs._stream.cache_clear()
+    assert seen == [("cuda:1 -1", False)]  # a stream of that device, which no other work is on
+    assert cuda.current == "the caller's"
+    assert gc.isenabled()
