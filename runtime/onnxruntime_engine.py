@@ -100,7 +100,9 @@ class OnnxRuntimeStepEngine(StepEngine):
             self.bind(binding.bind_input, value.name, given[value.name])
             sizes |= dict(zip(value.shape, given[value.name].shape, strict=False))
         results = {
-            value.name: zeros([sizes.get(dim, dim) for dim in value.shape], _TORCH_TYPES[value.type], self.device)
+            value.name: torch.empty(
+                [int(sizes.get(dim, dim)) for dim in value.shape], dtype=_TORCH_TYPES[value.type], device=self.device
+            )
             for value in graph.get_outputs()
         }
         for name, result in results.items():
