@@ -249,6 +249,7 @@ OURS = {
 BECOMES = {"ILayer.attention": "IAttentionInputLayer.attention"}
 OF_A_PROPERTY = {"IAttentionInputLayer.attention.decomposable": "IAttention.decomposable"}
 ONLY_TENSORRT = {"NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS"}
+ONLY_TENSORRT_RTX = {"BuilderFlag.REQUIRE_USER_ALLOCATION"}
 
 MISSING = """
 import importlib, json
@@ -291,7 +292,7 @@ def test_the_names_that_are_checked() -> None:
     names = used_names()
     assert len(names) > 35
     assert {"Builder", "OnnxParser.parse_from_file", "LayerType.PLUGIN_V3", "IAttention.decomposable"} <= names
-    assert names >= ONLY_TENSORRT
+    assert names >= ONLY_TENSORRT | ONLY_TENSORRT_RTX
 
 
 @needs_rtx
@@ -303,9 +304,20 @@ def test_tensorrt_rtx_has_every_name_that_the_builder_uses() -> None:
 
 def test_tensorrt_has_every_name_that_the_builder_uses(python_with_bindings: Callable[[str], str]) -> None:
     program = MISSING.format(module="tensorrt_bindings", names=sorted(used_names()))
-    assert json.loads(python_with_bindings(program)) == []
+    assert set(json.loads(python_with_bindings(program))) == ONLY_TENSORRT_RTX
     nonsense = MISSING.format(module="tensorrt_bindings", names=["Builder.frobnicate"])
     assert json.loads(python_with_bindings(nonsense)) == ["Builder.frobnicate"]
+
+
+@needs_rtx
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+def test_only_tensorrt_rtx_is_asked_for_steps_that_can_be_captured(flavour: Any) -> None:
+    rtx = tensorrt_library("tensorrt_rtx")
+    job = PlanJob(flavour=flavour, onnx="", plan="", profiles=[], plugin_nodes={}, timing_cache=None)
+    builder = rtx.Builder(library_log(rtx).handle)
+    config = plan_builder._config(rtx, builder, job)
+    assert config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION) is (flavour == "tensorrt_rtx")
+    assert not config.get_flag(rtx.BuilderFlag.TF32)
 
 
 # ------------------------------------------------------------------ what a plugin serves
