@@ -92,6 +92,7 @@ FIELDS: dict[str, Any] = {
             "version": "1.7.0",
             "architectures": ["sm80", "sm120"],
             "token_ops": "function",
+            "plugin_layers": None,
             "file": "rtx.plan",
         }
     ],
@@ -237,6 +238,7 @@ def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
         ("plans/0/flavour", "openvino", r"plans\.0\.flavour"),
         ("plans/0/architectures", [], r"plans\.0\.architectures: .*at least 1"),
         ("plans/0/architectures/1", "sm_90", r"plans\.0\.architectures\.1: .*match pattern"),
+        ("plans/0/plugin_layers", -1, r"plans\.0\.plugin_layers: Input should be greater than or equal to 0"),
         ("plans/0/token_ops", "kernel", r"plans\.0\.token_ops: Input should be 'plugin' or 'function'"),
         ("plans/0/token_ops", "plugin", r"plans\.0: .*TensorRT-RTX has no plugins; expected token_ops 'function'"),
         ("plans/0/file", "other.plan", r"not among the files: other\.plan"),
