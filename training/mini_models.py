@@ -91,7 +91,14 @@ class Miniature(ABC):
         """The pipeline of copies of the models in fp16."""
 
     @abstractmethod
-    def loss(self, denoiser: nn.Module, latents: Tensor, input_ids: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        input_ids: Tensor,
+        generator: torch.Generator,
+        sigma_shift: float = 1.0,
+    ) -> Tensor:
         """The loss of one batch, noised at random: latents (B, C, h, w) and token ids (B, T) to a scalar."""
 
     def load_pipeline(self, folder: Path) -> Any:

@@ -50,6 +50,7 @@ class TrainConfig:
         round_epochs: times that each is used.
         autoencoder_steps: for a new autoencoder.
         optimizer: what takes the steps.
+        sigma_shift: of sd3-mini's sigmas toward noise, as a scheduler's `shift`: 1 leaves them as they are.
         checkpoint_every_s: seconds by the clock on the wall.
         precision: what the denoiser computes in.
         threads: of torch.
@@ -77,6 +78,7 @@ class TrainConfig:
     round_epochs: int = 4
     autoencoder_steps: int = 4000
     optimizer: Optimizer = Optimizer.ADAMW
+    sigma_shift: float = 1.0
     checkpoint_every_s: float = 300.0
     precision: Precision = Precision.FP32
     threads: int = 2
@@ -86,6 +88,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"steps={self.steps}, seconds={self.seconds}: expected exactly one of them")
+        if self.sigma_shift <= 0 or (self.sigma_shift != 1.0 and self.miniature != "sd3-mini"):
+            raise ValueError(f"sigma_shift={self.sigma_shift}: expected a positive number; 1 but for sd3-mini")
         if not 1 <= self.batch_size <= self.round_scenes:
             raise ValueError(f"batch_size={self.batch_size}: expected 1 to round_scenes={self.round_scenes}")
 

@@ -29,6 +29,17 @@ from train_config import Optimizer, Precision, TrainConfig
 logger = logging.getLogger("trainer")
 
 LOG_EVERY = 25  # steps
+# Options of the command line that are a number of `TrainConfig`.
+NUMBERS = (
+    "batch_size",
+    "peak_lr",
+    "warmup_steps",
+    "ema_decay",
+    "sigma_shift",
+    "checkpoint_every_s",
+    "threads",
+    "seed",
+)
 MUON_LAYERS = re.compile(r"transformer_blocks|encoder\.layers|encoder\.block")
 
 
@@ -63,7 +74,7 @@ class Run:
         dropped = torch.rand(len(input_ids), generator=generator) < self.config.caption_dropout
         input_ids = torch.where(dropped[:, None], self._input_ids([""]), input_ids)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision is Precision.BF16):
-            loss = self.miniature.loss(self.denoiser, latents, input_ids, generator)
+            loss = self.miniature.loss(self.denoiser, latents, input_ids, generator, self.config.sigma_shift)
         self.denoiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
@@ -230,7 +241,7 @@ def parse_arguments(
     budget.add_argument("--steps", type=int, help="optimizer steps")
     budget.add_argument("--seconds", type=float, help="active seconds on all threads")
     parser.add_argument("--side", type=int, help="of the images to train on, if not the miniature's own")
-    for name in ("batch_size", "peak_lr", "warmup_steps", "ema_decay", "checkpoint_every_s", "threads", "seed"):
+    for name in NUMBERS:
         default = defaults.get(name, TrainConfig.__dataclass_fields__[name].default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)

@@ -237,6 +237,26 @@ def test_exactly_one_budget(budget):
         TrainConfig(out=Path(), **budget)
 
 
+def test_sigmas_shift_as_a_scheduler_shifts_them():
+    seen = []
+
+    def denoiser(latents, sigmas, _):
+        seen.append(sigmas)
+        return torch.zeros_like(latents)
+
+    for shift in (1.0, 4.0):
+        generator = torch.Generator().manual_seed(0)
+        MINIATURES["sd3-mini"].loss(denoiser, torch.zeros(64, 4, 2, 2), torch.zeros(64, 1), generator, shift)
+    plain, shifted = seen
+    torch.testing.assert_close(shifted, 4 * plain / (1 + 3 * plain))
+
+
+@pytest.mark.parametrize("changes", [{"sigma_shift": 0.0}, {"sigma_shift": 2.0, "miniature": "pixart-mini"}])
+def test_a_shift_that_means_nothing_is_refused(changes):
+    with pytest.raises(ValueError, match="sigma_shift"):
+        TrainConfig(out=Path(), steps=1, **changes)
+
+
 def test_the_command_line_is_a_config():
     arguments = ["run", "--steps", "5", "--batch-size", "24", "--peak-lr", "4e-4"]
     config = train_sd3_mini.configuration(arguments)
