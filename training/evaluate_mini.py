@@ -28,7 +28,7 @@ from PIL import Image
 from mini_models import TEXT_LENGTH, quiet_libraries
 from mini_stages import to_images, to_pixels
 from miniatures import miniature_in
-from scene_score import scene_score
+from scene_score import coverage_score, scene_score
 from scenes import Scene, is_held_out, render, sample_scene
 
 logger = logging.getLogger("evaluate_mini")
@@ -129,15 +129,16 @@ def through_autoencoder(pipeline: DiffusionPipeline, images: NDArray[np.uint8]) 
 
 
 def summary(images: NDArray[np.uint8], scenes: list[Scene]) -> dict[str, float]:
-    """Mean score with its standard error, and the mean against the next scene's caption."""
-    scores = [scene_score(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    others = [scene_score(image, scene) for image, scene in zip(images, scenes[1:] + scenes[:1], strict=True)]
-    error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
-    return {
-        "score": round(float(np.mean(scores)), 4),
-        "standard_error": round(error, 4),
-        "shuffled_captions": round(float(np.mean(others)), 4),
-    }
+    """The mean of either score with its standard error, and the mean against the next scene's caption."""
+    result: dict[str, float] = {}
+    for prefix, score in (("", scene_score), ("coverage_", coverage_score)):
+        scores = [score(image, scene) for image, scene in zip(images, scenes, strict=True)]
+        others = [score(image, scene) for image, scene in zip(images, scenes[1:] + scenes[:1], strict=True)]
+        error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+        result[f"{prefix}score"] = round(float(np.mean(scores)), 4)
+        result[f"{prefix}standard_error"] = round(error, 4)
+        result[f"{prefix}shuffled_captions"] = round(float(np.mean(others)), 4)
+    return result
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

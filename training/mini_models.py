@@ -6,10 +6,13 @@ laptop's processor; `MINIATURES` in `miniatures.py` names them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
+import signal
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,7 +91,14 @@ class Miniature(ABC):
         """The pipeline of copies of the models in fp16."""
 
     @abstractmethod
-    def loss(self, denoiser: nn.Module, latents: Tensor, input_ids: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        input_ids: Tensor,
+        generator: torch.Generator,
+        sigma_shift: float = 1.0,
+    ) -> Tensor:
         """The loss of one batch, noised at random: latents (B, C, h, w) and token ids (B, T) to a scalar."""
 
     def load_pipeline(self, folder: Path) -> Any:
@@ -124,6 +134,17 @@ def quiet_libraries() -> None:
     """Turn off the progress bars of diffusers and transformers, which a log file cannot show."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def sigterm_requests() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGTERM came; outside of this, the signal ends the process as always."""
+    requests: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
+    try:
+        yield requests
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def new_autoencoder(size: ModelSize) -> AutoencoderKL:

@@ -111,8 +111,15 @@ class PixArtMini(Miniature):
             scheduler=DPMSolverMultistepScheduler(prediction_type="v_prediction"),
         )
 
-    def loss(self, denoiser: nn.Module, latents: Tensor, input_ids: Tensor, generator: torch.Generator) -> Tensor:
-        """Squared error of the predicted velocity, at uniform timesteps."""
+    def loss(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        input_ids: Tensor,
+        generator: torch.Generator,
+        sigma_shift: float = 1.0,
+    ) -> Tensor:
+        """Squared error of the predicted velocity, at uniform timesteps; `TrainConfig` admits no shift but 1."""
         schedule = self.noise_schedule
         timesteps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -126,9 +127,17 @@ class Sd3Mini(Miniature):
             tokenizer_3=None,
         )
 
-    def loss(self, denoiser: nn.Module, latents: Tensor, input_ids: Tensor, generator: torch.Generator) -> Tensor:
-        """Squared error of the predicted velocity, at logit-normal sigmas."""
-        sigmas = torch.sigmoid(torch.randn(len(latents), generator=generator))
+    def loss(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        input_ids: Tensor,
+        generator: torch.Generator,
+        sigma_shift: float = 1.0,
+    ) -> Tensor:
+        """Squared error of the predicted velocity, at logit-normal sigmas, shifted."""
+        # The same as `shift * sigma / (1 + (shift - 1) * sigma)`, what a scheduler's `shift` does.
+        sigmas = torch.sigmoid(torch.randn(len(latents), generator=generator) + math.log(sigma_shift))
         noise = torch.randn(latents.shape, generator=generator)
         weight = sigmas[:, None, None, None]
         velocity = denoiser((1 - weight) * latents + weight * noise, sigmas, input_ids)

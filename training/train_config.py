@@ -21,6 +21,13 @@ class Precision(StrEnum):
     BF16 = "bf16"  # faster where the processor has avx512_bf16 or AMX, more than ten times slower where not
 
 
+class Optimizer(StrEnum):
+    """What takes the steps."""
+
+    ADAMW = "adamw"
+    MUON = "muon"  # for the matrices of the layers; AdamW for the rest
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training run.
@@ -28,8 +35,8 @@ class TrainConfig:
     The ones that matter:
         out: the folder of the run.
         miniature: a key of `MINIATURES`.
-        init: a pipeline to continue from: transformer and text encoders; its autoencoder stays as it is.
-        vae: an autoencoder for a new miniature; without it, one is trained.
+        init: a pipeline to continue from: transformer, text encoders, and the autoencoder unless `vae` is given.
+        vae: an autoencoder, in the place of `init`'s or of one that is trained for a new miniature.
         steps: optimizer steps. Exactly one of `steps` and `seconds`.
         seconds: time on `threads` processors, by the process's own clock: a paused run does not age.
 
@@ -42,6 +49,8 @@ class TrainConfig:
         round_scenes: fresh scenes drawn and encoded at a time.
         round_epochs: times that each is used.
         autoencoder_steps: for a new autoencoder.
+        optimizer: what takes the steps.
+        sigma_shift: of sd3-mini's sigmas toward noise, as a scheduler's `shift`: 1 leaves them as they are.
         checkpoint_every_s: seconds by the clock on the wall.
         precision: what the denoiser computes in.
         threads: of torch.
@@ -67,7 +76,9 @@ class TrainConfig:
     caption_dropout: float = 0.1
     round_scenes: int = 1024
     round_epochs: int = 4
-    autoencoder_steps: int = 2500
+    autoencoder_steps: int = 4000
+    optimizer: Optimizer = Optimizer.ADAMW
+    sigma_shift: float = 1.0
     checkpoint_every_s: float = 300.0
     precision: Precision = Precision.FP32
     threads: int = 2
@@ -77,6 +88,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"steps={self.steps}, seconds={self.seconds}: expected exactly one of them")
+        if self.sigma_shift <= 0 or (self.sigma_shift != 1.0 and self.miniature != "sd3-mini"):
+            raise ValueError(f"sigma_shift={self.sigma_shift}: expected a positive number; 1 but for sd3-mini")
         if not 1 <= self.batch_size <= self.round_scenes:
             raise ValueError(f"batch_size={self.batch_size}: expected 1 to round_scenes={self.round_scenes}")
 
@@ -89,7 +102,8 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it: all but the budget and the place."""
         free = {"out", "init", "vae", "steps", "seconds", "checkpoint_every_s", "threads", "precision"}
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        return {**settings, "optimizer": str(self.optimizer)}  # an enum would not load with weights_only
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the budget that is used, in [0, 1]."""

@@ -1,6 +1,6 @@
 """Train pixart-mini, or continue an existing one; a killed run resumes with the same command.
 
-    python training/train_pixart_mini.py build/training-pixart --vae models/sd3-mini/vae --side 64 --steps 3600
+    python training/train_pixart_mini.py build/training-pixart --vae models/pixart-mini/vae --side 64 --steps 3600
     python training/train_pixart_mini.py build/training-pixart --init models/pixart-mini --steps 2000 --peak-lr 4e-4
 
 Writes into the folder: `checkpoint.pt`, `pixart-mini-latest/` at each checkpoint, `pixart-mini/` at the end.

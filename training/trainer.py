@@ -7,12 +7,10 @@ end.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import logging
-import signal
+import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,28 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from mini_models import TEXT_LENGTH, quiet_libraries
-from mini_stages import encode_round, sample_round, trained_autoencoder
+from mini_models import TEXT_LENGTH, Miniature, quiet_libraries, sigterm_requests
+from mini_stages import encode_round, sample_round
 from miniatures import MINIATURES
 from scenes import vocabulary
-from train_config import Precision, TrainConfig
+from train_autoencoder import AutoencoderConfig, trained_autoencoder
+from train_config import Optimizer, Precision, TrainConfig
 
 logger = logging.getLogger("trainer")
 
 LOG_EVERY = 25  # steps
+# Options of the command line that are a number of `TrainConfig`.
+NUMBERS = (
+    "batch_size",
+    "peak_lr",
+    "warmup_steps",
+    "ema_decay",
+    "sigma_shift",
+    "checkpoint_every_s",
+    "threads",
+    "seed",
+)
+MUON_LAYERS = re.compile(r"transformer_blocks|encoder\.layers|encoder\.block")
 
 
 class Run:
@@ -45,9 +56,7 @@ class Run:
         self.vae = vae.float().eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._tokenize = copy.deepcopy(tokenizer)  # a call changes what a tokenizer saves as its padding
-        self.optimizer = torch.optim.AdamW(
-            self.denoiser.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizers = _new_optimizers(self.denoiser, config)
         self.step = 0
         self.seconds_before = 0.0
         self._clock_start = time.process_time()
@@ -65,13 +74,14 @@ class Run:
         dropped = torch.rand(len(input_ids), generator=generator) < self.config.caption_dropout
         input_ids = torch.where(dropped[:, None], self._input_ids([""]), input_ids)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision is Precision.BF16):
-            loss = self.miniature.loss(self.denoiser, latents, input_ids, generator)
-        self.optimizer.zero_grad()
+            loss = self.miniature.loss(self.denoiser, latents, input_ids, generator, self.config.sigma_shift)
+        self.denoiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate(self.step, self.seconds)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.learning_rate(self.step, self.seconds)
+            optimizer.step()
         self.step += 1
         decay = self.config.ema_weight(self.step)
         with torch.no_grad():
@@ -87,7 +97,7 @@ class Run:
             "seconds": self.seconds,
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         staging = self.config.out / ".checkpoint.pt.new"
         torch.save(state, staging)
@@ -112,7 +122,8 @@ class Run:
             raise ValueError(f"{file} has {state['identity']}, not {self.config.identity}; use another folder")
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds_before = state["step"], state["seconds"]
         return True
 
@@ -134,8 +145,28 @@ class Run:
         return self._tokenize(captions, **options).input_ids
 
 
+def _new_optimizers(denoiser: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW; with Muon before it for the matrices of the layers, if the config asks for it."""
+    parameters = list(denoiser.named_parameters())
+    matrices: list[nn.Parameter] = []
+    if config.optimizer is Optimizer.MUON:
+        matrices = [each for name, each in parameters if each.ndim == 2 and MUON_LAYERS.search(name)]
+    taken = set(map(id, matrices))
+    rest = [each for _, each in parameters if id(each) not in taken]
+    adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
+    if not matrices:
+        return [adamw]
+    # Steps of AdamW's size, so that one learning rate fits both.
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
+
 def prepare(config: TrainConfig) -> Run:
-    """The models of the run: those of `config.init`, or new ones with an autoencoder as `config.vae` says."""
+    """The models of the run: those of `config.init`, or new ones; the autoencoder as `config.vae` says.
+
+    Raises:
+        ValueError: `config.init` makes images of another size, or `config.vae` has other latents than it knows.
+    """
     miniature = MINIATURES[config.miniature]
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
@@ -144,16 +175,33 @@ def prepare(config: TrainConfig) -> Run:
         pipeline = miniature.load_pipeline(config.init)
         if (side := pipeline.transformer.config.sample_size * pipeline.vae_scale_factor) != config.size.side:
             raise ValueError(f"{config.init} makes images of {side} pixels; expected size.side={config.size.side}")
-        return Run(config, miniature.denoiser_of(pipeline), pipeline.vae, pipeline.tokenizer)
+        vae = pipeline.vae if config.vae is None else AutoencoderKL.from_pretrained(str(config.vae))
+        if (channels := vae.config.latent_channels) != pipeline.transformer.config.in_channels:
+            raise ValueError(f"{config.vae} has {channels} latent channels, {config.init} takes another number")
+        _drop_shift_unless_known(vae, miniature)
+        return Run(config, miniature.denoiser_of(pipeline), vae, pipeline.tokenizer)
     tokenizer = miniature.new_tokenizer(vocabulary())
     denoiser = miniature.new_denoiser(config.size, tokenizer)
     if config.vae is None:
-        vae = trained_autoencoder(config.out / "vae", config.size, config.autoencoder_steps, config.seed)
+        vae = trained_autoencoder(
+            AutoencoderConfig(
+                out=config.out,
+                steps=config.autoencoder_steps,
+                checkpoint_every_s=config.checkpoint_every_s,
+                threads=config.threads,
+                seed=config.seed,
+                size=config.size,
+            )
+        )
     else:
         vae = AutoencoderKL.from_pretrained(str(config.vae))
+    _drop_shift_unless_known(vae, miniature)
+    return Run(config, denoiser, vae, tokenizer)
+
+
+def _drop_shift_unless_known(vae: AutoencoderKL, miniature: Miniature) -> None:
     if not miniature.latents_are_shifted:
         vae.register_to_config(shift_factor=None)
-    return Run(config, denoiser, vae, tokenizer)
 
 
 def train(config: TrainConfig) -> Run:
@@ -181,17 +229,6 @@ def train(config: TrainConfig) -> Run:
     return run
 
 
-@contextlib.contextmanager
-def sigterm_requests() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGTERM came; outside of this, the signal ends the process as always."""
-    requests: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
-    try:
-        yield requests
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def parse_arguments(
     arguments: list[str] | None, *, miniature: str, description: str | None, **defaults: Any
 ) -> TrainConfig:
@@ -199,15 +236,16 @@ def parse_arguments(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the run")
     parser.add_argument("--init", type=Path, help="pipeline to continue from")
-    parser.add_argument("--vae", type=Path, help="autoencoder for a new miniature, instead of training one")
+    parser.add_argument("--vae", type=Path, help="autoencoder, instead of --init's or of training one")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--steps", type=int, help="optimizer steps")
     budget.add_argument("--seconds", type=float, help="active seconds on all threads")
     parser.add_argument("--side", type=int, help="of the images to train on, if not the miniature's own")
-    for name in ("batch_size", "peak_lr", "warmup_steps", "ema_decay", "checkpoint_every_s", "threads", "seed"):
+    for name in NUMBERS:
         default = defaults.get(name, TrainConfig.__dataclass_fields__[name].default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
+    parser.add_argument("--optimizer", type=Optimizer, choices=list(Optimizer), default=Optimizer.ADAMW)
     options = vars(parser.parse_args(arguments))
     return TrainConfig(miniature=miniature, size=MINIATURES[miniature].size, **options)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 import train_pixart_mini
 import train_sd3_mini
+from diffusers import AutoencoderKL
 from mini_models import ModelSize
 from mini_stages import sample_round
 from miniatures import MINIATURES, miniature_in
 from scenes import vocabulary
-from train_config import TrainConfig
+from train_config import Optimizer, TrainConfig
 from trainer import train
 
 SIZES = {
@@ -143,6 +144,40 @@ def test_continuing_starts_from_the_pipeline_and_keeps_its_autoencoder(finished,
     assert all(torch.equal(kept[name], before[name]) for name in before)
 
 
+def test_continuing_can_take_over_an_autoencoder(finished, tmp_path):
+    config, first = finished
+    other = AutoencoderKL.from_pretrained(str(config.out / "vae"))
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 0.25
+    other.save_pretrained(str(tmp_path / "other"))
+    init = config.out / config.miniature
+    more = dataclasses.replace(config, out=tmp_path / "run", init=init, vae=tmp_path / "other", steps=1, peak_lr=1e-6)
+    run = train(more)
+    torch.testing.assert_close(weights(run), averaged(first), rtol=2e-3, atol=1e-5)  # fp16, then one small step
+    expected = other.decoder.conv_out.bias.detach().half().float()
+    assert torch.equal(pipeline_of(more).vae.decoder.conv_out.bias, expected)
+
+
+def test_an_autoencoder_of_other_latents_is_refused(finished, tmp_path):
+    config, _ = finished
+    given = AutoencoderKL.from_pretrained(str(config.out / "vae"))
+    AutoencoderKL.from_config({**given.config, "latent_channels": 8}).save_pretrained(str(tmp_path / "wide"))
+    with pytest.raises(ValueError, match="8 latent channels"):
+        train(dataclasses.replace(config, out=tmp_path, init=config.out / config.miniature, vae=tmp_path / "wide"))
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_resumes(finished, tmp_path):
+    config, _ = finished
+    changes = {"out": tmp_path, "vae": config.out / "vae", "optimizer": Optimizer.MUON}
+    run = train(dataclasses.replace(config, **changes, steps=1))
+    muon, adamw = run.optimizers
+    taken = [each for optimizer in run.optimizers for group in optimizer.param_groups for each in group["params"]]
+    assert {each.ndim for each in muon.param_groups[0]["params"]} == {2}
+    assert len(taken) == len(set(map(id, taken))) == len(list(run.denoiser.parameters()))
+    assert any(each is run.denoiser.transformer.proj_out.weight for each in adamw.param_groups[0]["params"])
+    assert train(dataclasses.replace(config, **changes, steps=2)).step == 2
+
+
 def test_continuing_at_another_size_is_refused(finished, tmp_path):
     config, _ = finished
     size = dataclasses.replace(config.size, side=64)
@@ -200,6 +235,26 @@ def test_the_schedule_is_one_of_progress():
 def test_exactly_one_budget(budget):
     with pytest.raises(ValueError, match="exactly one"):
         TrainConfig(out=Path(), **budget)
+
+
+def test_sigmas_shift_as_a_scheduler_shifts_them():
+    seen = []
+
+    def denoiser(latents, sigmas, _):
+        seen.append(sigmas)
+        return torch.zeros_like(latents)
+
+    for shift in (1.0, 4.0):
+        generator = torch.Generator().manual_seed(0)
+        MINIATURES["sd3-mini"].loss(denoiser, torch.zeros(64, 4, 2, 2), torch.zeros(64, 1), generator, shift)
+    plain, shifted = seen
+    torch.testing.assert_close(shifted, 4 * plain / (1 + 3 * plain))
+
+
+@pytest.mark.parametrize("changes", [{"sigma_shift": 0.0}, {"sigma_shift": 2.0, "miniature": "pixart-mini"}])
+def test_a_shift_that_means_nothing_is_refused(changes):
+    with pytest.raises(ValueError, match="sigma_shift"):
+        TrainConfig(out=Path(), steps=1, **changes)
 
 
 def test_the_command_line_is_a_config():
