@@ -65,8 +65,8 @@ class CudaGraphs:
     """The captured steps of one session by what makes them what they are.
 
     A key's first run is an ordinary one: libraries choose kernels and allocate workspaces then, which must not happen
-    in a capture. Its second run captures, and from there on it is replayed. What could not be captured `MOST_FAILURES`
-    times runs as it is, with a warning in the log.
+    in a capture. Its second run captures, and from there on it is replayed. After `MOST_FAILURES` captures that failed
+    there are no more, with a warning in the log: what was not captured by then runs as it is.
 
     Args:
         capture: makes a graph; the tests' own where there is no GPU.
@@ -86,15 +86,11 @@ class CudaGraphs:
                 that existed before.
             device: of the work.
         """
-        if key not in self._graphs or self._failures >= MOST_FAILURES:
-            body()
-            self._keep(key, None)
-            return
-        graph = self._graphs[key]
-        if graph is None:
+        graph = self._graphs.get(key)
+        if graph is None and key in self._graphs and self._failures < MOST_FAILURES:
             graph = self._captured(body, device)
-        self._keep(key, graph)
         body() if graph is None else graph.replay()
+        self._keep(key, graph)
 
     def _keep(self, key: Hashable, graph: Any) -> None:
         """Keep as the latest; the one that has not run for longest goes."""

@@ -52,7 +52,7 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: boo
     from cat_pruning.runtime.torch_engine import TorchStepEngine
 
     transformer, device = load_transformer(bundle.manifest.source, bundle.manifest.dtype), _device()
-    with enough_memory(device, "the transformer", "free memory on it, or take a smaller --dtype"):
+    with enough_memory(device, "the transformer", "free memory on it, or export with a smaller --dtype"):
         return TorchStepEngine(transformer.to(device), cuda_graphs=cuda_graphs)
 
 

@@ -152,8 +152,8 @@ class OnnxRuntimeStepEngine(StepEngine):
     def _check_provider(self, graph: Any) -> None:
         if self.device.type == "cuda" and "CUDAExecutionProvider" not in graph.get_providers():
             raise EngineError(
-                f"the CUDA provider of ONNX Runtime {onnxruntime.__version__} cannot be loaded; install the CUDA and "
-                "cuDNN that it was built for, or take the engine torch"
+                f"the CUDA provider of ONNX Runtime {onnxruntime.__version__} cannot be loaded; "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]', or take the engine torch"
             )
 
 

@@ -212,6 +212,27 @@ def test_a_failed_capture_is_tried_once_more() -> None:
     assert tried == ["body", "capture", "body"]
 
 
+def test_what_was_captured_is_replayed_whatever_fails_later() -> None:
+    ran: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            ran.append("replay")
+
+    def capture(body: Callable[[], None], *arguments: Any) -> Graph:
+        if ran[-1] == "bad":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Graph()
+
+    graphs = CudaGraphs(capture)
+    for _ in range(2):
+        graphs.run("good", lambda: ran.append("good"), CPU)
+    for _ in range(4):
+        graphs.run("bad", lambda: ran.append("bad"), CPU)
+    graphs.run("good", lambda: ran.append("good"), CPU)
+    assert ran == ["good", "replay", *["bad"] * 4, "replay"]
+
+
 class FakeCuda:
     """Torch's own captures, as far as `capture` sees them: its graph leaves its stream behind when its end fails."""
 
