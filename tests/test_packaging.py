@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy: a build in the tree would take along what earlier builds left.
     source = tmp_path_factory.mktemp("source")
-    for name in ("src", "exporter", "plugins", "engines", "runtime", "models", "pyproject.toml", "README.md"):
+    for name in ("src", "exporter", "plugins", "engines", "runtime", "evaluation", "models", "pyproject.toml", "README.md"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
@@ -38,10 +38,10 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     folders = {"src/cat_pruning": "cat_pruning", **{name: f"cat_pruning/{name}" for name in ("exporter", "plugins")}}
-    folders |= {name: f"cat_pruning/{name}" for name in ("engines", "runtime", "models")}
+    folders |= {name: f"cat_pruning/{name}" for name in ("engines", "runtime", "evaluation", "models")}
     for folder, package in folders.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".cu", ".json", ".safetensors", ".typed"}:
+            if path.suffix in {".py", ".cu", ".j2", ".json", ".safetensors", ".typed"}:
                 assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
 
 

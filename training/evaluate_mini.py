@@ -28,8 +28,8 @@ from PIL import Image
 from mini_models import TEXT_LENGTH, quiet_libraries
 from mini_stages import to_images, to_pixels
 from miniatures import miniature_in
-from scene_score import coverage_score, scene_score
-from scenes import Scene, is_held_out, render, sample_scene
+from cat_pruning.evaluation.scene_score import coverage_score, scene_score
+from cat_pruning.evaluation.scenes import Scene, is_held_out, render, sample_scene
 
 logger = logging.getLogger("evaluate_mini")
 

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenes import Scene, is_held_out, render, sample_scene
+from cat_pruning.evaluation.scenes import Scene, is_held_out, render, sample_scene
 
 ENCODE_BATCH = 64
 

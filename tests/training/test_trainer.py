@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from mini_models import ModelSize
 from mini_stages import sample_round
 from miniatures import MINIATURES, miniature_in
-from scenes import vocabulary
+from cat_pruning.evaluation.scenes import vocabulary
 from train_config import Optimizer, TrainConfig
 from trainer import train
 

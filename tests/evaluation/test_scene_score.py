@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from scene_score import coverage_score, scene_score, thing_masks
-from scenes import COLORS, GROUNDS, SHAPES, Scene, Thing, render, render_ground, sample_scene
+from cat_pruning.evaluation.scene_score import coverage_score, scene_score, thing_masks
+from cat_pruning.evaluation.scenes import COLORS, GROUNDS, SHAPES, Scene, Thing, render, render_ground, sample_scene
 
 RED_STAR = Scene((Thing("large", "red", "star"),), "in the center", "gray", False)
 

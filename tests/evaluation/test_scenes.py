@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scenes import (
+from cat_pruning.evaluation.scenes import (
     COLORS,
     GROUNDS,
     PAIRS,

@@ -1,0 +1,192 @@
+"""An evaluation on disk: what is run, and what came out, one line for each image.
+
+    OUT/run.json        RunSpec: all that the results depend on; a run is resumed only under the same
+    OUT/results.jsonl   ImageResult, one a line, appended as they come
+    OUT/images/{variant}/{prompt}-{seed}.png        of the first prompts
+    OUT/tokens/{variant}.png                        which tokens were computed, of the first prompt
+    OUT/report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.evaluation.variants import Variant
+
+RUN, RESULTS, REPORT, IMAGES, TOKENS = "run.json", "results.jsonl", "report.html", "images", "tokens"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """All that the results of an evaluation depend on, as JSON types.
+
+    Attributes:
+        bundle: its directory's name. bundle_sha256: of its manifest, which has every file's hash.
+        engine: what computes; policies that see attention run on torch whatever it is.
+        prompts: the texts, in order. prompts_source: where they are from.
+        seeds: images of each prompt. batch: prompts at once. sheet: the first prompts, whose images are kept.
+        height, width, guidance_scale: of the pipeline's call.
+        metrics: names, as in `ImageResult.scores`.
+        settings: the pruning's, by name; the policies change some.
+        variants: what is compared, full runs first.
+        machine: processor, libraries and their versions; may differ when a run is resumed.
+    """
+
+    bundle: str
+    bundle_sha256: str
+    engine: str
+    prompts: tuple[str, ...]
+    prompts_source: str
+    seeds: int
+    batch: int
+    sheet: int
+    height: int
+    width: int
+    guidance_scale: float
+    metrics: tuple[str, ...]
+    settings: dict[str, Any]
+    variants: tuple[Variant, ...]
+    machine: dict[str, str]
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> RunSpec:
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError, KeyError: fields that are missing or unknown.
+        """
+        variants = tuple(Variant(**variant) for variant in fields["variants"])
+        tuples = {name: tuple(fields[name]) for name in ("prompts", "metrics")}
+        return cls(**{**fields, **tuples, "variants": variants})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageResult:
+    """One image: its scores by metric. A PSNR of equal images, which is infinite, is None.
+
+    Attributes:
+        variant: `Variant.key`. prompt: its number. seed: the image's number among those of its prompt.
+        seconds: of its batch, divided by the batch's images; text encoders and autoencoder included.
+        scores: by metric; metrics against the full run are missing for the full run.
+    """
+
+    variant: str
+    prompt: int
+    seed: int
+    seconds: float
+    scores: dict[str, float | None]
+
+
+class ResultStore:
+    """The directory of one evaluation.
+
+    Args:
+        directory: made if it is not there.
+        spec: what is run.
+
+    Raises:
+        SettingsError: it holds the results of other settings, or something else.
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, directory: Path, spec: RunSpec) -> None:
+        self.directory, self.spec = directory, spec
+        try:
+            for folder in (directory, directory / IMAGES, directory / TOKENS):
+                folder.mkdir(parents=True, exist_ok=True)
+            if (directory / RUN).exists():
+                self._check_same(load_spec(directory))
+            else:
+                _replace(directory / RUN, json.dumps(spec.to_dict(), indent=2) + "\n")
+                (directory / RESULTS).write_text("", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{directory} cannot be written ({error.strerror}); give another --out") from error
+        self.results = load_results(directory)
+
+    def _check_same(self, found: RunSpec) -> None:
+        mine, other = self.spec.to_dict(), found.to_dict()
+        different = [name for name in mine if name != "machine" and mine[name] != other[name]]
+        if different:
+            raise SettingsError(
+                f"{self.directory} holds an evaluation with other {', '.join(different)}"
+                f" ({'; '.join(_change(name, other[name], mine[name]) for name in different)});"
+                " give another --out, or --force to begin anew"
+            )
+
+    def done(self, variant: Variant, seed: int) -> set[int]:
+        """The prompts that a variant has results of."""
+        return {result.prompt for result in self.results if (result.variant, result.seed) == (variant.key, seed)}
+
+    def append(self, results: Iterable[ImageResult]) -> None:
+        """Add results, as whole lines."""
+        new = list(results)
+        lines = "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in new)
+        try:
+            with (self.directory / RESULTS).open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise OutputError(f"{self.directory / RESULTS} cannot be written ({error.strerror})") from error
+        self.results.extend(new)
+
+
+def load_spec(directory: Path) -> RunSpec:
+    """What was run in a directory.
+
+    Raises:
+        SettingsError: nothing, or what another version wrote.
+    """
+    try:
+        return RunSpec.from_dict(json.loads((directory / RUN).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SettingsError(f"{directory} holds no evaluation ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise SettingsError(
+            f"{directory / RUN} is not this version's ({error}); give another --out, or --force to begin anew"
+        ) from error
+
+
+def load_results(directory: Path) -> list[ImageResult]:
+    """The results of a directory. A last line that an interruption cut off is removed from the file.
+
+    Raises:
+        SettingsError: a line in the middle is no result.
+    """
+    file = directory / RESULTS
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        _replace(file, whole)
+    results = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            results.append(ImageResult(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"{file}, line {number} is no result ({error}); remove it or give another --out") from error
+    return results
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in names)
+    if isinstance(before, list):
+        return f"{name} were {len(before)}, are {len(now)}" if len(before) != len(now) else f"{name} differ"
+    return f"{name} was {before!r}, is {now!r}"
