@@ -211,7 +211,7 @@ def steps(setting: Setting) -> Results:
 def step_contestants(case: Case, captured: bool) -> dict[str, Run]:
     """Steps in the middle of an image; each has run often enough to be captured."""
     from cat_pruning.runtime.image import every_token
-    from cat_pruning.runtime.selector import Selector
+    from cat_pruning.runtime.policies import CatSelector
     from cat_pruning.runtime.step_engine import ordinary_tensors
     from cat_pruning.runtime.torch_engine import TorchStepEngine
 
@@ -220,7 +220,7 @@ def step_contestants(case: Case, captured: bool) -> dict[str, Run]:
     session, rows = engine.session(), case.rows
     session.begin(case.dims, case.family.conditioning(case.arguments, case.config, setting.grid))
     every = every_token(rows, setting.num_tokens)
-    selector = Selector(case.family, case.config, setting.prune, setting.grid, setting.device)
+    selector = CatSelector(case.family, case.config, setting.prune, setting.grid, setting.device)
     with ordinary_tensors():
         selector.refer_to(session.step(rows, 999.0, every))
         noise = session.step(rows * 0.9, 900.0, every)

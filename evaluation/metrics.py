@@ -1,1 +1,196 @@
-"""To be written."""
+"""What images are scored by: how near they are to the full run's, and to their prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.evaluation.clip_score import ClipScorer
+from cat_pruning.evaluation.prompts import Prompt
+from cat_pruning.evaluation.scene_score import coverage_score
+from cat_pruning.runtime.pictures import psnr_db
+
+
+class Metric(StrEnum):
+    """The metrics by their names on the command line."""
+
+    PSNR = "psnr"
+    SSIM = "ssim"
+    LATENTS = "latents"
+    SCENE = "scene"
+    CLIP = "clip"
+
+    @property
+    def score(self) -> str:
+        """Its name in `ImageResult.scores`."""
+        return _SCORES[self]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with the full run; the others judge an image by its prompt."""
+        return self in _OF_REFERENCE
+
+
+_SCORES = {
+    Metric.PSNR: "psnr_db",
+    Metric.SSIM: "ssim",
+    Metric.LATENTS: "latents_error",
+    Metric.SCENE: "scene_score",
+    Metric.CLIP: "clip_score",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What a pipeline made of a batch of prompts.
+
+    Attributes:
+        images: (B) of them.
+        latents: the last ones, (B, ...), packed or not.
+    """
+
+    images: list[Image.Image]
+    latents: Tensor
+
+
+class Metrics:
+    """Computes metrics; all that they need is there once it is made.
+
+    Args:
+        metrics: which.
+        prompts: all that will be scored.
+        clip_model: see `ClipScorer`; only the CLIP score needs it.
+        device: where CLIP runs.
+
+    Raises:
+        SettingsError: a metric cannot be computed: what it needs is not installed, CLIP's model is not there, a prompt
+            is no scene's caption.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        prompts: Sequence[Prompt],
+        clip_model: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.metrics = tuple(metrics)
+        if Metric.SCENE in self.metrics:
+            _check_scenes(prompts)
+        for metric in self.metrics:
+            if metric in (Metric.SSIM, Metric.CLIP):
+                _check_torchmetrics(metric)
+        self._clip = _clip_scorer(clip_model, device) if Metric.CLIP in self.metrics else None
+
+    def score(
+        self, sample: Sample, reference: Sample | None, prompts: Sequence[Prompt]
+    ) -> list[dict[str, float | None]]:
+        """The scores of every image, by `Metric.score`; of equal images, psnr_db is None.
+
+        Args:
+            sample: the images.
+            reference: those of the full run from the same noise; None leaves out the metrics against it.
+            prompts: one of each image.
+
+        Raises:
+            ValueError: other numbers of images or prompts.
+            ShapeError: the reference's images are of another size, or a scene's image is not square.
+        """
+        scores: list[dict[str, float | None]] = [{} for _ in sample.images]
+        for metric in self.metrics:
+            if metric.needs_reference and reference is None:
+                continue
+            values = self._values(metric, sample, reference, prompts)
+            for of_image, value in zip(scores, values, strict=True):
+                of_image[metric.score] = value
+        return scores
+
+    def _values(
+        self, metric: Metric, sample: Sample, reference: Sample | None, prompts: Sequence[Prompt]
+    ) -> Sequence[float | None]:
+        if reference is not None and metric in _OF_REFERENCE:
+            return _OF_REFERENCE[metric](sample, reference)
+        if metric is Metric.SCENE:
+            return _scene_scores(sample.images, prompts)
+        assert self._clip is not None
+        return self._clip(sample.images, [prompt.text for prompt in prompts])
+
+
+def _psnrs(sample: Sample, reference: Sample) -> list[float | None]:
+    values = [psnr_db(image, full) for image, full in zip(sample.images, reference.images, strict=True)]
+    return [None if math.isinf(value) else value for value in values]
+
+
+def _ssims(sample: Sample, reference: Sample) -> list[float | None]:
+    """Structural similarity, as torchmetrics computes it: a Gaussian window of 11 pixels, reflected at the borders."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    values: list[float | None] = []
+    for image, full in zip(sample.images, reference.images, strict=True):
+        if image.size != full.size:
+            raise ShapeError(
+                f"images of {image.width}x{image.height} and {full.width}x{full.height} pixels: expected the same size"
+            )
+        values.append(float(structural_similarity_index_measure(_pixels(image), _pixels(full), data_range=1.0)))
+    return values
+
+
+def _latents_errors(sample: Sample, reference: Sample) -> list[float | None]:
+    """‖x - x_full‖ / ‖x_full‖ over all of an image's latents, in fp32."""
+    full = reference.latents.float().flatten(1)  # (B, C*H*W)
+    difference = sample.latents.to(full.device).float().flatten(1) - full
+    errors: list[float | None] = (difference.norm(dim=1) / full.norm(dim=1)).tolist()
+    return errors
+
+
+_OF_REFERENCE: dict[Metric, Callable[[Sample, Sample], list[float | None]]] = {
+    Metric.PSNR: _psnrs,
+    Metric.SSIM: _ssims,
+    Metric.LATENTS: _latents_errors,
+}
+
+
+def _scene_scores(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
+    scores = []
+    for image, prompt in zip(images, prompts, strict=True):
+        assert prompt.scene is not None
+        scores.append(coverage_score(np.asarray(image.convert("RGB")), prompt.scene))
+    return scores
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    # fp64: the variance of an even area is the difference of two near numbers, and equal images must have an SSIM of 1.
+    return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float64) / 255.0).permute(2, 0, 1)[None]
+
+
+def _check_scenes(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if prompt.scene is None:
+            raise SettingsError(
+                f"metric {Metric.SCENE}: the prompt {prompt.text!r} is not the caption of a scene; "
+                "leave the metric out, or take the prompts of scenes:N"
+            )
+
+
+def _check_torchmetrics(metric: Metric) -> None:
+    try:
+        import torchmetrics  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            f"metric {metric}: torchmetrics is not installed here; pip install 'cat-pruning[eval]'"
+        ) from error
+
+
+def _clip_scorer(model: str | Path | None, device: torch.device | str) -> ClipScorer:
+    if model is None:
+        raise SettingsError(f"metric {Metric.CLIP}: no model; give a directory with a CLIPModel, or its id on the hub")
+    return ClipScorer(model, device)

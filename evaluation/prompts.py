@@ -1,1 +1,182 @@
-"""To be written."""
+"""What is generated: prompts of a file, or captions of scenes that no miniature was trained on."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.scenes import (
+    COLORS,
+    GROUNDS,
+    PAIRS,
+    SHAPES,
+    SINGLE,
+    SIZES,
+    Scene,
+    Thing,
+    is_held_out,
+    sample_scene,
+)
+
+SCENES = "scenes:"  # and a number, in a file's place
+SCENES_SEED = 2026
+# 8,263 captions are unseen; drawing the last of them would take minutes.
+MAX_SCENES = 5000
+# sd3-mini's 24,000 captions were the first of seed 0, before captions were held out.
+_FIRST_SEED, _FIRST_SCENES = 0, 24_000
+_PARTI_COLUMN = "Prompt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What to generate.
+
+    Attributes:
+        text: the prompt.
+        scene: what the image should show, where the text is the caption of a scene.
+    """
+
+    text: str
+    scene: Scene | None
+
+
+def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a source, in its order.
+
+    Args:
+        source: `scenes:N`, the first N of the captions that `training/evaluate_mini.py` scores, or a file in UTF-8:
+            .tsv as PartiPrompts (a header, with the column Prompt), .json as the captions of COCO (the first of
+            every image), any other with one prompt a line.
+        limit: at most so many, the first.
+
+    Raises:
+        SettingsError: no such file, one of another form, one without prompts, a number outside its range.
+    """
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit={limit}: expected at least one prompt")
+    if source.startswith(SCENES):
+        count = _scene_count(source)
+        scenes = unseen_scenes(count if limit is None else min(count, limit), np.random.default_rng(SCENES_SEED))
+        return [Prompt(text=scene.caption, scene=scene) for scene in scenes]
+    file = Path(source)
+    texts = [stripped for text in _texts(file) if (stripped := text.strip())]
+    if not texts:
+        raise SettingsError(f"{file} has no prompts")
+    return [Prompt(text=text, scene=parse_caption(text)) for text in texts[:limit]]
+
+
+def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
+    """Distinct random scenes whose captions no miniature was trained on: held out, and not in sd3-mini's data set.
+
+    Raises:
+        SettingsError: more than `MAX_SCENES`.
+    """
+    if count > MAX_SCENES:
+        raise SettingsError(f"{count} unseen scenes: there are at most {MAX_SCENES}; ask for fewer")
+    seen = set(_first_captions())
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = sample_scene(rng)
+        if is_held_out(scene) and scene.caption not in seen:
+            scenes.append(scene)
+            seen.add(scene.caption)
+    return scenes
+
+
+def parse_caption(text: str) -> Scene | None:
+    """The scene whose caption the text is, to the letter; None if it is no scene's."""
+    match = _CAPTION.fullmatch(text)
+    if match is None:
+        return None
+    *first, alone, between = match.group("size", "color", "shape", "alone", "between")
+    things = [Thing(*first)]
+    if between is not None:
+        things.append(Thing(*match.group("size2", "color2", "shape2")))
+    return Scene(tuple(things), between or alone, match["ground"], match["texture"] == "striped")
+
+
+@functools.cache
+def _first_captions() -> frozenset[str]:
+    rng = np.random.default_rng(_FIRST_SEED)
+    return frozenset(sample_scene(rng).caption for _ in range(_FIRST_SCENES))
+
+
+def _scene_count(source: str) -> int:
+    number = source.removeprefix(SCENES)
+    if not (number.isdecimal() and 1 <= int(number) <= MAX_SCENES):
+        raise SettingsError(f"{source}: expected {SCENES}N with a whole number N from 1 to {MAX_SCENES}")
+    return int(number)
+
+
+def _texts(file: Path) -> Iterator[str]:
+    text = _read(file)
+    suffix = file.suffix.lower()
+    if suffix == ".tsv":
+        return iter(_parti_prompts(file, text))
+    if suffix == ".json":
+        return iter(_coco_captions(file, text))
+    return iter(text.splitlines())
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{file} cannot be read ({reason}); give a file of prompts, or {SCENES}N") from error
+
+
+def _parti_prompts(file: Path, text: str) -> list[str]:
+    try:
+        # PartiPrompts has quotation marks as they are, without a second pair around the field.
+        reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+        columns = reader.fieldnames or []
+        if columns and _PARTI_COLUMN not in columns:
+            raise SettingsError(
+                f"{file} has the columns {', '.join(columns)}: expected {_PARTI_COLUMN} among them, as in PartiPrompts"
+            )
+        return [row[_PARTI_COLUMN] or "" for row in reader]
+    except csv.Error as error:
+        raise SettingsError(f"{file} is no table of tab-separated values ({error})") from error
+
+
+def _coco_captions(file: Path, text: str) -> list[str]:
+    """The first caption of every image, in the order of the images' first captions."""
+    captions: dict[int, str] = {}
+    try:
+        for annotation in json.loads(text)["annotations"] if text.strip() else ():
+            captions.setdefault(annotation["image_id"], annotation["caption"] + "")
+    except (ValueError, TypeError, KeyError) as error:
+        raise SettingsError(
+            f'{file} is not of the form {{"annotations": [{{"image_id": 1, "caption": "..."}}, ...]}}, as COCO\'s '
+            f"captions are ({type(error).__name__}: {error})"
+        ) from error
+    return list(captions.values())
+
+
+def _any_of(group: str, words: tuple[str, ...]) -> str:
+    return f"(?P<{group}>{'|'.join(words)})"
+
+
+def _thing_pattern(number: str) -> str:
+    parts = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES}
+    return "a " + " ".join(_any_of(name + number, words) for name, words in parts.items())
+
+
+# `Scene.caption`, read.
+_CAPTION = re.compile(
+    f"{_thing_pattern('')} "
+    f"(?:{_any_of('alone', tuple(SINGLE))}|{_any_of('between', tuple(PAIRS))} {_thing_pattern('2')})"
+    f" on a {_any_of('texture', ('plain', 'striped'))} {_any_of('ground', tuple(GROUNDS))} background"
+)

@@ -1,16 +1,20 @@
 """An evaluation on disk: what is run, and what came out, one line for each image.
 
-    OUT/run.json        RunSpec: all that the results depend on; a run is resumed only under the same
-    OUT/results.jsonl   ImageResult, one a line, appended as they come
-    OUT/images/{variant}/{prompt}-{seed}.png        of the first prompts
-    OUT/tokens/{variant}.png                        which tokens were computed, of the first prompt
-    OUT/report.html
+OUT/run.json        RunSpec: all that the results depend on; a run is resumed only under the same
+OUT/results.jsonl   ImageResult, one a line, appended as they come
+OUT/images/{variant}/{prompt}-{seed}.png        of the first prompts
+OUT/tokens/{variant}.png                        which tokens were computed, of the first prompt
+OUT/report.html
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
+import os
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +145,22 @@ class ResultStore:
         self.results.extend(new)
 
 
+def sha256(file: Path) -> str:
+    """The hash of a file's bytes."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def machine() -> dict[str, str]:
+    """What the results were computed on and with."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")}
+    return {
+        "processors": str(os.cpu_count()),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
 def load_spec(directory: Path) -> RunSpec:
     """What was run in a directory.
 
@@ -173,7 +193,9 @@ def load_results(directory: Path) -> list[ImageResult]:
         try:
             results.append(ImageResult(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise SettingsError(f"{file}, line {number} is no result ({error}); remove it or give another --out") from error
+            raise SettingsError(
+                f"{file}, line {number} is no result ({error}); remove it or give another --out"
+            ) from error
     return results
 
 

@@ -20,6 +20,8 @@ class Variant:
         sampled_steps: what the pipeline is asked for.
         full_steps: how many of them compute every token.
         macs_linear, macs_all: of one image, in the conventions of `cat_pruning.exporter.macs`.
+        engine: what computes it.
+        prompts: how many of the evaluation's prompts it is run on, from the first.
     """
 
     method: str
@@ -29,6 +31,8 @@ class Variant:
     full_steps: int
     macs_linear: int
     macs_all: int
+    engine: str = ""
+    prompts: int = 0
 
     @property
     def key(self) -> str:

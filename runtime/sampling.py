@@ -7,14 +7,16 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.image import Image, every_token
+from cat_pruning.runtime.policies import SELECTORS
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.selector import Selector
 from cat_pruning.runtime.side_branch import SideBranch
 from cat_pruning.runtime.step_engine import StepSession, ordinary_tensors
 from cat_pruning.runtime.timesteps import TimestepReader
 from cat_pruning.schedule import StepKind, schedule
-from cat_pruning.settings import PruneSettings
+from cat_pruning.settings import PruneSettings, Reuse
 from cat_pruning.step_io import LATENTS
 
 _ANOTHER_PROMPT = "another prompt"  # the side branch of calls that no context names
@@ -40,12 +42,14 @@ class Sampling:
         self._branches: dict[str, SideBranch] = {}
         self._selector: Selector | None = None
         self._selector_is_for: object = None
+        self._extrapolation = Extrapolation(session.engine.family, session.engine.config)
         self._past: list[float] = []  # the timesteps of the last image
         self._forget()
 
     def reset(self) -> None:
         """Forget the image in progress."""
         self.session.reset()
+        self._extrapolation.reset()
         for branch in self._branches.values():
             branch.reset()
         self._forget()
@@ -92,12 +96,15 @@ class Sampling:
         if timestep != self._timestep:
             tokens = self._begin_step(timestep, latents)
             self._noise = self.session.step(latents, timestep, tokens)
-            self._end_step(tokens)
+            self._end_step()
         else:
             assert self._keep_indices is not None
             self._noise = self.session.step(latents, timestep, self._keep_indices)
         if self._step == self.settings.reference_step:
             self._selector.refer_to(self._noise)
+        if self.settings.reuse is Reuse.EXTRAPOLATE:
+            assert self._keep_indices is not None
+            return self._extrapolation(self._noise, timestep, self._keep_indices)
         return self._noise
 
     def call_beside(
@@ -149,7 +156,8 @@ class Sampling:
         engine = self.session.engine
         needed = (self.settings, image.dims, engine.device, engine.dtype)
         if needed != self._selector_is_for or self._selector is None:
-            self._selector = Selector(engine.family, engine.config, self.settings, image.grid, engine.device)
+            selector = SELECTORS[self.settings.policy]
+            self._selector = selector(engine.family, engine.config, self.settings, image.grid, engine.device)
             self._selector_is_for = needed
         self._selector.reset()
         return self._selector
@@ -167,15 +175,15 @@ class Sampling:
                 self._keep_indices = every_token(latents, num_tokens)
             self._selector.count(self._keep_indices)
             return self._keep_indices
-        if self._selector.cluster_ids is None:
+        if not self._selector.has_begun:
             assert self._noise is not None
             return self._selector.first(latents, self._noise)
         return self._selector
 
-    def _end_step(self, tokens: Tensor | Selector) -> None:
+    def _end_step(self) -> None:
         assert self._image is not None
         assert self._selector is not None
-        self._keep_indices = tokens if isinstance(tokens, Tensor) else tokens.chosen
+        self._keep_indices = self.session.computed
         self.record = StepRecord(
             step=self._step,
             kind=schedule(self._step, self.settings),

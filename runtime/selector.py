@@ -1,7 +1,8 @@
-"""Algorithm 2 over the steps of one image, on memory that stays where it is."""
+"""Which tokens each pruned step of an image computes, on memory that stays where it is."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +10,15 @@ import torch
 from torch import Tensor
 
 from cat_pruning.exporter.families.family import Family
-from cat_pruning.runtime import kmeans, selection
 from cat_pruning.settings import PruneSettings
 
 
-class Selector:
-    """Which tokens each pruned step of an image computes (`cat_pruning.runtime.selection`).
+class Selector(ABC):
+    """A policy over the steps of one image.
 
-    The first pruned step's come from `first`, which finds the clusters; those of every later one from a call of the
-    selector itself, a `TokenChoice` that changes its own memory and nothing else, so that it can be captured together
-    with the step that it chooses for.
+    The first pruned step's tokens come from `first`; those of every later one from a call of the selector itself, a
+    `TokenChoice` that changes its own memory and nothing else, so that it can be captured together with the step that
+    it chooses for. A policy implements `_next`, and `_first` where that differs.
 
     Args:
         family, config: of the model.
@@ -38,79 +38,71 @@ class Selector:
         grid: tuple[int, int],
         device: torch.device,
     ) -> None:
-        self.num_kept = settings.num_kept(grid[0] * grid[1])
-        self._family, self._config, self._settings, self._grid = family, config, settings, grid
-        self._initial = kmeans.initial_tokens(*grid, settings.num_clusters).to(device)
-        self._position: Tensor | None = None  # (N, channels)
+        self.num_tokens = grid[0] * grid[1]
+        self.num_kept = settings.num_kept(self.num_tokens)
+        self.settings, self.grid, self.device = settings, grid, device
+        self._family, self._config = family, config
         self._reference: Tensor | None = None  # (B, N, channels), n_t0
-        self._cluster_ids: Tensor | None = None  # (B, N)
-        self._selection_count: Tensor | None = None  # (B, N)
-        self._keep_indices: Tensor | None = None  # (B, n)
         self.reset()
 
     def reset(self) -> None:
         """Forget the image; the memory is kept for the next one."""
-        self.cluster_ids: Tensor | None = None  # (B, N), the image's own copy; None before its first pruned step
+        self.has_begun = False  # whether the image had a pruned step
+        self.cluster_ids: Tensor | None = None  # (B, N), the image's own copy; None where there are no clusters
 
     def refer_to(self, noise: Tensor) -> None:
         """Take the noise prediction of step t0, whose change is the relative noise."""
-        self._reference = _kept(self._reference, self._tokens(noise))
+        self._reference = kept(self._reference, self.noise_tokens(noise))
 
     def first(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The tokens of the first pruned step, (B, n) int32, and the clusters for all later ones.
+        """The tokens of the first pruned step, (B, n) int32.
 
         Args:
             latents: of the step.
             noise: the last prediction, in the transformer's layout.
         """
-        settings, relative_noise = self._settings, self._relative_noise(latents, noise)
-        if self._position is None:
-            self._position = kmeans.position_encoding(*self._grid, relative_noise.shape[-1], noise.device)
-        features = selection.cluster_features(relative_noise, self._position, settings.noise_scale)
-        self.cluster_ids = kmeans.kmeans(features, self._initial, settings.kmeans_iterations)
-        self._cluster_ids = _kept(self._cluster_ids, self.cluster_ids)
-        count = torch.zeros(relative_noise.shape[:2], device=noise.device)
-        self._selection_count = _kept(self._selection_count, count)
-        tokens = selection.first_selection(relative_noise, self._cluster_ids, self.num_kept, settings)
-        self.count(tokens)
+        self.has_begun = True
+        tokens = self._first(latents, noise)
+        self._count(tokens)
         return tokens
 
     def __call__(self, latents: Tensor, noise: Tensor) -> Tensor:
         """The tokens of a later pruned step, (B, n) int32: see `first`. Does not synchronise."""
-        assert self._cluster_ids is not None
-        assert self._selection_count is not None
-        relative_noise = self._relative_noise(latents, noise)
-        tokens = selection.next_selection(
-            relative_noise, self._cluster_ids, self._selection_count, self.num_kept, self._settings
-        )
-        self.count(tokens)
-        self._keep_indices = _kept(self._keep_indices, tokens)
-        return self._keep_indices
+        tokens = self._next(latents, noise)
+        self._count(tokens)
+        return tokens
 
     def count(self, tokens: Tensor) -> None:
-        """Count the tokens of a step, if the image has clusters already."""
-        if self.cluster_ids is not None:
-            assert self._selection_count is not None
-            counted = selection.count_selection(self._selection_count, tokens, self._settings.staleness_decay)
-            self._selection_count.copy_(counted)
+        """Tell the policy of a full step, (B, N)."""
+        if self.has_begun:
+            self._count(tokens)
 
-    @property
-    def chosen(self) -> Tensor:
-        """A copy of what the last call chose, or the last replay of one: (B, n) int32."""
-        assert self._keep_indices is not None
-        return self._keep_indices.clone()
+    @abstractmethod
+    def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The tokens of a pruned step."""
 
-    def _relative_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """RN, (B, N, channels) fp32; under guidance every row's is that of the prompt's positive row."""
-        assert self._reference is not None
-        relative_noise = (self._tokens(noise) - self._reference).float()
-        return relative_noise[guiding_rows(latents)] if self._family.batched_guidance else relative_noise
+    def _first(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The tokens of the first one, whose memory may be made anew."""
+        return self._next(latents, noise)
 
-    def _tokens(self, noise: Tensor) -> Tensor:
+    def _count(self, tokens: Tensor) -> None:  # noqa: B027  # most policies have no counts
+        """Remember what a step computes."""
+
+    def noise_tokens(self, noise: Tensor) -> Tensor:
+        """The prediction that a selection goes by, (B, N, channels)."""
         return self._family.predicted_noise(noise, self._config)
 
+    def relative_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """RN, (B, N, channels) fp32; under guidance every row's is that of the prompt's positive row."""
+        assert self._reference is not None
+        return self.guided(latents, (self.noise_tokens(noise) - self._reference).float())
 
-def _kept(memory: Tensor | None, values: Tensor) -> Tensor:
+    def guided(self, latents: Tensor, values: Tensor) -> Tensor:
+        """`values`, a row of the batch each, with every row's replaced by that of its prompt's positive row."""
+        return values[guiding_rows(latents)] if self._family.batched_guidance else values
+
+
+def kept(memory: Tensor | None, values: Tensor) -> Tensor:
     """`values` in `memory`, where that is of their shape and dtype; else in new memory."""
     if memory is None or memory.shape != values.shape or memory.dtype != values.dtype:
         return values.clone()

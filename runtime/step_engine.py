@@ -80,6 +80,7 @@ class StepSession(ABC):
         self._inputs: dict[str, Tensor] = {}  # the model's inputs by name
         self._noise = torch.empty(0)  # the last output
         self._keep_indices: dict[int, Tensor] = {}  # (B, n) int32 by n
+        self._last_kept: int | None = None  # n of the last step
         self._graphs = CudaGraphs()
 
     def reset(self) -> None:
@@ -160,6 +161,12 @@ class StepSession(ABC):
             self.reset()  # the caches may be half updated
             raise
 
+    @property
+    def computed(self) -> Tensor:
+        """A copy of the tokens that the last step computed, (B, n) int32."""
+        assert self._last_kept is not None
+        return self._keep_indices[self._last_kept].clone()
+
     def to_engine(self, name: str, tensor: Tensor) -> Tensor:
         """An input of the model on the engine's device and in the dtype that it has there."""
         engine = self.engine
@@ -167,6 +174,7 @@ class StepSession(ABC):
 
     def _compute(self, tokens: Tensor | TokenChoice, num_kept: int) -> None:
         """Choose and compute the tokens, on memory that stays where it is."""
+        self._last_kept = num_kept
         keep_indices = self._keep_indices.get(num_kept)
         if keep_indices is None:
             shape = (self._noise.shape[0], num_kept)

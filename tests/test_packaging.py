@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy: a build in the tree would take along what earlier builds left.
     source = tmp_path_factory.mktemp("source")
-    for name in ("src", "exporter", "plugins", "engines", "runtime", "evaluation", "models", "pyproject.toml", "README.md"):
+    folders = ("src", "exporter", "plugins", "engines", "runtime", "evaluation", "models")
+    for name in (*folders, "pyproject.toml", "README.md"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:

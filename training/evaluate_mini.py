@@ -25,18 +25,16 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from numpy.typing import NDArray
 from PIL import Image
 
+from cat_pruning.evaluation.prompts import SCENES_SEED, unseen_scenes
+from cat_pruning.evaluation.scene_score import coverage_score, scene_score
+from cat_pruning.evaluation.scenes import Scene, render
 from mini_models import TEXT_LENGTH, quiet_libraries
 from mini_stages import to_images, to_pixels
 from miniatures import miniature_in
-from cat_pruning.evaluation.scene_score import coverage_score, scene_score
-from cat_pruning.evaluation.scenes import Scene, is_held_out, render, sample_scene
 
 logger = logging.getLogger("evaluate_mini")
 
-SEED = 2026
 BATCH = 8
-# sd3-mini's 24,000 captions were the first of seed 0, before captions were held out.
-FIRST_SEED, FIRST_SCENES = 0, 24_000
 SAMPLES = (
     "a large red circle left of a small blue star on a plain black background",
     "a large yellow triangle in the center on a striped navy background",
@@ -77,19 +75,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.captions < 2 or self.steps < 1:
             raise ValueError(f"captions={self.captions}, steps={self.steps}: expected at least 2 and 1")
-
-
-def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
-    """Distinct random scenes whose captions no miniature was trained on: held out, and not in sd3-mini's data set."""
-    first = np.random.default_rng(FIRST_SEED)
-    seen = {sample_scene(first).caption for _ in range(FIRST_SCENES)}
-    scenes: list[Scene] = []
-    while len(scenes) < count:
-        scene = sample_scene(rng)
-        if is_held_out(scene) and scene.caption not in seen:
-            scenes.append(scene)
-            seen.add(scene.caption)
-    return scenes
 
 
 def load(config: EvaluateConfig) -> DiffusionPipeline:
@@ -144,7 +129,7 @@ def summary(images: NDArray[np.uint8], scenes: list[Scene]) -> dict[str, float]:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The scores of the pipeline in `config.pipeline`, as JSON types."""
     pipeline = load(config)
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(SCENES_SEED)
     scenes = unseen_scenes(config.captions, rng)
     side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     rendered = np.stack([render(scene, side, rng) for scene in scenes])

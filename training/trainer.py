@@ -19,10 +19,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from cat_pruning.evaluation.scenes import vocabulary
 from mini_models import TEXT_LENGTH, Miniature, quiet_libraries, sigterm_requests
 from mini_stages import encode_round, sample_round
 from miniatures import MINIATURES
-from cat_pruning.evaluation.scenes import vocabulary
 from train_autoencoder import AutoencoderConfig, trained_autoencoder
 from train_config import Optimizer, Precision, TrainConfig
 

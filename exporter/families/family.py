@@ -113,6 +113,14 @@ class Family(ABC):
         """The part of the output that the selection goes by, per token: (B, N, channels)."""
         return self.noise_tokens(noise, config)
 
+    @abstractmethod
+    def token_mask(self, keep_indices: Tensor, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+        """1 where the transformer's output `noise` is of one of the tokens (B, n), else 0.
+
+        Returns:
+            fp32, broadcastable with `noise`: one value for all channels.
+        """
+
     def example_input(self, name: str, shape: list[int], generator: torch.Generator) -> Tensor:
         """Random values that an input may have, fp32."""
         return torch.randn(shape, generator=generator)
@@ -236,3 +244,10 @@ class PatchFamily(Family):
         height, width = latents.shape[-2:]
         self.check_latent_size(config, height, width)
         return height // config["patch_size"], width // config["patch_size"]
+
+    def token_mask(self, keep_indices: Tensor, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+        """See `Family.token_mask`."""
+        patch, (batch, _, height, width) = config["patch_size"], noise.shape
+        tokens = torch.zeros(batch, (height // patch) * (width // patch), device=noise.device)
+        grid = tokens.scatter(1, keep_indices.long(), 1.0).view(batch, 1, height // patch, width // patch)
+        return grid.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)

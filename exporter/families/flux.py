@@ -81,6 +81,11 @@ class Flux(Family):
         """See `Family.noise_shape`."""
         return (dims.batch, dims.num_tokens, config["out_channels"] or config["in_channels"])
 
+    def token_mask(self, keep_indices: Tensor, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+        """See `Family.token_mask`."""
+        tokens = torch.zeros(noise.shape[:2], device=noise.device)
+        return tokens.scatter(1, keep_indices.long(), 1.0).unsqueeze(-1)
+
     def noise_tokens(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
         """See `Family.noise_tokens`."""
         return noise

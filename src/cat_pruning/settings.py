@@ -12,6 +12,24 @@ from typing import Any, Self
 from cat_pruning.errors import SettingsError, ShapeError
 
 
+class Policy(StrEnum):
+    """How the tokens of a pruned step are chosen, as many by each. See `cat_pruning.runtime.policies`."""
+
+    CAT = "cat"  # clusters by relative noise, then stale tokens: the paper's algorithm 2
+    NOISE = "noise"  # highest relative noise
+    CLUSTER = "cluster"  # algorithm 2 without its stale tokens
+    STALE = "stale"  # in turn
+    RANDOM = "random"
+    RAS = "ras"  # region-adaptive sampling
+
+
+class Reuse(StrEnum):
+    """What a token that is not computed contributes to the noise prediction."""
+
+    REPEAT = "repeat"  # its last output: the paper's
+    EXTRAPOLATE = "extrapolate"  # the line through its last two outputs. See `cat_pruning.runtime.extrapolation`
+
+
 class Pooling(StrEnum):
     """How the relative noise of a cluster's tokens becomes one vector per cluster."""
 
@@ -26,6 +44,9 @@ class PruneSettings:
     The ones that matter:
         keep_ratio: fraction of the image tokens that a pruned step computes, in (0, 1]; 1 is the unpruned model.
         full_steps: full steps at the start, F >= 2. Step F-2 is the reference of the relative noise.
+
+        policy: how the tokens are chosen; the paper's is CAT.
+        reuse: what the others contribute; the paper's is REPEAT.
 
     The ones to tinker with:
         num_clusters: clusters of KMeans, at most the number of image tokens.
@@ -44,6 +65,8 @@ class PruneSettings:
 
     keep_ratio: float = 0.3
     full_steps: int = 8
+    policy: Policy = Policy.CAT
+    reuse: Reuse = Reuse.REPEAT
     num_clusters: int = 20
     noise_scale: float = 0.05
     fresh_fraction: float = 0.25
@@ -57,6 +80,8 @@ class PruneSettings:
     def __post_init__(self) -> None:
         _check(0.0 < self.keep_ratio <= 1.0, "keep_ratio", self.keep_ratio, "a number in (0, 1]")
         _check(_is_int(self.full_steps) and self.full_steps >= 2, "full_steps", self.full_steps, "an integer >= 2")
+        _check(self.policy in set(Policy), "policy", self.policy, f"one of {', '.join(Policy)}")
+        _check(self.reuse in set(Reuse), "reuse", self.reuse, f"one of {', '.join(Reuse)}")
         _check(
             _is_int(self.num_clusters) and self.num_clusters >= 1, "num_clusters", self.num_clusters, "an integer >= 1"
         )
@@ -89,6 +114,8 @@ class PruneSettings:
             f"integers >= full_steps ({self.full_steps})",
         )
         # What came from JSON or a careless caller gets the declared types; frozen, so through object.
+        object.__setattr__(self, "policy", Policy(self.policy))
+        object.__setattr__(self, "reuse", Reuse(self.reuse))
         object.__setattr__(self, "pooling", Pooling(self.pooling))
         object.__setattr__(self, "fresh_quotas", tuple(self.fresh_quotas))
         object.__setattr__(self, "extra_full_steps", tuple(self.extra_full_steps))

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from cat_pruning.evaluation.scenes import (
     COLORS,
     GROUNDS,

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from mini_models import ModelSize
 from mini_stages import sample_round
 from miniatures import MINIATURES, miniature_in
-from cat_pruning.evaluation.scenes import vocabulary
 from train_config import Optimizer, TrainConfig
 from trainer import train
+
+from cat_pruning.evaluation.scenes import vocabulary
 
 SIZES = {
     "sd3-mini": ModelSize(side=32, width=24, num_layers=1, num_heads=2, text_width=8, text_layers=(1, 2)),

@@ -1,0 +1,155 @@
+"""Which variants an evaluation compares, and what an image of each costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.engines.profiles import profile_spec
+from cat_pruning.evaluation.at_edm import at_edm_step_macs
+from cat_pruning.evaluation.methods import AT_EDM, check_method, settings_of
+from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
+from cat_pruning.exporter.export import profile_macs
+from cat_pruning.exporter.families import family_named
+from cat_pruning.exporter.macs import ImageMacs
+from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import CacheRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """MACs of one image's parts at one keep ratio, in both conventions of `cat_pruning.exporter.macs`."""
+
+    linear: ImageMacs
+    all: ImageMacs
+
+
+def costs(bundle: Bundle, height: int, width: int, settings: PruneSettings, guided: bool, method: str) -> Costs:
+    """Count one image from the bundle's graphs; AT-EDM's pruned step from what it computes.
+
+    Raises:
+        ShapeError: a size that the model cannot take.
+    """
+    manifest = bundle.manifest
+    family, config = family_named(manifest.family), manifest.transformer_config
+    guidance = guided and family.batched_guidance
+    profile = profile_spec(height, width, 1, geometry=manifest.geometry, settings=settings, guidance=guidance)
+    spec = profile_macs(bundle.path, manifest.graphs, profile, manifest.geometry.patch_size)
+    linear, total = spec.pruned_linear, spec.pruned_total
+    if method == AT_EDM:
+        caches = family.caches(config)
+        linear, total = at_edm_step_macs(
+            linear_full=spec.full_linear,
+            linear_pruned=spec.pruned_linear,
+            attention_full=spec.full_attention,
+            num_layers=int(config["num_layers"]),
+            num_tokens=profile.num_tokens,
+            num_kept=profile.num_kept,
+            text_length=manifest.geometry.text_length,
+            joint=caches[0].rows is CacheRows.JOINT,
+        )
+    return Costs(
+        linear=ImageMacs(spec.full_linear, linear, spec.prompt_linear, spec.timestep_linear),
+        all=ImageMacs(spec.full_total, total, spec.prompt_linear, spec.timestep_linear),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to compare.
+
+    Attributes:
+        bundle, height, width: what makes the images. guided: with classifier-free guidance.
+        settings: of the pruning.
+        steps: schedules. keep_ratios: the first is the main one. methods: the first is the main one.
+        prompts: that the full runs, the main method and as few steps as cost the same are run on, at the main ratio.
+        curve_prompts: that everything else is run on.
+        engine, at_edm_engine: what computes.
+    """
+
+    bundle: Bundle
+    height: int
+    width: int
+    guided: bool
+    settings: PruneSettings
+    steps: tuple[int, ...]
+    keep_ratios: tuple[float, ...]
+    methods: tuple[str, ...]
+    prompts: int
+    curve_prompts: int
+    engine: str
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            check_method(method)
+
+    def variants(self) -> tuple[Variant, ...]:
+        """The full runs, then for each schedule and ratio the fewer steps and every method."""
+        counted = {
+            (ratio, edm): costs(
+                self.bundle,
+                self.height,
+                self.width,
+                self.settings.replace(keep_ratio=ratio),
+                self.guided,
+                AT_EDM if edm else "",
+            )
+            for ratio in self.keep_ratios
+            for edm in {method == AT_EDM for method in self.methods} | {False}
+        }
+        full = [self._full(steps, counted[self.keep_ratios[0], False]) for steps in self.steps]
+        others = [
+            variant
+            for steps in self.steps
+            for ratio in self.keep_ratios
+            for variant in (
+                self._fewer(steps, ratio, counted[ratio, False]),
+                *(self._pruned(method, steps, ratio, counted[ratio, method == AT_EDM]) for method in self.methods),
+            )
+        ]
+        return (*full, *others)
+
+    def _full(self, steps: int, cost: Costs) -> Variant:
+        return Variant(
+            method=FULL,
+            steps=steps,
+            keep_ratio=1.0,
+            sampled_steps=steps,
+            full_steps=steps,
+            macs_linear=_all_full(cost.linear, steps),
+            macs_all=_all_full(cost.all, steps),
+            engine=self.engine,
+            prompts=self.prompts,
+        )
+
+    def _fewer(self, steps: int, ratio: float, cost: Costs) -> Variant:
+        """As many full steps as cost most nearly what the paper's policy does, through the same graphs."""
+        settings = settings_of("cat", ratio, steps, self.settings)
+        budget = cost.all.pruned_image(steps, settings) - cost.all.prompt
+        sampled = max(1, round(budget / (cost.all.full + cost.all.timestep)))
+        full = self._full(sampled, cost)
+        prompts = self._prompts(ratio, is_main=True)
+        return dataclasses.replace(full, method=FEWER_STEPS, steps=steps, keep_ratio=ratio, prompts=prompts)
+
+    def _pruned(self, method: str, steps: int, ratio: float, cost: Costs) -> Variant:
+        settings = settings_of(method, ratio, steps, self.settings)
+        return Variant(
+            method=method,
+            steps=steps,
+            keep_ratio=ratio,
+            sampled_steps=steps,
+            full_steps=sum(kind is StepKind.FULL for kind in step_kinds(steps, settings)),
+            macs_linear=cost.linear.pruned_image(steps, settings),
+            macs_all=cost.all.pruned_image(steps, settings),
+            engine="torch" if method == AT_EDM else self.engine,
+            prompts=self._prompts(ratio, is_main=method == self.methods[0]),
+        )
+
+    def _prompts(self, ratio: float, *, is_main: bool) -> int:
+        return self.prompts if is_main and ratio == self.keep_ratios[0] else min(self.prompts, self.curve_prompts)
+
+
+def _all_full(macs: ImageMacs, steps: int) -> int:
+    return macs.prompt + steps * (macs.full + macs.timestep)

@@ -1,0 +1,172 @@
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation import prompts
+from cat_pruning.evaluation.prompts import MAX_SCENES, Prompt, load_prompts, parse_caption, unseen_scenes
+from cat_pruning.evaluation.scenes import (
+    COLORS,
+    PAIRS,
+    SHAPES,
+    SINGLE,
+    SIZES,
+    Scene,
+    Thing,
+    is_held_out,
+    sample_scene,
+)
+
+CAPTION = "a large red circle left of a small blue star on a plain black background"
+RED_AND_BLUE = Scene((Thing("large", "red", "circle"), Thing("small", "blue", "star")), "left of", "black", False)
+
+
+def texts(source, limit=None):
+    return [prompt.text for prompt in load_prompts(str(source), limit)]
+
+
+def written(tmp_path, name, text):
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_scenes_are_unseen_and_distinct():
+    loaded = load_prompts("scenes:48")
+    assert len({prompt.text for prompt in loaded}) == 48
+    assert all(prompt.scene.caption == prompt.text and is_held_out(prompt.scene) for prompt in loaded)
+    assert not prompts._first_captions() & {prompt.text for prompt in loaded}
+
+
+def test_scenes_are_those_that_the_miniatures_were_scored_on():
+    digest = hashlib.sha256("".join(texts("scenes:48")).encode()).hexdigest()
+    assert digest[:16] == "0740f52037211c02"
+
+
+def test_fewer_scenes_are_the_first_of_more():
+    many = load_prompts("scenes:12")
+    assert load_prompts("scenes:5") == load_prompts("scenes:12", limit=5) == many[:5]
+
+
+@pytest.mark.parametrize("source", ["scenes:0", "scenes:x", "scenes:", "scenes:-3", "scenes:1.5", "scenes:²"])
+def test_a_number_of_scenes_that_is_none_is_refused(source):
+    with pytest.raises(SettingsError, match=f"{source}: expected scenes:N with a whole number N from 1 to 5000"):
+        load_prompts(source)
+
+
+def test_more_scenes_than_there_are_is_refused():
+    with pytest.raises(SettingsError, match="scenes:5001"):
+        load_prompts(f"scenes:{MAX_SCENES + 1}")
+    with pytest.raises(SettingsError, match="at most 5000"):
+        unseen_scenes(MAX_SCENES + 1, np.random.default_rng(0))
+
+
+def test_there_are_more_unseen_scenes_than_may_be_asked_for():
+    things = [Thing(*words) for words in itertools.product(SIZES, COLORS, SHAPES)]
+    pairs = itertools.permutations(things, 2)
+    # On one background of ten; counted over all there are 8,263.
+    scenes = [Scene(pair, place, "teal", False) for pair in pairs for place in PAIRS]
+    unseen = [scene for scene in scenes if is_held_out(scene) and scene.caption not in prompts._first_captions()]
+    assert 10 * len(unseen) > 1.4 * MAX_SCENES
+
+
+def test_lines_of_a_text_file(tmp_path):
+    file = written(tmp_path, "prompts.txt", f"\ufeffa lighthouse in a storm\n\n  \n{CAPTION}  \r\na café\n")
+    assert load_prompts(str(file)) == [
+        Prompt(text="a lighthouse in a storm", scene=None),
+        Prompt(text=CAPTION, scene=RED_AND_BLUE),
+        Prompt(text="a café", scene=None),
+    ]
+    assert texts(file, limit=2) == ["a lighthouse in a storm", CAPTION]
+    assert len(texts(file, limit=7)) == 3
+
+
+def test_parti_prompts(tmp_path):
+    rows = [
+        "Prompt\tCategory\tChallenge\tNote",
+        "bond\tAbstract\tBasic\tof two meanings",
+        'the words "Fly" on a wall\tOutdoor Scenes\tComplex\t',
+        '"Fly", on a wall\tOutdoor Scenes\tComplex\t',
+        "\tAbstract\tBasic\t",
+    ]
+    file = written(tmp_path, "PartiPrompts.TSV", "\n".join(rows) + "\n")
+    assert texts(file) == ["bond", 'the words "Fly" on a wall', '"Fly", on a wall']
+
+
+def test_coco_captions_are_the_first_of_every_image(tmp_path):
+    annotations = [(9, "a dog\n"), (4, "a cat"), (9, "a hound"), (4, "a kitten"), (7, "a cow")]
+    content = {"info": {}, "annotations": [{"image_id": image, "caption": text} for image, text in annotations]}
+    assert texts(written(tmp_path, "captions.json", json.dumps(content))) == ["a dog", "a cat", "a cow"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "", "has no prompts"),
+        ("a.txt", "\n  \n", "has no prompts"),
+        ("a.tsv", "", "has no prompts"),
+        ("a.tsv", "Prompt\tNote\n", "has no prompts"),
+        ("a.tsv", "Text\tNote\nx\ty\n", "has the columns Text, Note: expected Prompt among them"),
+        ("a.json", "", "has no prompts"),
+        ("a.json", '{"annotations": []}', "has no prompts"),
+        ("a.json", '["a dog"]', "is not of the form"),
+        ("a.json", '{"captions": []}', "is not of the form"),
+        ("a.json", '{"annotations": 3}', "is not of the form"),
+        ("a.json", '{"annotations": [{"image_id": 1}]}', "is not of the form"),
+        ("a.json", '{"annotations": [{"image_id": 1, "caption": 2}]}', "is not of the form"),
+        ("a.json", '{"annotations": [{"image_id": [], "caption": "x"}]}', "is not of the form"),
+        ("a.json", "{", "is not of the form"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path, name, text, message):
+    file = written(tmp_path, name, text)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_prompts(str(file))
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"none\.txt cannot be read \(No such file or directory\); give a file"):
+        load_prompts(str(tmp_path / "none.txt"))
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load_prompts(str(tmp_path))
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load_prompts("a\0b")
+    (tmp_path / "latin.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"latin\.txt is not UTF-8 \(byte 5\)"):
+        load_prompts(str(tmp_path / "latin.txt"))
+
+
+def test_a_limit_below_one_is_refused():
+    with pytest.raises(SettingsError, match="limit=0"):
+        load_prompts("scenes:4", limit=0)
+
+
+def test_a_caption_is_read_back():
+    rng = np.random.default_rng(3)
+    scenes = [sample_scene(rng) for _ in range(500)]
+    scenes += [Scene((Thing("small", "pink", "ring"),), place, "teal", True) for place in SINGLE]
+    assert [parse_caption(scene.caption) for scene in scenes] == scenes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red circle",
+        CAPTION.capitalize(),
+        CAPTION + ".",
+        CAPTION + "\n",
+        CAPTION.replace(" ", "  ", 1),
+        CAPTION.replace("left of", "right of"),
+        CAPTION.replace("left of", "on the left"),
+        CAPTION.replace(" a small blue star", ""),
+        CAPTION.replace("black", "red"),
+    ],
+)
+def test_what_is_no_caption_has_no_scene(text):
+    assert parse_caption(text) is None
