@@ -28,6 +28,8 @@ def test_the_defaults_are_the_papers() -> None:
         *(("fresh_fraction", value) for value in (-0.1, 1.1, math.nan)),
         *(("staleness_decay", value) for value in (-0.1, 1.0, math.nan)),
         ("pooling", "median"),
+        ("policy", "best"),
+        ("reuse", "forget"),
         *(("first_quota", value) for value in (0.0, 1.1, math.nan)),
         *(("fresh_quotas", value) for value in ((), (0.1, 0.0), (1.1,), (math.nan,))),
         *(("kmeans_iterations", value) for value in (0, 2.5, False)),

@@ -17,6 +17,7 @@ from cat_pruning.runtime import cuda_graphs
 from cat_pruning.runtime.cuda_graphs import MOST_GRAPHS, CudaGraphs
 from cat_pruning.runtime.step_engine import StepEngine
 from cat_pruning.runtime.torch_engine import TorchStepEngine
+from cat_pruning.settings import Policy
 
 CPU = torch.device("cpu")
 STEPS = 14  # eight full ones, the first pruned one, five later ones
@@ -81,6 +82,8 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
         {"fresh_fraction": 0.5},
         {"num_clusters": 9},
         {"extra_full_steps": (10,)},
+        *({"policy": policy} for policy in Policy),
+        {"reuse": "extrapolate"},
         {"fresh_fraction": 0.5},
     ]
     for change in changes:
@@ -88,7 +91,14 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
         for each in (plain, pipe):
             make(name, captures=each is pipe)  # torch's is a switch of the class
             each.transformer.settings = each.transformer.settings.replace(
-                **{"fresh_fraction": 0.25, "num_clusters": 20, "extra_full_steps": ()} | change
+                **{
+                    "fresh_fraction": 0.25,
+                    "num_clusters": 20,
+                    "extra_full_steps": (),
+                    "policy": "cat",
+                    "reuse": "repeat",
+                }
+                | change
             )
             images.append(sample(each, STEPS))
         assert images[0].same_tokens_as(images[1])

@@ -19,7 +19,7 @@ from cat_pruning.exporter.interception import StepModule
 from cat_pruning.runtime import selection
 from cat_pruning.runtime.timestep_states import TimestepStates
 from cat_pruning.runtime.transformer import CatTransformer
-from cat_pruning.settings import Pooling, PruneSettings
+from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
 from cat_pruning.step_io import LATENTS, SYMBOLIC, TIMESTEP
 
 GRID = (8, 6)
@@ -104,6 +104,17 @@ def test_a_loop_leaves_the_host_alone(kind: str, pooling: Pooling, make_tiny: Ca
                 kinds.append(loop.kind)
     assert kinds == ["full", "pruned", "pruned", "full", "pruned", "pruned", "pruned"] * 2
     assert noise.device == DEAF
+
+
+@pytest.mark.parametrize("policy", Policy)
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_no_policy_asks_the_host(kind: str, policy: Policy, make_tiny: Callable[..., Any]) -> None:
+    loop = Loop(make_tiny(kind), SETTINGS.replace(policy=policy, reuse=Reuse.EXTRAPOLATE))
+    for _ in range(2):
+        loop.step(0)
+        with deaf():
+            for index in range(1, 8):
+                loop.step(index)
 
 
 @pytest.mark.parametrize("read", ["item", "mask", "device copy", "made from a list", "indexed by a list"])

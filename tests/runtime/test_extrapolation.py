@@ -1,0 +1,113 @@
+"""What unkept tokens contribute under `Reuse.EXTRAPOLATE`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cat_pruning.exporter.families import family_of_class
+from cat_pruning.runtime.extrapolation import Extrapolation
+from cat_pruning.runtime.step_engine import StepEngine
+
+KINDS = ["sd3", "pixart", "flux-dev"]
+NUM_TOKENS = 12  # 3 x 4
+
+
+class Line:
+    """Tokens whose output is a line along the timestep, each with a slope of its own; unkept ones stay behind."""
+
+    def __init__(self, kind: str, make_tiny: Callable[..., Any]) -> None:
+        transformer = make_tiny(kind)
+        self.family, self.config = family_of_class(type(transformer).__name__), transformer.config
+        self.extrapolation = Extrapolation(self.family, self.config)
+        dims = self.family.dims(self.config, (3, 4), batch=2, text_length=5, num_kept=0)
+        shape = [int(size) for size in self.family.noise_shape(self.config, dims)]
+        generator = torch.Generator().manual_seed(0)
+        self.offset, self.slope = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        self.noise = torch.zeros(shape)
+
+    def exact(self, timestep: float) -> Tensor:
+        return (self.offset + self.slope * timestep / 1000).float()
+
+    def step(self, timestep: float, kept: list[int]) -> Tensor:
+        indices = torch.tensor([kept, kept], dtype=torch.int32)
+        mask = self.family.token_mask(indices, self.noise, self.config).bool()
+        self.noise = torch.where(mask, self.exact(timestep), self.noise)
+        return self.extrapolation(self.noise, timestep, indices)
+
+
+EVERY = list(range(NUM_TOKENS))
+
+
+@pytest.fixture(params=KINDS)
+def line(request: pytest.FixtureRequest, make_tiny: Callable[..., Any]) -> Line:
+    return Line(request.param, make_tiny)
+
+
+def test_the_mask_is_of_the_tokens(line: Line) -> None:
+    indices = torch.tensor([[0, 5], [7, 11]], dtype=torch.int32)
+    mask = line.family.token_mask(indices, line.noise, line.config).expand(line.noise.shape)
+    tokens = line.family.noise_tokens(mask, line.config)
+    for row in range(2):
+        assert tokens[row].amin(dim=-1).nonzero().flatten().tolist() == indices[row].tolist()
+        assert tokens[row].amax(dim=-1).nonzero().flatten().tolist() == indices[row].tolist()
+
+
+def test_a_line_is_continued_exactly(line: Line) -> None:
+    """After two full steps, tokens that were left alone for one, two and three steps."""
+    line.step(1000, EVERY)
+    for timestep, kept in ((950, EVERY), (900, [0, 1]), (840, [1, 2, 3]), (700, [4]), (650, [0, 4])):
+        predicted = line.step(timestep, kept)
+        assert torch.allclose(predicted, line.exact(timestep), atol=1e-5)
+
+
+def test_the_first_step_is_what_was_computed(line: Line) -> None:
+    assert torch.equal(line.step(1000, EVERY), line.noise)
+
+
+def test_computed_tokens_are_what_was_computed(line: Line) -> None:
+    line.step(1000, EVERY)
+    line.step(900, EVERY)
+    predicted = line.step(800, [2, 7])
+    mask = line.family.token_mask(torch.tensor([[2, 7]] * 2), line.noise, line.config).bool()
+    assert torch.equal(predicted[mask.expand_as(predicted)], line.noise[mask.expand_as(predicted)])
+
+
+def test_a_second_call_at_one_timestep_leaves_the_slope(line: Line) -> None:
+    """Heun's."""
+    line.step(1000, EVERY)
+    line.step(900, EVERY)
+    line.step(900, EVERY)
+    assert torch.allclose(line.step(800, [0]), line.exact(800), atol=1e-5)
+
+
+def test_another_image_starts_anew(line: Line) -> None:
+    line.step(1000, EVERY)
+    line.step(900, EVERY)
+    line.extrapolation.reset()
+    assert torch.equal(line.step(1000, EVERY), line.noise)
+
+
+def test_half_precision_stays(line: Line) -> None:
+    noise = line.exact(900).half()
+    indices = torch.arange(NUM_TOKENS, dtype=torch.int32).expand(2, -1)
+    for timestep in (1000.0, 900.0):
+        assert line.extrapolation(noise, timestep, indices).dtype == torch.float16
+
+
+def test_every_token_kept_is_the_model_itself(engine: StepEngine, drop_in: Any, sample: Any) -> None:
+    plain = sample(drop_in(engine, keep_ratio=1.0), 10)
+    assert torch.equal(sample(drop_in(engine, keep_ratio=1.0, reuse="extrapolate"), 10).final, plain.final)
+
+
+def test_an_image_with_it_is_another(engine: StepEngine, drop_in: Any, sample: Any) -> None:
+    repeated, extrapolated = (sample(drop_in(engine, reuse=reuse), 11) for reuse in ("repeat", "extrapolate"))
+    assert torch.equal(repeated.latents[7], extrapolated.latents[7])  # full steps are the same
+    assert not torch.allclose(repeated.final, extrapolated.final, atol=1e-4)
+    again = drop_in(engine, reuse="extrapolate")
+    sample(again, 11, seed=5)
+    assert torch.equal(sample(again, 11).final, extrapolated.final)  # nothing is left of the image before
