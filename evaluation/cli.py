@@ -120,11 +120,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cat_pruning.evaluation.evaluate import evaluate
     from cat_pruning.evaluation.metrics import Metrics
     from cat_pruning.evaluation.prompts import load_prompts
-    from cat_pruning.evaluation.report import write_report
+    from cat_pruning.evaluation.report import check_installed, write_report
     from cat_pruning.evaluation.results import ResultStore
 
     console.quiet_libraries()
     terminal = Console(stderr=True)
+    check_installed()
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = Bundle.open(arguments.bundle)
     metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))

@@ -136,7 +136,9 @@ def _keep_pictures(store: ResultStore, variant: Variant, run: Run, seed: int, ba
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in zip(batch, run.images, strict=True):
         if index < store.spec.sheet:
-            image.save(folder / f"{index:05d}-{seed}.png")
+            part = folder / f".{index:05d}-{seed}.part"  # whole or not at all: results that follow are never redone
+            image.save(part, format="PNG")
+            part.replace(folder / f"{index:05d}-{seed}.png")
     if batch.start == 0 and any(record.kind is StepKind.PRUNED for record in run.records):
         rows = run.records[0].keep_indices.shape[0]
         row = rows // 2 if rows == 2 * len(batch) else 0  # the first prompt's positive one

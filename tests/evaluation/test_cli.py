@@ -1,0 +1,170 @@
+"""`cat-eval`, run on the miniature as its users run it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_pruning.evaluation import cli
+from cat_pruning.evaluation.results import RESULTS, RUN
+
+QUICK = ["--quick", "--guidance-scale", "3"]
+
+
+def run(*arguments: Any) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def quick(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole quick evaluation, every policy."""
+    out = tmp_path_factory.mktemp("quick") / "out"
+    assert run(mini_bundle, "--out", out, *QUICK) == 0
+    return out
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
+
+
+def test_quick_has_every_image_of_every_variant(quick: Path) -> None:
+    variants = json.loads((quick / RUN).read_text())["variants"]
+    methods = [variant["method"] for variant in variants]
+    assert methods == ["full", "fewer-steps", "cat", "noise", "cluster", "stale", "random", "ras", "at-edm"]
+    found = {(result["variant"], result["prompt"]) for result in results(quick)}
+    assert len(found) == len(results(quick)) == 9 * 4
+
+
+def test_quick_tells_the_methods_apart(quick: Path) -> None:
+    """What holds on four scenes already: CAT is near the full run, AT-EDM on a transformer is not."""
+
+    def mean(method: str, metric: str) -> float:
+        values = [r["scores"][metric] for r in results(quick) if r["variant"].startswith(method)]
+        assert len(values) == 4
+        return float(sum(values) / 4)
+
+    assert mean("cat-", "latents_error") < 0.12
+    assert mean("at-edm-", "latents_error") > 0.4
+    assert mean("cat-", "scene_score") > 0.6
+    assert mean("cat-", "latents_error") < mean("noise-", "latents_error") < mean("at-edm-", "latents_error")
+    assert all(set(r["scores"]) == {"scene_score"} for r in results(quick) if r["variant"] == "full-28")
+
+
+def test_quick_leaves_pictures_and_a_report(quick: Path) -> None:
+    report = (quick / "report.html").read_text()
+    for method in ("cat", "at-edm", "ras", "random"):
+        assert (quick / "images" / f"{method}-28-0.3" / "00003-0.png").exists()
+        assert (quick / "tokens" / f"{method}-28-0.3.png").exists()
+        assert method in report
+
+
+def test_an_interrupted_run_goes_on(quick: Path, mini_bundle: Path, tmp_path: Path) -> None:
+    """What is missing is computed, the same as it was; what is there is kept."""
+    out = tmp_path / "out"
+    shutil.copytree(quick, out)
+    lines = (out / RESULTS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"variant": "cat-' not in line]
+    (out / RESULTS).write_text("".join(kept) + lines[8][:30])  # and the line that was being written
+    assert run(mini_bundle, "--out", out, *QUICK) == 0
+    again = (out / RESULTS).read_text().splitlines(keepends=True)
+    assert again[: len(kept)] == kept
+
+    def scores(all_results: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
+        return {(r["variant"], r["prompt"]): r["scores"] for r in all_results}
+
+    before, after = scores(results(quick)), scores(results(out))
+    assert before.keys() == after.keys()
+    for key, values in before.items():
+        assert after[key] == pytest.approx(values, rel=1e-3)
+
+
+def test_a_finished_run_computes_nothing(
+    quick: Path, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(quick, out)
+    monkeypatch.setattr("cat_pruning.evaluation.evaluate.generate", None)
+    assert run(mini_bundle, "--out", out, *QUICK) == 0
+    assert (out / RESULTS).read_bytes() == (quick / RESULTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--keep-ratio", "0.5"], "other variants"),
+        (["--guidance-scale", "5"], "guidance_scale was 3.0, is 5.0"),
+        (["--full-steps", "4"], "full_steps was 8, is 4"),
+        (["--prompts", "scenes:3"], "prompts were 4, are 3"),
+    ],
+)
+def test_other_settings_are_refused(
+    quick: Path, mini_bundle: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    before = (quick / RESULTS).read_bytes()
+    assert run(mini_bundle, "--out", quick, *QUICK, *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("cat-eval: ")
+    assert says in error
+    assert "--force" in error
+    assert (quick / RESULTS).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--policies", "best"], "policy 'best' is not known"),
+        (["--policies", "cat,at-edm", "--engine", "onnxruntime"], "--engine torch"),
+        (["--metrics", "fid"], "known are psnr"),
+        (["--metrics", "clip", "--clip-model", "/nowhere"], "/nowhere"),
+        (["--keep-ratio", "1.5"], "keep_ratio=1.5"),
+        (["--keep-ratio", "much"], "--keep-ratio"),
+        (["--steps", "0"], "--steps 0"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--batch", "-1"], "--batch -1"),
+        (["--prompts", "scenes:0"], "scenes:0"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--resolution", "100x100"], "100"),
+        (["--full-steps", "1"], "full_steps=1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    try:
+        code = run(mini_bundle, "--out", tmp_path / "out", "--quick", *arguments)
+    except SystemExit as stopped:  # argparse's own
+        code = int(stopped.code or 0)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("cat-eval: ")
+    assert says in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_file(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert run(mini_bundle, "--out", tmp_path / "out", "--prompts", tmp_path / "empty.txt") == 2
+    assert "has no prompts" in capsys.readouterr().err
+
+
+def test_scenes_cannot_be_scored_for_other_prompts(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a lighthouse in a storm\n")
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--metrics", "scene")
+    assert run(mini_bundle, "--out", tmp_path / "out", *arguments) == 2
+    assert "a lighthouse in a storm" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_evaluation_is_left_alone(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(mini_bundle, "--out", tmp_path / "notes.txt", "--quick") == 2
+    assert "is no directory" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"

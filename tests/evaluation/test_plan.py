@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_pruning.engines.bundle import Bundle
+from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.methods import METHODS, settings_of
+from cat_pruning.evaluation.plan import Plan
+from cat_pruning.evaluation.variants import Variant
+from cat_pruning.settings import Policy, PruneSettings, Reuse
+
+
+@pytest.fixture(scope="module")
+def plan(mini_bundle: Path) -> Any:
+    def make(**changes: Any) -> dict[str, Variant]:
+        fields: dict[str, Any] = {
+            "bundle": Bundle.open(mini_bundle),
+            "height": 128,
+            "width": 128,
+            "guided": True,
+            "settings": PruneSettings(),
+            "steps": (28, 50),
+            "keep_ratios": (0.3, 0.5),
+            "methods": METHODS,
+            "prompts": 100,
+            "curve_prompts": 10,
+            "engine": "onnxruntime",
+        }
+        variants = Plan(**fields | changes).variants()
+        by_key = {variant.key: variant for variant in variants}
+        assert len(by_key) == len(variants)
+        return by_key
+
+    return make
+
+
+def test_every_method_at_every_ratio_and_schedule(plan: Any) -> None:
+    variants = plan()
+    expected = {f"{m}-{s}-{r:g}" for m in ("fewer-steps", *METHODS) for s in (28, 50) for r in (0.3, 0.5)}
+    assert set(variants) == expected | {"full-28", "full-50"}
+    assert list(variants)[:2] == ["full-28", "full-50"]
+
+
+def test_the_main_comparison_has_all_prompts(plan: Any) -> None:
+    variants = plan()
+    main = {key for key, variant in variants.items() if variant.prompts == 100}
+    assert main == {f"{m}-{s}" for s in (28, 50) for m in ("full",)} | {
+        f"{m}-{s}-0.3" for s in (28, 50) for m in ("fewer-steps", "cat")
+    }
+    assert {variant.prompts for key, variant in variants.items() if key not in main} == {10}
+
+
+def test_fewer_steps_cost_what_cat_does(plan: Any) -> None:
+    """To half a full step, at every ratio."""
+    variants = plan(keep_ratios=(0.2, 0.3, 0.5, 1.0))
+    for steps in (28, 50):
+        one = variants[f"full-{steps}"].macs_all / steps
+        for ratio in ("0.2", "0.3", "0.5", "1"):
+            fewer, cat = variants[f"fewer-steps-{steps}-{ratio}"], variants[f"cat-{steps}-{ratio}"]
+            assert abs(fewer.macs_all - cat.macs_all) <= 0.51 * one
+    assert variants["fewer-steps-28-1"].sampled_steps == 28
+
+
+def test_policies_cost_the_same_but_those_that_say_so(plan: Any) -> None:
+    variants = plan()
+    cat = variants["cat-28-0.3"]
+    for method in Policy:
+        variant = variants[f"{method}-28-0.3"]
+        if method is Policy.RAS:  # two dense steps more
+            assert variant.full_steps == 10
+            assert variant.macs_all > cat.macs_all
+        else:
+            assert (variant.full_steps, variant.macs_all) == (8, cat.macs_all)
+    assert variants["at-edm-28-0.3"].macs_linear > cat.macs_linear  # the first block on all tokens
+    assert variants["at-edm-28-0.3"].engine == "torch"
+
+
+def test_settings_of_a_method() -> None:
+    base = PruneSettings(num_clusters=9)
+    assert settings_of("cat", 0.4, 28, base) == base.replace(keep_ratio=0.4)
+    assert settings_of("ras", 0.3, 28, base).extra_full_steps == (12, 20)
+    assert settings_of("stale+extrapolate", 0.3, 28, base) == base.replace(policy=Policy.STALE, reuse=Reuse.EXTRAPOLATE)
+
+
+@pytest.mark.parametrize("method", ["best", "at-edm+extrapolate", "", "cat+"])
+def test_an_unknown_method_is_named(plan: Any, method: str) -> None:
+    with pytest.raises(SettingsError, match="is not known; known are cat, noise"):
+        plan(methods=("cat", method))

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.evaluation.results import RESULTS, RUN, ImageResult, ResultStore, RunSpec, load_results, load_spec
+from cat_pruning.evaluation.variants import Variant
+from cat_pruning.settings import PruneSettings
+
+VARIANT = Variant(
+    method="cat", steps=28, keep_ratio=0.3, sampled_steps=28, full_steps=8, macs_linear=3, macs_all=4, prompts=2
+)
+SPEC = RunSpec(
+    bundle="sd3-mini",
+    bundle_sha256="0" * 64,
+    engine="onnxruntime",
+    prompts=("a", "b"),
+    prompts_source="two.txt",
+    seeds=1,
+    batch=2,
+    sheet=1,
+    height=128,
+    width=128,
+    guidance_scale=4.0,
+    metrics=("psnr_db",),
+    settings=PruneSettings().to_dict(),
+    variants=(VARIANT,),
+    machine={"torch": "2"},
+)
+RESULT = ImageResult(variant=VARIANT.key, prompt=0, seed=0, seconds=1.5, scores={"psnr_db": None})
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "out", SPEC)
+    store.append([RESULT])
+    again = ResultStore(tmp_path / "out", SPEC)
+    assert again.results == [RESULT]
+    assert load_spec(tmp_path / "out") == load_spec(tmp_path / "out")
+    assert load_spec(tmp_path / "out").to_dict() == SPEC.to_dict()
+    assert again.done(VARIANT, 0) == {0}
+    assert again.done(VARIANT, 1) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"guidance_scale": 7.0}, "guidance_scale was 4.0, is 7.0"),
+        ({"settings": PruneSettings(full_steps=4).to_dict()}, "full_steps was 8, is 4"),
+        ({"prompts": ("a", "c")}, "prompts differ"),
+        ({"prompts": ("a",)}, "prompts were 2, are 1"),
+        ({"bundle_sha256": "1" * 64}, "bundle_sha256"),
+        ({"variants": (dataclasses.replace(VARIANT, keep_ratio=0.5),)}, "variants differ"),
+    ],
+)
+def test_other_settings_are_not_resumed(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    ResultStore(tmp_path, SPEC).append([RESULT])
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    with pytest.raises(SettingsError, match=r"give another --out, or --force") as caught:
+        ResultStore(tmp_path, dataclasses.replace(SPEC, **change))
+    assert says in str(caught.value)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+
+def test_another_machine_may_go_on(tmp_path: Path) -> None:
+    ResultStore(tmp_path, SPEC).append([RESULT])
+    assert ResultStore(tmp_path, dataclasses.replace(SPEC, machine={"torch": "3"})).results == [RESULT]
+
+
+def test_a_line_cut_off_is_removed(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path, SPEC)
+    store.append([RESULT])
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write('{"variant": "cat-28-0.3", "pro')
+    again = ResultStore(tmp_path, SPEC)
+    assert again.results == [RESULT]
+    again.append([dataclasses.replace(RESULT, prompt=1)])
+    assert [result.prompt for result in load_results(tmp_path)] == [0, 1]
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    ResultStore(tmp_path, SPEC).append([RESULT])
+    (tmp_path / RESULTS).write_text('{"variant": 1}\n')
+    with pytest.raises(SettingsError, match="line 1 is no result"):
+        load_results(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 9}', "[1]"])
+def test_what_another_version_wrote_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / RUN).write_text(text)
+    with pytest.raises(SettingsError, match=r"not this version's"):
+        load_spec(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        ResultStore(tmp_path / "file" / "out", SPEC)
+
+
+def test_the_spec_is_json(tmp_path: Path) -> None:
+    assert json.loads(json.dumps(SPEC.to_dict())) == SPEC.to_dict()
