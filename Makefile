@@ -1,5 +1,6 @@
 # make demo    set everything up, export a packaged miniature (MODEL=sd3-mini), generate full and pruned images
 # make test    set everything up, then lint, types and tests
+# make eval    the fidelity bench on sd3-mini: every policy against the full run and fewer steps; an HTML report
 # make gpu-check    on a machine with a GPU: its tests, engines and benchmarks, in under ten minutes, into one JSON
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,10 +10,10 @@ MODEL ?= sd3-mini
 DEMO := build/demo$(if $(filter-out sd3-mini,$(MODEL)),-$(MODEL))
 # sd3-mini has no T5, whose empty tokens would be five times its own; and it paints best at this guidance.
 EXPORT_sd3-mini := --text-length 48
-GENERATE_sd3-mini := --guidance-scale 4
+GENERATE_sd3-mini := --guidance-scale 3
 PROMPT := a large red circle left of a small blue star on a plain black background
 
-.PHONY: install check test demo bench bench-export bench-macs bench-gpu gpu-check clean
+.PHONY: install check test demo eval try-settings bench bench-export bench-macs bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -39,6 +40,17 @@ demo: install
 	  --compare --token-map --summary $(DEMO)/summary.json
 	mv $(DEMO)/image.comparison.png $(DEMO)/comparison.png
 	mv $(DEMO)/image.token_map.png $(DEMO)/token_map.png
+
+# Interrupted, it goes on where it was.
+build/eval/sd3-mini: | .venv/installed
+	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --target onnx --out $@
+
+eval: install build/eval/sd3-mini
+	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:512 --curve-prompts 64 --steps 28,50 \
+	  --keep-ratio 0.3,0.2,0.5 --out build/eval/results
+
+try-settings: install build/eval/sd3-mini
+	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini
 
 bench: install
 	for family in sd3 pixart flux; do $(BIN)/python benchmarks/bench_step.py --family $$family || exit 1; done

@@ -63,7 +63,7 @@ class Sd3Mini(Miniature):
     size = ModelSize()
     load_options = {"text_encoder_3": None, "tokenizer_3": None}  # noqa: RUF012
     call_options = {"max_sequence_length": TEXT_LENGTH}  # noqa: RUF012
-    guidance = 4.0
+    guidance = 3.0
     latents_are_shifted = True
 
     def new_tokenizer(self, words: list[str]) -> CLIPTokenizer:
