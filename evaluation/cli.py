@@ -36,7 +36,8 @@ _DEFAULT = {"prompts": "scenes:64", "steps": (28,), "keep_ratio": (0.3,), "curve
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `cat-eval`."""
     arguments = _parser().parse_args(argv)
-    return console.run("cat-eval", lambda: _evaluate(arguments))
+    again = "what is done is kept; start it again in the same way and it goes on"
+    return console.run("cat-eval", lambda: _evaluate(arguments), again)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cat_pruning.errors import EngineError
+from cat_pruning.errors import EngineError, OutputError
 from cat_pruning.evaluation.methods import AT_EDM, settings_of
 from cat_pruning.evaluation.metrics import Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt
@@ -111,7 +111,10 @@ def _evaluate_batch(
         )
         run, latents = generator(variant, texts, config)
         sample = Sample(images=run.images, latents=latents)
-        _keep_pictures(store, variant, run, seed, batch)
+        try:
+            _keep_pictures(store, variant, run, seed, batch)
+        except OSError as error:
+            raise OutputError(f"{store.directory} cannot be written ({error.strerror or error}); make room") from error
         if variant in due:
             scores = metrics.score(sample, reference, texts)
             done = store.done(variant, seed)

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def run(program: str, command: Callable[[], None]) -> int:
+def run(program: str, command: Callable[[], None], interrupted: str = "nothing was left behind") -> int:
     """Run a tool: 0 when it is done, 2 and one line on standard error when it cannot be, 130 when it is interrupted."""
     # Before torch is imported: between the calls of an engine its threads must sleep, not spin, or on a machine that
     # others use too they wait for one another. A pruned step of sd3-mini took half the time under load.
@@ -36,7 +36,7 @@ def run(program: str, command: Callable[[], None]) -> int:
         sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted; nothing was left behind\n")
+        sys.stderr.write(f"{program}: interrupted; {interrupted}\n")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
