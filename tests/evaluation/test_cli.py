@@ -168,3 +168,15 @@ def test_a_file_that_is_no_evaluation_is_left_alone(
     assert run(mini_bundle, "--out", tmp_path / "notes.txt", "--quick") == 2
     assert "is no directory" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_interruption_says_that_it_goes_on(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cat_pruning.evaluation.evaluate.evaluate", interrupted)
+    assert run(mini_bundle, "--out", tmp_path / "out", "--quick") == 130
+    assert "what is done is kept" in capsys.readouterr().err
+    assert (tmp_path / "out" / RUN).exists()
