@@ -44,7 +44,7 @@ from cat_pruning.errors import BundleError
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 MANIFEST_NAME: Final = "manifest.json"
 
 

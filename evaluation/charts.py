@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cat_pruning.evaluation.methods import EXTRAPOLATED
+from cat_pruning.evaluation.methods import EXTRAPOLATED, REFRESHED, policy_of
 from cat_pruning.evaluation.results import ImageResult
 from cat_pruning.evaluation.statistics import Interval, measure_of, paired_difference, score_interval
 from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
@@ -209,17 +209,19 @@ def _draw_method(panel: Axes, method: str, points: Sequence[_Point], style: _Sty
 
 
 def _style_of(method: str, methods: Sequence[str]) -> _Style:
-    """How a method is drawn, the same in every panel; with extrapolation as its policy is, dotted and hollow."""
-    policy = method.removesuffix(EXTRAPOLATED)
-    hollow = method != policy
+    """How a method is drawn, the same in every panel; hollow with extrapolation, dashed with refreshes."""
+    policy = policy_of(method)
     if policy in _COLOURS:
         line = "--" if policy == FEWER_STEPS else "-"
         colour, marker, width, order = _COLOURS[policy], "o", 2.2, 5
     else:
-        others = list(dict.fromkeys(name.removesuffix(EXTRAPOLATED) for name in methods))
+        others = list(dict.fromkeys(policy_of(name) for name in methods))
         number = [name for name in others if name not in _COLOURS].index(policy)
         colour, marker = _OTHER_COLOURS[number % len(_OTHER_COLOURS)], _MARKERS[number % len(_MARKERS)]
         line, width, order = "-", 1.3, 3
+    if REFRESHED in method:
+        line = "-."
+    hollow = EXTRAPOLATED in method
     return _Style(colour=colour, marker=marker, line=":" if hollow else line, width=width, hollow=hollow, order=order)
 
 

@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "--curve-prompts",
         type=int,
         metavar="N",
-        help="prompts of all but the main comparison, which is the first policy at the first ratio against full and "
-        "fewer steps (default: 64)",
+        help="prompts of all but the main comparison, which is the first policy (and its variations) at the first "
+        "ratio against full and fewer steps (default: 64)",
     )
     parser.add_argument("--steps", type=_numbers(int), metavar="S,…", help="schedules (default: 28)")
     parser.add_argument("--keep-ratio", type=_numbers(float), metavar="R,…", help="in (0, 1] (default: 0.3)")
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "--policies",
         type=_numbers(str),
         metavar="P,…",
-        help="cat, noise, cluster, stale, random, ras, each with +extrapolate after it too; at-edm "
-        "(default: all, at-edm where the model and the engine allow it)",
+        help="cat, noise, cluster, stale, random, ras, with +extrapolate or +refresh after it; at-edm "
+        "(default: all and cat+refresh, at-edm where the model and the engine allow it)",
     )
     parser.add_argument("--seeds", type=int, default=1, help="images of each prompt (default: 1)")
     parser.add_argument(

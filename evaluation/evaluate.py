@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from cat_pruning.errors import EngineError, OutputError
-from cat_pruning.evaluation.methods import AT_EDM, settings_of
+from cat_pruning.evaluation.methods import AT_EDM
 from cat_pruning.evaluation.metrics import Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore
-from cat_pruning.evaluation.variants import BASELINES, FULL, Variant
-from cat_pruning.runtime.generate import GenerateConfig, Run, generate, never_pruned
+from cat_pruning.evaluation.variants import FULL, Variant
+from cat_pruning.runtime.generate import GenerateConfig, Run, generate
 from cat_pruning.runtime.pictures import draw_token_map
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import StepKind
@@ -49,12 +49,8 @@ class Generator:
         if chosen is None:
             raise EngineError(f"{variant.key}: no engine was loaded for it")
         self.pipe.transformer = chosen
-        if variant.method in BASELINES:
-            settings = never_pruned(self.settings, variant.sampled_steps)
-        else:
-            settings = settings_of(variant.method, variant.keep_ratio, variant.steps, self.settings)
         with last_latents(self.pipe) as latents:
-            run = generate(self.pipe, settings, config)
+            run = generate(self.pipe, PruneSettings.from_dict(variant.settings), config)
         return run, latents[-1].float()
 
 

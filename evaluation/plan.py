@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.engines.profiles import profile_spec
 from cat_pruning.evaluation.at_edm import at_edm_step_macs
-from cat_pruning.evaluation.methods import AT_EDM, check_method, settings_of
+from cat_pruning.evaluation.methods import AT_EDM, REFRESHED, check_method, policy_of, settings_of
 from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.families import family_named
 from cat_pruning.exporter.macs import ImageMacs
+from cat_pruning.runtime.generate import never_pruned
 from cat_pruning.schedule import StepKind, step_kinds
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import CacheRows
@@ -64,7 +65,8 @@ class Plan:
         bundle, height, width: what makes the images. guided: with classifier-free guidance.
         settings: of the pruning.
         steps: schedules. keep_ratios: the first is the main one. methods: the first is the main one.
-        prompts: that the full runs, the main method and as few steps as cost the same are run on, at the main ratio.
+        prompts: that the full runs, the main method, its variations and as few steps as cost the same are run on, at
+            the main ratio.
         curve_prompts: that everything else is run on.
         engine, at_edm_engine: what computes.
     """
@@ -80,6 +82,7 @@ class Plan:
     prompts: int
     curve_prompts: int
     engine: str
+    _counted: dict[tuple[float, bool], Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -87,31 +90,27 @@ class Plan:
 
     def variants(self) -> tuple[Variant, ...]:
         """The full runs, then for each schedule and ratio the fewer steps and every method."""
-        counted = {
-            (ratio, edm): costs(
-                self.bundle,
-                self.height,
-                self.width,
-                self.settings.replace(keep_ratio=ratio),
-                self.guided,
-                AT_EDM if edm else "",
-            )
-            for ratio in self.keep_ratios
-            for edm in {method == AT_EDM for method in self.methods} | {False}
-        }
-        full = [self._full(steps, counted[self.keep_ratios[0], False]) for steps in self.steps]
+        full = [self._full(steps) for steps in self.steps]
         others = [
             variant
             for steps in self.steps
             for ratio in self.keep_ratios
             for variant in (
-                self._fewer(steps, ratio, counted[ratio, False]),
-                *(self._pruned(method, steps, ratio, counted[ratio, method == AT_EDM]) for method in self.methods),
+                self._fewer(steps, ratio),
+                *(self._pruned(method, steps, ratio) for method in self.methods),
             )
         ]
         return (*full, *others)
 
-    def _full(self, steps: int, cost: Costs) -> Variant:
+    def _costs(self, keep_ratio: float, method: str = "") -> Costs:
+        key = keep_ratio, method == AT_EDM
+        if key not in self._counted:
+            settings = self.settings.replace(keep_ratio=keep_ratio)
+            self._counted[key] = costs(self.bundle, self.height, self.width, settings, self.guided, method)
+        return self._counted[key]
+
+    def _full(self, steps: int) -> Variant:
+        cost = self._costs(1.0)
         return Variant(
             method=FULL,
             steps=steps,
@@ -120,21 +119,28 @@ class Plan:
             full_steps=steps,
             macs_linear=_all_full(cost.linear, steps),
             macs_all=_all_full(cost.all, steps),
+            settings=never_pruned(self.settings, steps).to_dict(),
             engine=self.engine,
             prompts=self.prompts,
         )
 
-    def _fewer(self, steps: int, ratio: float, cost: Costs) -> Variant:
+    def _fewer(self, steps: int, ratio: float) -> Variant:
         """As many full steps as cost most nearly what the paper's policy does, through the same graphs."""
-        settings = settings_of("cat", ratio, steps, self.settings)
-        budget = cost.all.pruned_image(steps, settings) - cost.all.prompt
-        sampled = max(1, round(budget / (cost.all.full + cost.all.timestep)))
-        full = self._full(sampled, cost)
+        cost = self._costs(1.0).all
+        sampled = max(1, round((self._budget(steps, ratio) - cost.prompt) / (cost.full + cost.timestep)))
+        full = self._full(sampled)
         prompts = self._prompts(ratio, is_main=True)
         return dataclasses.replace(full, method=FEWER_STEPS, steps=steps, keep_ratio=ratio, prompts=prompts)
 
-    def _pruned(self, method: str, steps: int, ratio: float, cost: Costs) -> Variant:
+    def _budget(self, steps: int, ratio: float) -> int:
+        """MACs of an image by the paper's policy."""
+        return self._costs(ratio).all.pruned_image(steps, settings_of("cat", ratio, steps, self.settings))
+
+    def _pruned(self, method: str, steps: int, ratio: float) -> Variant:
         settings = settings_of(method, ratio, steps, self.settings)
+        cost = self._costs(settings.keep_ratio, method)
+        if method.endswith(REFRESHED):
+            settings = self._nearest(self._budget(steps, ratio), settings, steps, cost.all)
         return Variant(
             method=method,
             steps=steps,
@@ -143,9 +149,15 @@ class Plan:
             full_steps=sum(kind is StepKind.FULL for kind in step_kinds(steps, settings)),
             macs_linear=cost.linear.pruned_image(steps, settings),
             macs_all=cost.all.pruned_image(steps, settings),
+            settings=settings.to_dict(),
             engine="torch" if method == AT_EDM else self.engine,
-            prompts=self._prompts(ratio, is_main=method == self.methods[0]),
+            prompts=self._prompts(ratio, is_main=policy_of(method) == policy_of(self.methods[0])),
         )
+
+    def _nearest(self, budget: int, settings: PruneSettings, steps: int, cost: ImageMacs) -> PruneSettings:
+        """`settings` with the interval between full steps that costs most nearly `budget`."""
+        intervals = [settings.replace(refresh_every=every) for every in range(2, max(3, steps))]
+        return min(intervals, key=lambda each: abs(cost.pruned_image(steps, each) - budget))
 
     def _prompts(self, ratio: float, *, is_main: bool) -> int:
         return self.prompts if is_main and ratio == self.keep_ratios[0] else min(self.prompts, self.curve_prompts)

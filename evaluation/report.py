@@ -11,6 +11,7 @@ from statistics import median
 from cat_pruning.console import macs
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.evaluation.charts import Picture, inline_picture, quality_curves
+from cat_pruning.evaluation.methods import policy_of
 from cat_pruning.evaluation.results import IMAGES, REPORT, TOKENS, RunSpec
 from cat_pruning.evaluation.statistics import (
     MAIN_METHOD,
@@ -22,7 +23,7 @@ from cat_pruning.evaluation.statistics import (
     score_interval,
     verdict,
 )
-from cat_pruning.evaluation.variants import BASELINES, FEWER_STEPS, FULL, Variant
+from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _MAIN_RATIO = 0.3
@@ -119,9 +120,11 @@ def _headline(found: Evaluation) -> tuple[str, ...]:
     return found.prompt_metrics or found.metrics[:1]
 
 
-def _main_method(found: Evaluation) -> str | None:
-    compared = [variant.method for variant in found.variants if variant.method not in BASELINES]
-    return MAIN_METHOD if MAIN_METHOD in compared else next(iter(compared), None)
+def _main_methods(found: Evaluation) -> list[str]:
+    """The policy that the evaluation is about, and its variations."""
+    compared = list(dict.fromkeys(v.method for v in found.variants if v.method not in (FULL, FEWER_STEPS)))
+    main = MAIN_METHOD if MAIN_METHOD in compared else next(iter(compared), "")
+    return [method for method in compared if policy_of(method) == policy_of(main)]
 
 
 def _main_ratio(found: Evaluation, steps: int) -> float | None:
@@ -130,17 +133,18 @@ def _main_ratio(found: Evaluation, steps: int) -> float | None:
 
 def _summary(found: Evaluation) -> list[str]:
     sentences = [
-        _sentence(found, metric, steps, ratio)
+        _sentence(found, metric, method, steps, ratio)
         for metric in _headline(found)
         for steps in found.steps
         for ratio in found.ratios(steps)
+        for method in _main_methods(found)
     ]
     return [sentence for sentence in sentences if sentence]
 
 
-def _sentence(found: Evaluation, metric: str, steps: int, ratio: float) -> str:
-    """The main method against the full run and fewer steps; empty where there is nothing to say."""
-    variant = found.find(_main_method(found) or "", steps, ratio)
+def _sentence(found: Evaluation, metric: str, method: str, steps: int, ratio: float) -> str:
+    """A method against the full run and fewer steps; empty where there is nothing to say."""
+    variant = found.find(method, steps, ratio)
     own = score_interval(found.of(variant), metric)
     if variant is None or own is None:
         return ""
@@ -176,10 +180,7 @@ def _groups(found: Evaluation, steps: int) -> list[Group]:
     full = found.find(FULL, steps)
     groups = [Group(title="", rows=((FULL, _cells(found, full)),))] if full else []
     for ratio in found.ratios(steps):
-        rows = tuple(
-            (variant.title if variant.method == FEWER_STEPS else variant.method, _cells(found, variant))
-            for variant in found.at(steps, ratio)
-        )
+        rows = tuple((variant.name, _cells(found, variant)) for variant in found.at(steps, ratio))
         groups.append(Group(title=f"keep {ratio:g}", rows=rows))
     return groups
 

@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         "--full-steps", type=int, metavar="F", help="full steps at the start, >= 2 (default: the bundle's)"
     )
     parser.add_argument(
+        "--refresh-every",
+        type=int,
+        metavar="K",
+        help="every K-th step after them is full too, 0: none (default: the bundle's)",
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="also generate without pruning, same seed; print and draw both"
     )
     parser.add_argument("--token-map", action="store_true", help="draw which tokens every pruned step computed")
@@ -148,7 +154,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _settings(manifest: Manifest, arguments: argparse.Namespace) -> PruneSettings:
-    changes = {"keep_ratio": arguments.keep_ratio, "full_steps": arguments.full_steps}
+    names = ("keep_ratio", "full_steps", "refresh_every")
+    changes = {name: getattr(arguments, name) for name in names}
     return manifest.settings.replace(**{name: value for name, value in changes.items() if value is not None})
 
 

@@ -23,6 +23,7 @@ from cat_pruning.evaluation.scenes import vocabulary
 from mini_models import TEXT_LENGTH, Miniature, quiet_libraries, sigterm_requests
 from mini_stages import encode_round, sample_round
 from miniatures import MINIATURES
+from muon import Muon
 from train_autoencoder import AutoencoderConfig, trained_autoencoder
 from train_config import Optimizer, Precision, TrainConfig
 
@@ -156,9 +157,7 @@ def _new_optimizers(denoiser: nn.Module, config: TrainConfig) -> list[torch.opti
     adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
     if not matrices:
         return [adamw]
-    # Steps of AdamW's size, so that one learning rate fits both.
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    return [Muon(matrices, lr=0.0, weight_decay=config.weight_decay), adamw]  # steps of one size: one learning rate
 
 
 def prepare(config: TrainConfig) -> Run:

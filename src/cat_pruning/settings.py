@@ -44,6 +44,7 @@ class PruneSettings:
     The ones that matter:
         keep_ratio: fraction of the image tokens that a pruned step computes, in (0, 1]; 1 is the unpruned model.
         full_steps: full steps at the start, F >= 2. Step F-2 is the reference of the relative noise.
+        refresh_every: after them, every so-manieth step is full as well (`schedule`); 0 is the paper's: none.
 
         policy: how the tokens are chosen; the paper's is CAT.
         reuse: what the others contribute; the paper's is REPEAT.
@@ -57,7 +58,7 @@ class PruneSettings:
         first_quota: most that one cluster gives to the first selection, as a fraction of the kept tokens.
         fresh_quotas: the same for later selections, by rank of the cluster; the last one serves all further ranks.
         kmeans_iterations: Lloyd iterations, a fixed number.
-        extra_full_steps: steps (0-based, >= full_steps) that run full as well; none in the paper.
+        extra_full_steps: steps (0-based, >= full_steps) that run full as well, by their numbers; none in the paper.
 
     Raises:
         SettingsError: a value is outside its domain.
@@ -65,6 +66,7 @@ class PruneSettings:
 
     keep_ratio: float = 0.3
     full_steps: int = 8
+    refresh_every: int = 0
     policy: Policy = Policy.CAT
     reuse: Reuse = Reuse.REPEAT
     num_clusters: int = 20
@@ -80,6 +82,12 @@ class PruneSettings:
     def __post_init__(self) -> None:
         _check(0.0 < self.keep_ratio <= 1.0, "keep_ratio", self.keep_ratio, "a number in (0, 1]")
         _check(_is_int(self.full_steps) and self.full_steps >= 2, "full_steps", self.full_steps, "an integer >= 2")
+        _check(
+            _is_int(self.refresh_every) and self.refresh_every >= 0,
+            "refresh_every",
+            self.refresh_every,
+            "an integer >= 1, or 0 for none",
+        )
         _check(self.policy in set(Policy), "policy", self.policy, f"one of {', '.join(Policy)}")
         _check(self.reuse in set(Reuse), "reuse", self.reuse, f"one of {', '.join(Reuse)}")
         _check(

@@ -23,6 +23,7 @@ def test_the_defaults_are_the_papers() -> None:
     [
         *(("keep_ratio", value) for value in (0.0, -0.1, 1.0000001, math.nan, math.inf)),
         *(("full_steps", value) for value in (1, 0, -1, 2.0, True)),
+        *(("refresh_every", value) for value in (-1, 5.0, True, None)),
         *(("num_clusters", value) for value in (0, 1.5, True)),
         *(("noise_scale", value) for value in (-1e-9, math.nan, math.inf)),
         *(("fresh_fraction", value) for value in (-0.1, 1.1, math.nan)),

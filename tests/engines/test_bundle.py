@@ -223,7 +223,7 @@ def test_no_manifest(bundle: Bundle) -> None:
 
 def test_another_format_version(bundle: Bundle) -> None:
     path = bundle.path / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 5}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 6}))
     with pytest.raises(BundleError, match=r"format version 5, .* version 4; .* cat-export --model some/sd3 --out"):
         Bundle.open(bundle.path)
 

@@ -23,7 +23,7 @@ TIMESTEP_STATES = {"name": "timestep_states_0", "dtype": "FLOAT16", "shape": [22
 
 # As it lies on disk: a small SD3, 256 tokens at 256 x 256, 76 of them kept.
 FIELDS: dict[str, Any] = {
-    "format_version": 4,
+    "format_version": 5,
     "family": "sd3",
     "source": {
         "kind": "hub",
@@ -294,7 +294,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> 
         read_manifest(write(tmp_path, FIELDS | {"files": files}))
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, FORMAT_VERSION + 1, "4", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, FORMAT_VERSION + 1, "5", None])
 def test_another_format_version_is_told_before_the_schema(tmp_path: Path, version: object) -> None:
     fields = {"format_version": version, "source": {"location": "my models/sd3"}, "something": "new"}
     with pytest.raises(BundleError) as caught:

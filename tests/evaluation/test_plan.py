@@ -8,8 +8,10 @@ import pytest
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.methods import METHODS, settings_of
+from cat_pruning.evaluation.methods import refreshed as refreshed_settings
 from cat_pruning.evaluation.plan import Plan
 from cat_pruning.evaluation.variants import Variant
+from cat_pruning.schedule import StepKind, step_kinds
 from cat_pruning.settings import Policy, PruneSettings, Reuse
 
 
@@ -48,7 +50,7 @@ def test_the_main_comparison_has_all_prompts(plan: Any) -> None:
     variants = plan()
     main = {key for key, variant in variants.items() if variant.prompts == 100}
     assert main == {f"{m}-{s}" for s in (28, 50) for m in ("full",)} | {
-        f"{m}-{s}-0.3" for s in (28, 50) for m in ("fewer-steps", "cat")
+        f"{m}-{s}-0.3" for s in (28, 50) for m in ("fewer-steps", "cat", "cat+refresh")
     }
     assert {variant.prompts for key, variant in variants.items() if key not in main} == {10}
 
@@ -78,6 +80,26 @@ def test_policies_cost_the_same_but_those_that_say_so(plan: Any) -> None:
     assert variants["at-edm-28-0.3"].engine == "torch"
 
 
+def test_refreshes_as_often_as_most_nearly_the_same_macs_allow(plan: Any) -> None:
+    variants = plan(keep_ratios=(0.2, 0.3, 0.5))
+    for steps in (28, 50):
+        for ratio in (0.2, 0.3, 0.5):
+            refreshed, cat = variants[f"cat+refresh-{steps}-{ratio}"], variants[f"cat-{steps}-{ratio}"]
+            assert refreshed.macs_all == pytest.approx(cat.macs_all, rel=0.07)
+            assert refreshed.settings["keep_ratio"] == pytest.approx(ratio / 3)
+    expected = refreshed_settings(PruneSettings())  # the interval that README gives
+    assert PruneSettings.from_dict(variants["cat+refresh-28-0.3"].settings) == expected
+    assert variants["cat+refresh-28-0.3"].name == "cat+refresh (keep 0.1, 12 full, every 3)"
+
+
+def test_variants_say_what_they_are_made_with(plan: Any) -> None:
+    variants = plan()
+    assert PruneSettings.from_dict(variants["noise-28-0.3"].settings) == PruneSettings(policy=Policy.NOISE)
+    for key in ("full-28", "fewer-steps-50-0.3"):
+        steps = variants[key].sampled_steps
+        assert StepKind.PRUNED not in step_kinds(steps, PruneSettings.from_dict(variants[key].settings))
+
+
 def test_settings_of_a_method() -> None:
     base = PruneSettings(num_clusters=9)
     assert settings_of("cat", 0.4, 28, base) == base.replace(keep_ratio=0.4)
@@ -85,7 +107,9 @@ def test_settings_of_a_method() -> None:
     assert settings_of("stale+extrapolate", 0.3, 28, base) == base.replace(policy=Policy.STALE, reuse=Reuse.EXTRAPOLATE)
 
 
-@pytest.mark.parametrize("method", ["best", "at-edm+extrapolate", "", "cat+"])
+@pytest.mark.parametrize(
+    "method", ["best", "at-edm+extrapolate", "at-edm+refresh", "", "cat+", "cat+extrapolate+refresh"]
+)
 def test_an_unknown_method_is_named(plan: Any, method: str) -> None:
     with pytest.raises(SettingsError, match="is not known; known are cat, noise"):
         plan(methods=("cat", method))
