@@ -64,9 +64,9 @@ class Plan:
     Attributes:
         bundle, height, width: what makes the images. guided: with classifier-free guidance.
         settings: of the pruning.
-        steps: schedules. keep_ratios: the first is the main one. methods: the first is the main one.
-        prompts: that the full runs, the main method, its variations and as few steps as cost the same are run on, at
-            the main ratio.
+        steps: schedules. keep_ratios, methods: of each of the three, the first is the main one.
+        prompts: that the full run, the main method, its variations and as few steps as cost the same are run on, at the
+            main schedule and ratio.
         curve_prompts: that everything else is run on.
         engine, at_edm_engine: what computes.
     """
@@ -121,7 +121,7 @@ class Plan:
             macs_all=_all_full(cost.all, steps),
             settings=never_pruned(self.settings, steps).to_dict(),
             engine=self.engine,
-            prompts=self.prompts,
+            prompts=self._prompts(steps),
         )
 
     def _fewer(self, steps: int, ratio: float) -> Variant:
@@ -129,7 +129,7 @@ class Plan:
         cost = self._costs(1.0).all
         sampled = max(1, round((self._budget(steps, ratio) - cost.prompt) / (cost.full + cost.timestep)))
         full = self._full(sampled)
-        prompts = self._prompts(ratio, is_main=True)
+        prompts = self._prompts(steps, ratio)
         return dataclasses.replace(full, method=FEWER_STEPS, steps=steps, keep_ratio=ratio, prompts=prompts)
 
     def _budget(self, steps: int, ratio: float) -> int:
@@ -151,7 +151,7 @@ class Plan:
             macs_all=cost.all.pruned_image(steps, settings),
             settings=settings.to_dict(),
             engine="torch" if method == AT_EDM else self.engine,
-            prompts=self._prompts(ratio, is_main=policy_of(method) == policy_of(self.methods[0])),
+            prompts=self._prompts(steps, ratio, method),
         )
 
     def _nearest(self, budget: int, settings: PruneSettings, steps: int, cost: ImageMacs) -> PruneSettings:
@@ -159,8 +159,14 @@ class Plan:
         intervals = [settings.replace(refresh_every=every) for every in range(2, max(3, steps))]
         return min(intervals, key=lambda each: abs(cost.pruned_image(steps, each) - budget))
 
-    def _prompts(self, ratio: float, *, is_main: bool) -> int:
-        return self.prompts if is_main and ratio == self.keep_ratios[0] else min(self.prompts, self.curve_prompts)
+    def _prompts(self, steps: int, ratio: float = 0.0, method: str = "") -> int:
+        """All for the main comparison; a full run, which has no ratio, is part of it on the main schedule."""
+        is_main = (
+            steps == self.steps[0]
+            and ratio in (0.0, self.keep_ratios[0])
+            and (not method or policy_of(method) == policy_of(self.methods[0]))
+        )
+        return self.prompts if is_main else min(self.prompts, self.curve_prompts)
 
 
 def _all_full(macs: ImageMacs, steps: int) -> int:

@@ -16,6 +16,7 @@ from rich.table import Table
 from cat_pruning import console
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.settings import Reuse
 
 if TYPE_CHECKING:
     from cat_pruning.engines.manifest import Manifest
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="every K-th step after them is full too, 0: none (default: the bundle's)",
     )
+    parser.add_argument("--reuse", choices=list(Reuse), help="what the other tokens contribute (default: the bundle's)")
     parser.add_argument(
         "--compare", action="store_true", help="also generate without pruning, same seed; print and draw both"
     )
@@ -114,9 +116,10 @@ def _generate(arguments: argparse.Namespace) -> None:
                 f"--token-map: none of {config.steps} steps is pruned with --full-steps {settings.full_steps}; "
                 "give more --steps or fewer --full-steps"
             )
+        later = f", then one in {settings.refresh_every} (--refresh-every)" if settings.refresh_every else ""
         terminal.print(
             f"[yellow]none of {config.steps} steps is pruned: the first {settings.full_steps} are full "
-            "(--full-steps)[/]",
+            f"(--full-steps){later}[/]",
             highlight=False,
         )
     full = None
@@ -154,7 +157,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _settings(manifest: Manifest, arguments: argparse.Namespace) -> PruneSettings:
-    names = ("keep_ratio", "full_steps", "refresh_every")
+    names = ("keep_ratio", "full_steps", "refresh_every", "reuse")
     changes = {name: getattr(arguments, name) for name in names}
     return manifest.settings.replace(**{name: value for name, value in changes.items() if value is not None})
 

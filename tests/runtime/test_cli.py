@@ -14,7 +14,7 @@ from PIL import Image
 
 from cat_pruning.runtime import cli, generate
 from cat_pruning.runtime.generate import GenerateConfig
-from cat_pruning.settings import PruneSettings
+from cat_pruning.settings import PruneSettings, Reuse
 
 PROMPT = "a large blue star on a plain black background"
 SHORT = ["--steps", "5", "--full-steps", "3", "--resolution", "64x96"]  # 96 tokens
@@ -96,6 +96,10 @@ def test_the_pipelines_own_steps_and_guidance(
         (["--steps", "3"], "none of 3 steps is pruned: the first 8 are full (--full-steps)"),
         (["--steps", "5", "--full-steps", "5"], "none of 5 steps is pruned: the first 5 are full (--full-steps)"),
         (["--steps", "5", "--full-steps", "4"], ""),
+        (
+            ["--steps", "4", "--full-steps", "2", "--refresh-every", "1"],
+            "none of 4 steps is pruned: the first 2 are full (--full-steps), then one in 1 (--refresh-every)",
+        ),
     ],
 )
 def test_a_run_without_a_pruned_step_says_so(
@@ -104,6 +108,25 @@ def test_a_run_without_a_pruned_step_says_so(
     run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", "--resolution", "64x96", *arguments)
     assert " ".join(capsys.readouterr().err.split()) == note
     assert (tmp_path / "out.png").exists()
+
+
+def test_what_the_command_line_changes_of_the_settings(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[PruneSettings] = []
+    original = generate.generate
+
+    def remember(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Any:
+        used.append(settings)
+        return original(pipe, settings, dataclasses.replace(config, steps=2))
+
+    monkeypatch.setattr(generate, "generate", remember)
+    size = ["--resolution", "64x96"]
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *size)
+    changes = ["--keep-ratio", "0.1", "--full-steps", "4", "--refresh-every", "3", "--reuse", "extrapolate"]
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *size, *changes)
+    expected = PruneSettings(keep_ratio=0.1, full_steps=4, refresh_every=3, reuse=Reuse.EXTRAPOLATE)
+    assert used == [PruneSettings(), expected]
 
 
 def test_everything_that_it_draws(mini_bundle: Path, tmp_path: Path) -> None:
@@ -157,6 +180,8 @@ def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
         (["--keep-ratio", "nan"], ["keep_ratio=nan", "(0, 1]"]),
         (["--keep-ratio", "much"], ["--keep-ratio", "'much'", "--help"]),
         (["--full-steps", "1"], ["full_steps=1", ">= 2"]),
+        (["--refresh-every", "-1"], ["refresh_every=-1", "or 0 for none"]),
+        (["--reuse", "forget"], ["--reuse", "'forget'", "extrapolate"]),
         (["--steps", "0"], ["--steps 0", ">= 1"]),
         (["--steps", "-3"], ["--steps -3", ">= 1"]),
         (["--seed", "-1"], ["--seed -1", "expected"]),
