@@ -46,7 +46,7 @@ build/eval/sd3-mini: | .venv/installed
 	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --target onnx --out $@
 
 eval: install build/eval/sd3-mini
-	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:512 --curve-prompts 64 --steps 28,50 \
+	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:512 --curve-prompts 16 --steps 28,50 \
 	  --keep-ratio 0.3,0.2,0.5 --out build/eval/results
 
 try-settings: install build/eval/sd3-mini

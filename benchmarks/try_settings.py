@@ -1,6 +1,6 @@
 """Trials of the settings that the paper leaves open: what each does to the miniature's pictures; `make try-settings`.
 
-    python benchmarks/try_settings.py build/eval/sd3-mini --prompts 32
+    python benchmarks/try_settings.py build/eval/sd3-mini --prompts 16
 
 Every trial computes the same images as the full run, the paper's settings among them, at the same number of MACs but
 where its name says otherwise. Printed and written to results/settings.json: the mean relative error of the final
@@ -58,7 +58,7 @@ def main() -> None:
     """Run every trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompts", type=int, default=32, help="scenes (default: 32)")
+    parser.add_argument("--prompts", type=int, default=16, help="scenes (default: 16)")
     arguments = parser.parse_args()
     prompts = load_prompts(f"scenes:{arguments.prompts}")
     metrics = Metrics([Metric.PSNR, Metric.LATENTS, Metric.SCENE], prompts)
