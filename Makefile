@@ -48,6 +48,7 @@ build/eval/sd3-mini: | .venv/installed
 eval: install build/eval/sd3-mini
 	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:512 --curve-prompts 16 --steps 28,50 \
 	  --keep-ratio 0.3,0.2,0.5 --out build/eval/results
+	$(BIN)/python benchmarks/keep_eval.py build/eval/results
 
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini

@@ -20,7 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads
 from machine import write_result
 
 from cat_pruning.evaluation.evaluate import last_latents
-from cat_pruning.evaluation.methods import refreshed
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt, load_prompts
 from cat_pruning.evaluation.statistics import Interval, mean_interval
@@ -31,7 +30,7 @@ from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
 STEPS, BATCH, GUIDANCE, TEXT_TOKENS = 28, 8, 3.0, 24
 FEWER = "16 full steps"  # as many MACs as the paper's settings, to 0.1 %
 ODD = (5, 7, 9, 11, 13, 15, 18, 20, 23, 26)
-REFRESHED = refreshed(PruneSettings())
+REFRESHED = PruneSettings().refreshed()
 TRIALS: dict[str, PruneSettings] = {
     "the paper's": PruneSettings(),
     "extrapolated": PruneSettings(reuse=Reuse.EXTRAPOLATE),

@@ -8,7 +8,7 @@ from cat_pruning.settings import Policy, PruneSettings, Reuse
 
 AT_EDM = "at-edm"  # an engine of its own: `cat_pruning.evaluation.at_edm`
 EXTRAPOLATED = "+extrapolate"  # after a policy's name: with `Reuse.EXTRAPOLATE`
-REFRESHED = "+refresh"  # after a policy's name: fewer tokens, more full steps, extrapolated; see `refreshed`
+REFRESHED = "+refresh"  # after a policy's name: fewer tokens, more full steps, extrapolated: `PruneSettings.refreshed`
 POLICIES = (*Policy, AT_EDM)
 METHODS = (Policy.CAT, Policy.CAT + REFRESHED, *POLICIES[1:])  # what is compared where nothing is said
 
@@ -36,7 +36,8 @@ def check_method(name: str) -> None:
 def settings_of(method: str, keep_ratio: float, steps: int, settings: PruneSettings) -> PruneSettings:
     """The settings of a method: `settings` with its policy and keep ratio; for RAS, its dense steps too.
 
-    AT-EDM chooses in its engine; for it, the policy only says how many.
+    AT-EDM chooses in its engine; for it, the policy only says how many. The interval of a refreshed method is
+    `evaluation.plan`'s to choose, by MACs.
     """
     name = policy_of(method)
     policy = Policy.STALE if name == AT_EDM else Policy(name)
@@ -44,19 +45,4 @@ def settings_of(method: str, keep_ratio: float, steps: int, settings: PruneSetti
     if policy is Policy.RAS:
         settings = settings.replace(extra_full_steps=ras_dense_steps(steps, settings.full_steps))
     settings = settings.replace(policy=policy, reuse=reuse, keep_ratio=keep_ratio)
-    return refreshed(settings) if method.endswith(REFRESHED) else settings
-
-
-def refreshed(settings: PruneSettings) -> PruneSettings:
-    """A third of the tokens, half of the full steps at the start, every third step full, reuse extrapolated.
-
-    What it saves on tokens goes into full steps: on sd3-mini, at 28 steps and 0.3, as many MACs as before. For other
-    models, schedules and ratios, `evaluation.plan` takes the interval that comes nearest.
-    """
-    return settings.replace(
-        keep_ratio=settings.keep_ratio / 3,
-        full_steps=max(2, settings.full_steps // 2),
-        refresh_every=3,
-        extra_full_steps=(),
-        reuse=Reuse.EXTRAPOLATE,
-    )
+    return settings.refreshed() if method.endswith(REFRESHED) else settings

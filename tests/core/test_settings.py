@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cat_pruning.errors import CatError, SettingsError, ShapeError
-from cat_pruning.settings import Pooling, PruneSettings
+from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -93,3 +93,16 @@ def test_replace_validates_and_leaves_the_original() -> None:
         settings.replace(keep_ratio=2.0)
     with pytest.raises(SettingsError, match="extra_full_steps"):
         settings.replace(extra_full_steps=(9,)).replace(full_steps=10)
+
+
+def test_refreshed_has_fewer_tokens_and_more_full_steps() -> None:
+    settings = PruneSettings(policy=Policy.RAS, extra_full_steps=(12, 20), num_clusters=9).refreshed()
+    assert settings == PruneSettings(
+        policy=Policy.RAS,
+        num_clusters=9,
+        keep_ratio=0.3 / 3,
+        full_steps=4,
+        refresh_every=3,
+        reuse=Reuse.EXTRAPOLATE,
+    )
+    assert PruneSettings(full_steps=3).refreshed().full_steps == 2

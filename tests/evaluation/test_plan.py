@@ -8,7 +8,6 @@ import pytest
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.methods import METHODS, settings_of
-from cat_pruning.evaluation.methods import refreshed as refreshed_settings
 from cat_pruning.evaluation.plan import Plan
 from cat_pruning.evaluation.variants import Variant
 from cat_pruning.schedule import StepKind, step_kinds
@@ -85,8 +84,8 @@ def test_refreshes_as_often_as_most_nearly_the_same_macs_allow(plan: Any) -> Non
             refreshed, cat = variants[f"cat+refresh-{steps}-{ratio}"], variants[f"cat-{steps}-{ratio}"]
             assert refreshed.macs_all == pytest.approx(cat.macs_all, rel=0.07)
             assert refreshed.settings["keep_ratio"] == pytest.approx(ratio / 3)
-    expected = refreshed_settings(PruneSettings())  # the interval that README gives
-    assert PruneSettings.from_dict(variants["cat+refresh-28-0.3"].settings) == expected
+    defaults = PruneSettings.from_dict(variants["cat+refresh-28-0.3"].settings)
+    assert defaults == PruneSettings().refreshed()  # so its interval is the one that fits
     assert variants["cat+refresh-28-0.3"].name == "cat+refresh (keep 0.1, 12 full, every 3)"
 
 
