@@ -63,7 +63,8 @@ def _differences(found: Evaluation, variant: Variant, other: Variant | None) -> 
 def _interval(interval: Interval | None) -> dict[str, Any] | None:
     if interval is None:
         return None
-    return {"mean": round(interval.mean, 5), "half_width": round(interval.half_width, 5), "prompts": interval.prompts}
+    half_width = round(interval.half_width, 5) if interval.prompts > 1 else None
+    return {"mean": round(interval.mean, 5), "half_width": half_width, "prompts": interval.prompts}
 
 
 if __name__ == "__main__":
