@@ -82,11 +82,6 @@ class AtEdmSession(TorchSession):
         self._module: Any = None
         self._pruning = _Pruning()
 
-    @property
-    def chosen(self) -> Tensor:
-        """The tokens that the last step computed, (B, n) int32, ascending; the same as `computed`."""
-        return self.computed
-
     def _allocate(self, dims: StepDims) -> None:
         """Nothing is cached."""
 

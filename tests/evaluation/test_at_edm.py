@@ -111,7 +111,7 @@ def test_every_token_is_the_untouched_module(engine: AtEdmStepEngine) -> None:
     latents = latents_of(engine)
     session = begun(engine)
     assert torch.equal(session.step(latents, 400.0, first(TOKENS)), untouched(engine, latents, 400.0))
-    assert torch.equal(session.chosen, first(TOKENS))
+    assert torch.equal(session.computed, first(TOKENS))
     session.step(latents, 300.0, first(KEPT))
     assert torch.equal(session.step(latents, 400.0, first(TOKENS)), untouched(engine, latents, 400.0))
 
@@ -142,7 +142,7 @@ def test_a_pruned_step_of_sd3_by_hand(make_tiny: MakeTiny, kind: str) -> None:
     rows = model.proj_out(model.norm_out(image, temb))
 
     for row, (kept, sources) in enumerate(choices):
-        assert session.chosen[row].tolist() == kept.tolist()
+        assert session.computed[row].tolist() == kept.tolist()
         torch.testing.assert_close(tokens[row, kept], rows[row], rtol=0, atol=1e-5)
         assert torch.equal(tokens[row], tokens[row, sources])
 
@@ -162,15 +162,15 @@ def test_a_pruned_step_of_pixart_by_hand(make_tiny: MakeTiny, kind: str) -> None
     maps = attention_maps(attention.to_q(seen[0]), attention.to_k(seen[0]), attention.heads)
     for row in range(2):
         kept, sources = choice_by_hand(maps[row], KEPT)
-        assert session.chosen[row].tolist() == kept.tolist()
+        assert session.computed[row].tolist() == kept.tolist()
         torch.testing.assert_close(tokens[row], full[row, sources], rtol=0, atol=1e-5)
 
 
 def test_later_blocks_see_the_kept_tokens_only(engine: AtEdmStepEngine) -> None:
     session, tokens = pruned_step(engine, latents_of(engine))
     full = engine.family.noise_tokens(untouched(engine, latents_of(engine), 400.0), engine.config)
-    assert session.chosen.dtype == torch.int32
-    kept = session.chosen[0].long()
+    assert session.computed.dtype == torch.int32
+    kept = session.computed[0].long()
     assert len(set(kept.tolist())) == KEPT
     assert torch.equal(kept, kept.sort().values)
     assert not torch.allclose(tokens[0, kept], full[0, kept], atol=1e-4)
@@ -180,22 +180,22 @@ def test_later_blocks_see_the_kept_tokens_only(engine: AtEdmStepEngine) -> None:
 def test_rows_of_guidance_share_the_positive_rows_choice(engine: AtEdmStepEngine) -> None:
     latents = latents_of(engine, batch=4, guidance=True)
     session, tokens = pruned_step(engine, latents)
-    assert torch.equal(session.chosen[:2], session.chosen[2:])
-    assert not torch.equal(session.chosen[0], session.chosen[1])  # two prompts, two choices
+    assert torch.equal(session.computed[:2], session.computed[2:])
+    assert not torch.equal(session.computed[0], session.computed[1])  # two prompts, two choices
     for row in range(2):
         copies = (tokens[row].unsqueeze(0) == tokens[row].unsqueeze(1)).all(dim=-1)
         assert torch.equal(copies, (tokens[row + 2].unsqueeze(0) == tokens[row + 2].unsqueeze(1)).all(dim=-1))
     apart = latents.clone()
     apart[0] += 1e-3  # no guidance: every row follows itself, and the positive ones as before
-    assert torch.equal(pruned_step(engine, apart)[0].chosen[2:], session.chosen[2:])
+    assert torch.equal(pruned_step(engine, apart)[0].computed[2:], session.computed[2:])
 
 
 def test_the_same_inputs_give_the_same_tokens(engine: AtEdmStepEngine) -> None:
     latents = latents_of(engine)
     session, tokens = pruned_step(engine, latents)
-    chosen = session.chosen
+    chosen = session.computed
     other, again = pruned_step(engine, latents)
-    assert torch.equal(other.chosen, chosen)
+    assert torch.equal(other.computed, chosen)
     assert torch.equal(again, tokens)
     session.step(latents_of(engine, seed=1), 300.0, first(KEPT))
     noise = session.step(latents, 400.0, first(TOKENS).flip(1)[:, :KEPT])  # only how many counts, and no step before
