@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cat_pruning.evaluation import cli
+from cat_pruning.evaluation.methods import METHODS
 from cat_pruning.evaluation.results import RESULTS, RUN
 
 QUICK = ["--quick", "--guidance-scale", "3"]
@@ -34,9 +35,9 @@ def results(out: Path) -> list[dict[str, Any]]:
 def test_quick_has_every_image_of_every_variant(quick: Path) -> None:
     variants = json.loads((quick / RUN).read_text())["variants"]
     methods = [variant["method"] for variant in variants]
-    assert methods == ["full", "fewer-steps", "cat", "noise", "cluster", "stale", "random", "ras", "at-edm"]
+    assert methods == ["full", "fewer-steps", *METHODS]
     found = {(result["variant"], result["prompt"]) for result in results(quick)}
-    assert len(found) == len(results(quick)) == 9 * 4
+    assert len(found) == len(results(quick)) == 10 * 4
 
 
 def test_quick_tells_the_methods_apart(quick: Path) -> None:
