@@ -56,7 +56,7 @@ def profile_spec(
 
 
 def step_dims(profile: ProfileSpec, patch_size: int) -> tuple[StepDims, StepDims]:
-    """The dimensions of a full and of a pruned step at `profile`."""
+    """The dimensions of a full and of a pruned step at `profile`; `num_kept` of a pruned step may be 0: no step."""
     full = StepDims.of(
         batch=profile.batch,
         latent_height=profile.latent_height,
@@ -77,6 +77,8 @@ def plan_profiles(graph: GraphSpec, profiles: Sequence[ProfileSpec], patch_size:
     plan_profiles: list[PlanProfile] = []
     for profile in profiles:
         for dims in step_dims(profile, patch_size):
+            if not dims.num_kept:
+                continue
             steps = (1, TYPICAL_STEPS, MAX_TIMESTEPS) if graph.part is Part.TIMESTEP else (1, 1, 1)
             lowest, best, highest = (
                 graph.input_shapes(dataclasses.replace(dims, batch=profile.batch * count)) for count in steps

@@ -85,7 +85,7 @@ class ProfileSpec(Record):
     latent_height: PositiveInt
     latent_width: PositiveInt
     num_tokens: PositiveInt
-    num_kept: PositiveInt
+    num_kept: NonNegativeInt
     text_length: PositiveInt
 
     @property

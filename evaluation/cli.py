@@ -26,7 +26,8 @@ examples:
   cat-eval sd3 --prompts PartiPrompts.tsv --steps 28,50 --metrics clip,psnr,ssim --out parti
   cat-eval sd3 --prompts captions.json --limit 500 --metrics clip --policies cat,at-edm --engine torch --out coco
 
-Interrupted, it goes on where it was when it is started again in the same way.
+Interrupted, it goes on where it was when it is started again in the same way. Started again with other policies, ratios
+or schedules, or with more --curve-prompts, it adds them to what --out holds.
 """
 # What --quick takes where nothing is given, and what is taken else.
 _QUICK = {"prompts": "scenes:4", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 4, "sheet": 4}
@@ -60,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         "--curve-prompts",
         type=int,
         metavar="N",
-        help="prompts of all but the main comparison, which is the first policy (and its variations), ratio "
-        "and schedule against full and fewer steps (default: 64)",
+        help="prompts of all but the main comparison, which is the first policy (and its variations, and the "
+        "forecast), ratio and schedule against full and fewer steps (default: 64)",
     )
     parser.add_argument("--steps", type=_numbers(int), metavar="S,…", help="schedules (default: 28)")
     parser.add_argument("--keep-ratio", type=_numbers(float), metavar="R,…", help="in (0, 1] (default: 0.3)")
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--policies",
         type=_numbers(str),
         metavar="P,…",
-        help="cat, noise, cluster, stale, random, ras, with +extrapolate or +refresh after it; at-edm "
+        help="cat, noise, cluster, stale, random, ras, with +extrapolate or +refresh after it; forecast, at-edm "
         "(default: all and cat+refresh, at-edm where the model and the engine allow it)",
     )
     parser.add_argument("--seeds", type=int, default=1, help="images of each prompt (default: 1)")
@@ -149,6 +150,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
     if any(steps < 1 for steps in arguments.steps):
         raise SettingsError(f"--steps {','.join(map(str, arguments.steps))}: expected numbers >= 1")
+    if 0.0 in arguments.keep_ratio:
+        raise SettingsError(
+            "--keep-ratio 0: the policies compare what they compute; forecast, among --policies, computes no token"
+        )
     if arguments.out.exists() and not arguments.out.is_dir():
         raise OutputError(f"--out {arguments.out} is no directory; give another")
 
@@ -188,10 +193,11 @@ def _methods(arguments: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
 
 
 def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
-    """The pipeline, and AT-EDM's engine if it is compared."""
+    """The pipeline, and what makes AT-EDM's engine when it is needed."""
+    import functools
+
     from cat_pruning.evaluation.at_edm import AtEdmStepEngine
     from cat_pruning.evaluation.evaluate import Generator
-    from cat_pruning.evaluation.methods import AT_EDM
     from cat_pruning.exporter.families import family_named
     from cat_pruning.runtime.engine_choice import engine_from_bundle
     from cat_pruning.runtime.pipeline import load_pipeline
@@ -203,11 +209,13 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
     arguments.policies = _methods(arguments, bundle)
     pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
     pipe.set_progress_bar_config(disable=True)
-    at_edm = None
-    if AT_EDM in arguments.policies:
-        torch_engine = engine_from_bundle(bundle, "torch")
-        assert isinstance(torch_engine, TorchStepEngine)
-        at_edm = CatTransformer(AtEdmStepEngine(torch_engine.transformer), settings)
+
+    @functools.cache
+    def at_edm() -> CatTransformer:
+        engine = engine_from_bundle(bundle, "torch")
+        assert isinstance(engine, TorchStepEngine)
+        return CatTransformer(AtEdmStepEngine(engine.transformer), settings)
+
     text = family_named(manifest.family).pipeline_arguments(pipe, manifest.geometry.text_length)
     return Generator(pipe=pipe, transformer=pipe.transformer, at_edm=at_edm, settings=settings, text_arguments=text)
 

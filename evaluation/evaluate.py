@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cat_pruning.errors import EngineError, OutputError
+from cat_pruning.errors import OutputError
 from cat_pruning.evaluation.methods import AT_EDM
 from cat_pruning.evaluation.metrics import Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt
@@ -32,23 +32,20 @@ class Generator:
     Attributes:
         pipe: the pipeline.
         transformer: of the bundle's engine.
-        at_edm: AT-EDM's; None where it is not compared.
+        at_edm: makes AT-EDM's, which takes a second set of weights; called when it is first needed.
         settings: the pruning's, of which each method changes some.
         text_arguments: of the pipeline's call.
     """
 
     pipe: Any
     transformer: CatTransformer
-    at_edm: CatTransformer | None
+    at_edm: Callable[[], CatTransformer]
     settings: PruneSettings
     text_arguments: dict[str, Any]
 
     def __call__(self, variant: Variant, prompts: list[Prompt], config: GenerateConfig) -> tuple[Run, Tensor]:
         """The images of a batch of prompts and their last latents."""
-        chosen = self.at_edm if variant.method == AT_EDM else self.transformer
-        if chosen is None:
-            raise EngineError(f"{variant.key}: no engine was loaded for it")
-        self.pipe.transformer = chosen
+        self.pipe.transformer = self.at_edm() if variant.method == AT_EDM else self.transformer
         with last_latents(self.pipe) as latents:
             run = generate(self.pipe, PruneSettings.from_dict(variant.settings), config)
         return run, latents[-1].float()

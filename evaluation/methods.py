@@ -9,8 +9,9 @@ from cat_pruning.settings import Policy, PruneSettings, Reuse
 AT_EDM = "at-edm"  # an engine of its own: `cat_pruning.evaluation.at_edm`
 EXTRAPOLATED = "+extrapolate"  # after a policy's name: with `Reuse.EXTRAPOLATE`
 REFRESHED = "+refresh"  # after a policy's name: fewer tokens, more full steps, extrapolated: `PruneSettings.refreshed`
+FORECAST = "forecast"  # no policy: pruned steps compute nothing: `PruneSettings.forecast`
 POLICIES = (*Policy, AT_EDM)
-METHODS = (Policy.CAT, Policy.CAT + REFRESHED, *POLICIES[1:])  # what is compared where nothing is said
+METHODS = (Policy.CAT, Policy.CAT + REFRESHED, FORECAST, *POLICIES[1:])  # what is compared where nothing is said
 
 
 def policy_of(method: str) -> str:
@@ -25,20 +26,22 @@ def check_method(name: str) -> None:
         SettingsError: it is none.
     """
     policy = policy_of(name)
-    endings = ("",) if policy == AT_EDM else ("", EXTRAPOLATED, REFRESHED)
-    if policy not in POLICIES or name.removeprefix(policy) not in endings:
+    endings = ("",) if policy in (AT_EDM, FORECAST) else ("", EXTRAPOLATED, REFRESHED)
+    if policy not in (*POLICIES, FORECAST) or name.removeprefix(policy) not in endings:
         raise SettingsError(
-            f"policy {name!r} is not known; known are {', '.join(POLICIES)}, "
-            f"and all but {AT_EDM} with {EXTRAPOLATED} or {REFRESHED} after it"
+            f"policy {name!r} is not known; known are {', '.join(POLICIES)} and {FORECAST}, "
+            f"and all but {AT_EDM} and {FORECAST} with {EXTRAPOLATED} or {REFRESHED} after it"
         )
 
 
 def settings_of(method: str, keep_ratio: float, steps: int, settings: PruneSettings) -> PruneSettings:
     """The settings of a method: `settings` with its policy and keep ratio; for RAS, its dense steps too.
 
-    AT-EDM chooses in its engine; for it, the policy only says how many. The interval of a refreshed method is
-    `evaluation.plan`'s to choose, by MACs.
+    AT-EDM chooses in its engine; for it, the policy only says how many. The interval between full steps of
+    a refreshed method and of the forecast is `evaluation.plan`'s to choose, by MACs.
     """
+    if method == FORECAST:
+        return settings.forecast()
     name = policy_of(method)
     policy = Policy.STALE if name == AT_EDM else Policy(name)
     reuse = Reuse.EXTRAPOLATE if method.endswith(EXTRAPOLATED) else Reuse.REPEAT

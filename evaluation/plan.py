@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.engines.profiles import profile_spec
 from cat_pruning.evaluation.at_edm import at_edm_step_macs
-from cat_pruning.evaluation.methods import AT_EDM, REFRESHED, check_method, policy_of, settings_of
+from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, policy_of, settings_of
 from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.families import family_named
@@ -65,8 +65,8 @@ class Plan:
         bundle, height, width: what makes the images. guided: with classifier-free guidance.
         settings: of the pruning.
         steps: schedules. keep_ratios, methods: of each of the three, the first is the main one.
-        prompts: that the full run, the main method, its variations and as few steps as cost the same are run on, at the
-            main schedule and ratio.
+        prompts: that the full run, the main method, its variations, the forecast and as few steps as cost the same are
+            run on, at the main schedule and ratio.
         curve_prompts: that everything else is run on.
         engine, at_edm_engine: what computes.
     """
@@ -139,8 +139,9 @@ class Plan:
     def _pruned(self, method: str, steps: int, ratio: float) -> Variant:
         settings = settings_of(method, ratio, steps, self.settings)
         cost = self._costs(settings.keep_ratio, method)
-        if method.endswith(REFRESHED):
-            settings = self._nearest(self._budget(steps, ratio), settings, steps, cost.all)
+        if method == FORECAST or method.endswith(REFRESHED):
+            most = steps if method == FORECAST else settings.full_steps
+            settings = self._nearest(self._budget(steps, ratio), settings, steps, cost.all, most)
         return Variant(
             method=method,
             steps=steps,
@@ -154,17 +155,26 @@ class Plan:
             prompts=self._prompts(steps, ratio, method),
         )
 
-    def _nearest(self, budget: int, settings: PruneSettings, steps: int, cost: ImageMacs) -> PruneSettings:
-        """`settings` with the interval between full steps that costs most nearly `budget`."""
-        intervals = [settings.replace(refresh_every=every) for every in range(2, max(3, steps))]
-        return min(intervals, key=lambda each: abs(cost.pruned_image(steps, each) - budget))
+    def _nearest(
+        self, budget: int, settings: PruneSettings, steps: int, cost: ImageMacs, most_full_steps: int
+    ) -> PruneSettings:
+        """`settings` with the interval between full steps that costs most nearly `budget`, after as few as possible.
+
+        With nothing between full steps, an interval of 2 may cost too little; then there are more at the start.
+        """
+        possible = [
+            settings.replace(full_steps=first, refresh_every=every)
+            for first in range(settings.full_steps, most_full_steps + 1)
+            for every in range(2, max(3, steps))
+        ]
+        return min(possible, key=lambda each: abs(cost.pruned_image(steps, each) - budget))
 
     def _prompts(self, steps: int, ratio: float = 0.0, method: str = "") -> int:
         """All for the main comparison; a full run, which has no ratio, is part of it on the main schedule."""
         is_main = (
             steps == self.steps[0]
             and ratio in (0.0, self.keep_ratios[0])
-            and (not method or policy_of(method) == policy_of(self.methods[0]))
+            and (not method or policy_of(method) in (policy_of(self.methods[0]), FORECAST))
         )
         return self.prompts if is_main else min(self.prompts, self.curve_prompts)
 

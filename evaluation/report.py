@@ -11,7 +11,7 @@ from statistics import median
 from cat_pruning.console import macs
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.evaluation.charts import Picture, inline_picture, quality_curves
-from cat_pruning.evaluation.methods import policy_of
+from cat_pruning.evaluation.methods import FORECAST, policy_of
 from cat_pruning.evaluation.results import IMAGES, REPORT, TOKENS, RunSpec
 from cat_pruning.evaluation.statistics import (
     MAIN_METHOD,
@@ -121,10 +121,10 @@ def _headline(found: Evaluation) -> tuple[str, ...]:
 
 
 def _main_methods(found: Evaluation) -> list[str]:
-    """The policy that the evaluation is about, and its variations."""
+    """The policy that the evaluation is about, its variations, and the forecast."""
     compared = list(dict.fromkeys(v.method for v in found.variants if v.method not in (FULL, FEWER_STEPS)))
     main = MAIN_METHOD if MAIN_METHOD in compared else next(iter(compared), "")
-    return [method for method in compared if policy_of(method) == policy_of(main)]
+    return [method for method in compared if policy_of(method) in (policy_of(main), FORECAST)]
 
 
 def _main_ratio(found: Evaluation, steps: int) -> float | None:

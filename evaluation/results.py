@@ -1,6 +1,6 @@
 """An evaluation on disk: what is run, and what came out, one line for each image.
 
-OUT/run.json        RunSpec: all that the results depend on; a run is resumed only under the same
+OUT/run.json        RunSpec: all that the results depend on; a run is resumed only under the same, or grows
 OUT/results.jsonl   ImageResult, one a line, appended as they come
 OUT/images/{variant}/{prompt}-{seed}.png        of the first prompts
 OUT/tokens/{variant}.png                        which tokens were computed, of the first prompt
@@ -98,7 +98,11 @@ class ResultStore:
 
     Args:
         directory: made if it is not there.
-        spec: what is run.
+        spec: what is run. If the directory holds an evaluation that differs only in what is compared, it grows: its
+            variants come first, each on as many prompts as either asks for, then those that it did not have.
+
+    Attributes:
+        spec: what is run, that of before included.
 
     Raises:
         SettingsError: it holds the results of other settings, or something else.
@@ -106,28 +110,40 @@ class ResultStore:
     """
 
     def __init__(self, directory: Path, spec: RunSpec) -> None:
-        self.directory, self.spec = directory, spec
+        self.directory = directory
         try:
             for folder in (directory, directory / IMAGES, directory / TOKENS):
                 folder.mkdir(parents=True, exist_ok=True)
-            if (directory / RUN).exists():
-                self._check_same(load_spec(directory))
-            else:
-                _replace(directory / RUN, json.dumps(spec.to_dict(), indent=2) + "\n")
+            before = load_spec(directory) if (directory / RUN).exists() else None
+            self.spec = spec if before is None else self._grown(before, spec)
+            if before is None:
                 (directory / RESULTS).write_text("", encoding="utf-8")
+            if self.spec != before:
+                _replace(directory / RUN, json.dumps(self.spec.to_dict(), indent=2) + "\n")
         except OSError as error:
             raise OutputError(f"{directory} cannot be written ({error.strerror}); give another --out") from error
         self.results = load_results(directory)
 
-    def _check_same(self, found: RunSpec) -> None:
-        mine, other = self.spec.to_dict(), found.to_dict()
-        different = [name for name in mine if name != "machine" and mine[name] != other[name]]
+    def _grown(self, before: RunSpec, now: RunSpec) -> RunSpec:
+        """What is run by both; of the same settings but for the variants, whose common ones are the same."""
+        old, new = before.to_dict(), now.to_dict()
+        different = [name for name in new if name not in ("machine", "variants") and old[name] != new[name]]
+        changes = [_change(name, old[name], new[name]) for name in different]
+        asked = {variant.key: variant for variant in RunSpec.from_dict(new).variants}
+        variants = []
+        for variant in before.variants:
+            again = asked.pop(variant.key, variant)
+            prompts = max(variant.prompts, again.prompts)
+            if (here := dataclasses.replace(again, prompts=variant.prompts)) != variant:
+                different.append(variant.key)
+                changes.append(_change(variant.key, dataclasses.asdict(variant), dataclasses.asdict(here)))
+            variants.append(dataclasses.replace(variant, prompts=prompts))
         if different:
             raise SettingsError(
-                f"{self.directory} holds an evaluation with other {', '.join(different)}"
-                f" ({'; '.join(_change(name, other[name], mine[name]) for name in different)});"
+                f"{self.directory} holds an evaluation with other {', '.join(different)} ({'; '.join(changes)});"
                 " give another --out, or --force to begin anew"
             )
+        return dataclasses.replace(before, variants=(*variants, *asked.values()))
 
     def done(self, variant: Variant, seed: int) -> set[int]:
         """The prompts that a variant has results of."""

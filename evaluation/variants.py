@@ -16,8 +16,8 @@ class Variant:
     Attributes:
         method: `FULL`, `FEWER_STEPS` or the name of a method.
         steps: of the schedule that it stands for; fewer steps are run with `sampled_steps` instead.
-        keep_ratio: share of the tokens that a pruned step computes; for fewer steps and for refreshed methods, of the
-            policy that costs as much.
+        keep_ratio: share of the tokens that a pruned step computes; for fewer steps, refreshed methods and the
+            forecast, of the policy that costs as much.
         sampled_steps: what the pipeline is asked for.
         full_steps: how many of them compute every token.
         settings: of the pruning, as `PruneSettings.to_dict` has them.

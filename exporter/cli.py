@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=PruneSettings().keep_ratio,
         metavar="R",
-        help="fraction of the image tokens that a pruned step computes, in (0, 1] (default: 0.3)",
+        help="fraction of the image tokens that a pruned step computes, in [0, 1] (default: 0.3)",
     )
     return parser
 
@@ -205,7 +205,7 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
             str(profile.num_tokens),
             str(profile.num_kept),
             *map(console.macs, (cost.full_linear, cost.pruned_linear, cost.full_total, cost.pruned_total)),
-            f"{cost.full_total / cost.pruned_total:.2f}×",
+            f"{cost.full_total / cost.pruned_total:.2f}×" if cost.pruned_total else "–",
         )
     terminal.print(costs)
     for profile, cost in zip(manifest.profiles, manifest.macs, strict=True):

@@ -230,7 +230,8 @@ def profile_macs(directory: Path, graphs: Sequence[GraphSpec], profile: ProfileS
         graph = next(graph for graph in graphs if graph.part is part)
         return count_macs(directory / graph.file, graph.input_shapes(dims))
 
-    full_step, pruned_step = count(Part.STEP, full), count(Part.STEP, pruned)
+    full_step = count(Part.STEP, full)
+    pruned_step = count(Part.STEP, pruned) if pruned.num_kept else Macs(0, 0)
     return MacsSpec(
         profile=profile.name,
         full_linear=full_step.linear,

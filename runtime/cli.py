@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's first)"
     )
     parser.add_argument(
-        "--keep-ratio", type=float, metavar="R", help="tokens of a pruned step, in (0, 1] (default: the bundle's)"
+        "--keep-ratio", type=float, metavar="R", help="tokens of a pruned step, in [0, 1] (default: the bundle's)"
     )
     parser.add_argument(
         "--full-steps", type=int, metavar="F", help="full steps at the start, >= 2 (default: the bundle's)"
@@ -207,7 +207,7 @@ def _compare(
         table.add_row(name, f"{run.seconds:.2f} s", *times, console.macs(cost))
     Console().print(table)
     Console().print(
-        f"step {comparison.step_speedup_text} (bound by MACs {comparison.mac_bound:.2f}×), "
+        f"step {comparison.step_speedup_text} (bound by MACs {comparison.mac_bound_text}), "
         f"image {full.seconds / pruned.seconds:.2f}×, PSNR {comparison.psnr_text}",
         highlight=False,
     )

@@ -27,7 +27,8 @@ class Comparison:
     """A full and a pruned run of one configuration.
 
     engine: its name. full_step_ms, pruned_step_ms: medians, selection included; None where there is no such step.
-    step_speedup: their ratio. mac_bound: MACs of a full step over those of a pruned one, attention scores included.
+    step_speedup: their ratio. mac_bound: MACs of a full step over those of a pruned one, attention scores included;
+        None where a pruned step computes nothing.
     full_macs, pruned_macs: of one run. psnr_db: of each image, pruned against full. versions: that made the bundle.
     """
 
@@ -38,7 +39,7 @@ class Comparison:
     pruned_step_ms: float | None
     full_image_s: float
     pruned_image_s: float
-    mac_bound: float
+    mac_bound: float | None
     full_macs: int
     pruned_macs: int
     psnr_db: list[float]
@@ -53,6 +54,11 @@ class Comparison:
     def step_speedup_text(self) -> str:
         """The same for people."""
         return f"{self.step_speedup:.2f}×" if self.step_speedup else "–, no step was pruned"
+
+    @property
+    def mac_bound_text(self) -> str:
+        """The bound for people."""
+        return f"{self.mac_bound:.2f}×" if self.mac_bound else "–, a pruned step computes nothing"
 
     @property
     def image_psnr_db(self) -> float:
@@ -87,7 +93,7 @@ def summarise(
         pruned_step_ms=pruned.median_ms(StepKind.PRUNED),
         full_image_s=full.seconds,
         pruned_image_s=pruned.seconds,
-        mac_bound=macs.full / macs.pruned,
+        mac_bound=macs.full / macs.pruned if macs.pruned else None,
         full_macs=macs.pruned_image(config.steps, never_pruned(settings, config.steps)),
         pruned_macs=macs.pruned_image(config.steps, settings),
         psnr_db=[psnr_db(a, b) for a, b in zip(full.images, pruned.images, strict=True)],

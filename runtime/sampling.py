@@ -122,7 +122,9 @@ class Sampling:
         self._new_schedule |= new_schedule  # the image's next call begins a new one
         tokens = self._keep_indices if value == self._timestep else None
         step = self._step if value == self._timestep else None
-        return self._branches[name].call(latents, value, arguments, skip_layers, tokens, step, self._expected())
+        return self._branches[name].call(
+            latents, value, arguments, skip_layers, tokens, step, self._expected(), self.settings.reuse
+        )
 
     def _is_beside(self, latents: Tensor, timestep: float, arguments: Mapping[str, Tensor]) -> bool:
         """Whether a call is the other one of true guidance, in a pipeline that does not say so by a `cache_context`.
@@ -175,7 +177,7 @@ class Sampling:
                 self._keep_indices = every_token(latents, num_tokens)
             self._selector.count(self._keep_indices)
             return self._keep_indices
-        if not self._selector.has_begun:
+        if self._selector.num_kept and not self._selector.has_begun:
             assert self._noise is not None
             return self._selector.first(latents, self._noise)
         return self._selector

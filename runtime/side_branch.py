@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.image import Image, every_token
 from cat_pruning.runtime.step_engine import StepSession
+from cat_pruning.settings import Reuse
 from cat_pruning.step_io import LATENTS
 
 
@@ -20,11 +22,13 @@ class SideBranch:
 
     def __init__(self, session: StepSession) -> None:
         self.session = session
+        self._extrapolation = Extrapolation(session.engine.family, session.engine.config)
         self.reset()
 
     def reset(self) -> None:
         """Forget the image."""
         self.session.reset()
+        self._extrapolation.reset()
         self._image: Image | None = None
         self._skipped: tuple[int, ...] = ()
         self._last_step: int | None = None
@@ -38,6 +42,7 @@ class SideBranch:
         tokens: Tensor | None,
         step: int | None,
         timesteps: Sequence[float],
+        reuse: Reuse,
     ) -> Tensor:
         """Compute one call.
 
@@ -49,6 +54,7 @@ class SideBranch:
             tokens: (B, n), what the image computes at this timestep; None if it does not.
             step: the number of that step; None likewise.
             timesteps: those that are expected.
+            reuse: what tokens that are not computed contribute.
         """
         if self._image is None or self._skipped != skip_layers or not self._image.holds(latents, arguments):
             self._begin(latents, arguments, skip_layers, timesteps)
@@ -58,13 +64,14 @@ class SideBranch:
         follows = step is not None and self._last_step is not None and self._last_step in (step, step - 1)
         if tokens is None or not follows or tokens.shape[0] < rows:
             tokens = every_token(latents, num_tokens)
+        tokens = tokens[-rows:]
         try:
-            noise = self.session.step(latents, timestep, tokens[-rows:])
+            noise = self.session.step(latents, timestep, tokens)
         except BaseException:
             self.reset()
             raise
         self._last_step = step
-        return noise
+        return self._extrapolation(noise, timestep, tokens) if reuse is Reuse.EXTRAPOLATE else noise
 
     def _begin(
         self,

@@ -123,7 +123,7 @@ class StepSession(ABC):
         self._dims = dims
 
     def step(self, latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
-        """Compute some tokens; the others keep their last output (algorithm 1).
+        """Compute some tokens; the others keep their last output (algorithm 1). Of no tokens, nothing is computed.
 
         Args:
             latents: the model's `hidden_states`, on the engine's device and in its dtype.
@@ -150,6 +150,10 @@ class StepSession(ABC):
                 f"the first step of an image must compute all {dims.num_tokens} tokens, but was given {num_kept}: "
                 "nothing is cached yet; run a full step first"
             )
+        if num_kept == 0:
+            self._last_kept = 0
+            self._keep_indices[0] = self._noise.new_empty((self._noise.shape[0], 0), dtype=torch.int32)
+            return self._noise.clone()
         try:
             with ordinary_tensors(), self._memory_for(dims):
                 self._inputs[LATENTS].copy_(latents)

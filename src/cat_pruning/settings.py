@@ -42,7 +42,8 @@ class PruneSettings:
     """What to compute on which step (Cheng, Chen, Jia 2025, algorithm 2). The defaults are the paper's.
 
     The ones that matter:
-        keep_ratio: fraction of the image tokens that a pruned step computes, in (0, 1]; 1 is the unpruned model.
+        keep_ratio: fraction of the image tokens that a pruned step computes, in [0, 1]; 1 is the unpruned model. 0
+            computes nothing at all, the text's rows neither: `forecast`.
         full_steps: full steps at the start, F >= 2. Step F-2 is the reference of the relative noise.
         refresh_every: after them, every so-manieth step is full as well (`schedule`); 0 is the paper's: none.
 
@@ -80,7 +81,7 @@ class PruneSettings:
     extra_full_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(0.0 < self.keep_ratio <= 1.0, "keep_ratio", self.keep_ratio, "a number in (0, 1]")
+        _check(0.0 <= self.keep_ratio <= 1.0, "keep_ratio", self.keep_ratio, "a number in [0, 1]")
         _check(_is_int(self.full_steps) and self.full_steps >= 2, "full_steps", self.full_steps, "an integer >= 2")
         _check(
             _is_int(self.refresh_every) and self.refresh_every >= 0,
@@ -134,7 +135,7 @@ class PruneSettings:
         return self.full_steps - 2
 
     def num_kept(self, num_tokens: int) -> int:
-        """n, the tokens that a pruned step computes: floor(keep_ratio * N), at least 1.
+        """n, the tokens that a pruned step computes: floor(keep_ratio * N), at least 1 but where keep_ratio is 0.
 
         The paper's own count: 1228 of 4096 at 0.3. The small term keeps 0.29 * 100 from becoming 28.
 
@@ -146,7 +147,7 @@ class PruneSettings:
                 f"the image has {num_tokens} tokens, fewer than num_clusters={self.num_clusters}; "
                 f"use a larger resolution or num_clusters <= {num_tokens}"
             )
-        return max(1, math.floor(self.keep_ratio * num_tokens + 1e-6))
+        return max(1, math.floor(self.keep_ratio * num_tokens + 1e-6)) if self.keep_ratio else 0
 
     def refreshed(self) -> Self:
         """A third of the tokens, half of the full steps at the start, then every third step full, reuse extrapolated.
@@ -159,6 +160,20 @@ class PruneSettings:
             keep_ratio=self.keep_ratio / 3,
             full_steps=max(2, self.full_steps // 2),
             refresh_every=3,
+            extra_full_steps=(),
+            reuse=Reuse.EXTRAPOLATE,
+        )
+
+    def forecast(self) -> Self:
+        """Half of the full steps at the start, then every second step full; between them nothing is computed.
+
+        What a full step predicts is extrapolated to the next step. Of 28 steps, the defaults become 16 full ones, for
+        the MACs of the paper's settings, and on sd3-mini for a seventh of the latents' error (benchmarks/RESULTS.md).
+        """
+        return self.replace(
+            keep_ratio=0.0,
+            full_steps=max(2, self.full_steps // 2),
+            refresh_every=2,
             extra_full_steps=(),
             reuse=Reuse.EXTRAPOLATE,
         )

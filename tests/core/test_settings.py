@@ -21,7 +21,7 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("keep_ratio", value) for value in (0.0, -0.1, 1.0000001, math.nan, math.inf)),
+        *(("keep_ratio", value) for value in (-0.1, 1.0000001, math.nan, math.inf)),
         *(("full_steps", value) for value in (1, 0, -1, 2.0, True)),
         *(("refresh_every", value) for value in (-1, 5.0, True, None)),
         *(("num_clusters", value) for value in (0, 1.5, True)),
@@ -46,7 +46,10 @@ def test_a_value_outside_its_domain_is_named(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("keep_ratio", "num_tokens", "num_kept"),
-    [(0.3, 4096, 1228), (0.29, 100, 29), (1.0, 4096, 4096), (0.3, 20, 6), (1e-9, 64, 1), (0.999, 64, 63), (0.7, 10, 7)],
+    [
+        *((0.3, 4096, 1228), (0.29, 100, 29), (1.0, 4096, 4096), (0.3, 20, 6), (0.999, 64, 63), (0.7, 10, 7)),
+        *((1e-9, 64, 1), (0.0, 64, 0)),
+    ],
 )
 def test_tokens_of_a_pruned_step(keep_ratio: float, num_tokens: int, num_kept: int) -> None:
     assert PruneSettings(keep_ratio=keep_ratio, num_clusters=1).num_kept(num_tokens) == num_kept
@@ -106,3 +109,12 @@ def test_refreshed_has_fewer_tokens_and_more_full_steps() -> None:
         reuse=Reuse.EXTRAPOLATE,
     )
     assert PruneSettings(full_steps=3).refreshed().full_steps == 2
+
+
+def test_the_forecast_computes_nothing_between_full_steps() -> None:
+    settings = PruneSettings(extra_full_steps=(12, 20), num_clusters=9).forecast()
+    assert settings == PruneSettings(
+        num_clusters=9, keep_ratio=0.0, full_steps=4, refresh_every=2, reuse=Reuse.EXTRAPOLATE
+    )
+    assert settings.num_kept(4096) == 0
+    assert PruneSettings(full_steps=3).forecast().full_steps == 2

@@ -102,6 +102,11 @@ def test_a_pruned_step_that_keeps_every_token_is_no_second_profile() -> None:
     assert plan_profiles(STEP, [profile], 2) == [static(keep_indices=(2, 4096), key_cache_0=(2, 4429, 64))]
 
 
+def test_a_pruned_step_that_computes_nothing_has_no_profile() -> None:
+    profile = profile_spec(1024, 1024, 1, geometry=SD3, settings=PruneSettings(keep_ratio=0.0), guidance=True)
+    assert plan_profiles(STEP, [profile], 2) == [static(keep_indices=(2, 4096), key_cache_0=(2, 4429, 64))]
+
+
 def test_the_prompt_has_a_profile_for_every_number_of_prompts() -> None:
     profiles = [spec(1024, 1024), spec(512, 512), spec(512, 512, 3)]
     assert plan_profiles(PROMPT, profiles, 2) == [

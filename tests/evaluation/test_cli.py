@@ -37,7 +37,7 @@ def test_quick_has_every_image_of_every_variant(quick: Path) -> None:
     methods = [variant["method"] for variant in variants]
     assert methods == ["full", "fewer-steps", *METHODS]
     found = {(result["variant"], result["prompt"]) for result in results(quick)}
-    assert len(found) == len(results(quick)) == 10 * 4
+    assert len(found) == len(results(quick)) == 11 * 4
 
 
 def test_quick_tells_the_methods_apart(quick: Path) -> None:
@@ -83,6 +83,20 @@ def test_an_interrupted_run_goes_on(quick: Path, mini_bundle: Path, tmp_path: Pa
         assert after[key] == pytest.approx(values, rel=1e-3)
 
 
+def test_a_finished_run_grows(quick: Path, mini_bundle: Path, tmp_path: Path) -> None:
+    """By a ratio, for one policy; what is there stays, the other policies too."""
+    out = tmp_path / "out"
+    shutil.copytree(quick, out)
+    before = (out / RESULTS).read_text()
+    assert run(mini_bundle, "--out", out, *QUICK, "--policies", "cat", "--keep-ratio", "0.5", "--steps", "28") == 0
+    assert (out / RESULTS).read_text().startswith(before)
+    added = {(r["variant"], r["prompt"]) for r in results(out)[len(results(quick)) :]}
+    assert added == {(variant, prompt) for variant in ("fewer-steps-28-0.5", "cat-28-0.5") for prompt in range(4)}
+    report = (out / "report.html").read_text()
+    assert "keep 0.5" in report
+    assert "random" in report
+
+
 def test_a_finished_run_computes_nothing(
     quick: Path, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +110,6 @@ def test_a_finished_run_computes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--keep-ratio", "0.5"], "other variants"),
         (["--guidance-scale", "5"], "guidance_scale was 3.0, is 5.0"),
         (["--full-steps", "4"], "full_steps was 8, is 4"),
         (["--prompts", "scenes:3"], "prompts were 4, are 3"),
@@ -123,6 +136,7 @@ def test_other_settings_are_refused(
         (["--metrics", "clip", "--clip-model", "/nowhere"], "/nowhere"),
         (["--keep-ratio", "1.5"], "keep_ratio=1.5"),
         (["--keep-ratio", "much"], "--keep-ratio"),
+        (["--keep-ratio", "0.3,0"], "--keep-ratio 0: "),
         (["--steps", "0"], "--steps 0"),
         (["--seeds", "0"], "--seeds 0"),
         (["--batch", "-1"], "--batch -1"),

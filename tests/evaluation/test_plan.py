@@ -48,7 +48,7 @@ def test_every_method_at_every_ratio_and_schedule(plan: Any) -> None:
 def test_the_main_comparison_has_all_prompts(plan: Any) -> None:
     variants = plan()
     main = {key for key, variant in variants.items() if variant.prompts == 100}
-    assert main == {"full-28", "fewer-steps-28-0.3", "cat-28-0.3", "cat+refresh-28-0.3"}
+    assert main == {"full-28", "fewer-steps-28-0.3", "cat-28-0.3", "cat+refresh-28-0.3", "forecast-28-0.3"}
     assert {variant.prompts for key, variant in variants.items() if key not in main} == {10}
 
 
@@ -89,6 +89,18 @@ def test_refreshes_as_often_as_most_nearly_the_same_macs_allow(plan: Any) -> Non
     assert variants["cat+refresh-28-0.3"].name == "cat+refresh (keep 0.1, 12 full, every 3)"
 
 
+def test_the_forecast_has_as_many_full_steps_as_fewer_steps_have(plan: Any) -> None:
+    variants = plan(keep_ratios=(0.2, 0.3, 0.5))
+    for steps in (28, 50):
+        for ratio in (0.2, 0.3, 0.5):
+            forecast, fewer = variants[f"forecast-{steps}-{ratio}"], variants[f"fewer-steps-{steps}-{ratio}"]
+            assert forecast.full_steps == fewer.full_steps
+            assert forecast.macs_all == pytest.approx(fewer.macs_all, rel=0.005)
+    defaults = PruneSettings.from_dict(variants["forecast-28-0.3"].settings)
+    assert defaults == PruneSettings().forecast()
+    assert variants["forecast-28-0.3"].name == "forecast (keep 0, 16 full, every 2)"
+
+
 def test_variants_say_what_they_are_made_with(plan: Any) -> None:
     variants = plan()
     assert PruneSettings.from_dict(variants["noise-28-0.3"].settings) == PruneSettings(policy=Policy.NOISE)
@@ -105,7 +117,8 @@ def test_settings_of_a_method() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["best", "at-edm+extrapolate", "at-edm+refresh", "", "cat+", "cat+extrapolate+refresh"]
+    "method",
+    ["best", "at-edm+extrapolate", "at-edm+refresh", "forecast+refresh", "", "cat+", "cat+extrapolate+refresh"],
 )
 def test_an_unknown_method_is_named(plan: Any, method: str) -> None:
     with pytest.raises(SettingsError, match="is not known; known are cat, noise"):

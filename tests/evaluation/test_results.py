@@ -54,7 +54,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         ({"prompts": ("a", "c")}, "prompts differ"),
         ({"prompts": ("a",)}, "prompts were 2, are 1"),
         ({"bundle_sha256": "1" * 64}, "bundle_sha256"),
-        ({"variants": (dataclasses.replace(VARIANT, keep_ratio=0.5),)}, "variants differ"),
+        ({"variants": (dataclasses.replace(VARIANT, full_steps=9),)}, "cat-28-0.3 (full_steps was 8, is 9)"),
     ],
 )
 def test_other_settings_are_not_resumed(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -64,6 +64,18 @@ def test_other_settings_are_not_resumed(tmp_path: Path, change: dict[str, Any], 
         ResultStore(tmp_path, dataclasses.replace(SPEC, **change))
     assert says in str(caught.value)
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+
+def test_it_grows_by_prompts_and_by_variants(tmp_path: Path) -> None:
+    """What was asked for before stays, results too; fewer prompts than before take nothing away."""
+    half = dataclasses.replace(VARIANT, keep_ratio=0.5, prompts=1)
+    more = dataclasses.replace(VARIANT, prompts=3)
+    ResultStore(tmp_path, SPEC).append([RESULT])
+    for asked, together in (((half,), (VARIANT, half)), ((more,), (more, half)), ((VARIANT,), (more, half))):
+        store = ResultStore(tmp_path, dataclasses.replace(SPEC, variants=asked))
+        assert store.spec.variants == together
+        assert store.results == [RESULT]
+        assert load_spec(tmp_path).variants == together
 
 
 def test_another_machine_may_go_on(tmp_path: Path) -> None:

@@ -160,6 +160,20 @@ def test_equal_images_have_no_finite_psnr(mini_bundle: Path, tmp_path: Path) -> 
     assert numbers["full_macs"] == numbers["pruned_macs"]
 
 
+def test_pruned_steps_that_compute_nothing(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Drawn and counted like others; their MACs bound nothing."""
+    summary = tmp_path / "summary.json"
+    drawn = ["--compare", "--token-map", "--summary", summary]
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *drawn, *SHORT, "--keep-ratio", 0, "--refresh-every", 2)
+    numbers = json.loads(summary.read_text())
+    assert numbers["mac_bound"] is None
+    assert numbers["full_macs"] > numbers["pruned_macs"]
+    assert numbers["step_speedup"] > 10
+    assert "bound by MACs –, a pruned step computes nothing" in " ".join(capsys.readouterr().out.split())
+
+
 def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
     run(mini_bundle, PROMPT, "a large red circle", "-o", tmp_path / "out.png", *SHORT)
     assert {path.name for path in tmp_path.iterdir()} == {"out-0.png", "out-1.png"}
@@ -175,9 +189,9 @@ def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
         (["--resolution", "0x64"], ["0x64", "multiples of 8"]),
         (["--resolution", "512x64"], ["512x64", "256x256 pixels at most"]),
         (["--resolution", "8x64"], ["8 tokens", "num_clusters=20", "larger resolution"]),
-        (["--keep-ratio", "0"], ["keep_ratio=0.0", "(0, 1]"]),
-        (["--keep-ratio", "1.5"], ["keep_ratio=1.5", "(0, 1]"]),
-        (["--keep-ratio", "nan"], ["keep_ratio=nan", "(0, 1]"]),
+        (["--keep-ratio", "-0.1"], ["keep_ratio=-0.1", "[0, 1]"]),
+        (["--keep-ratio", "1.5"], ["keep_ratio=1.5", "[0, 1]"]),
+        (["--keep-ratio", "nan"], ["keep_ratio=nan", "[0, 1]"]),
         (["--keep-ratio", "much"], ["--keep-ratio", "'much'", "--help"]),
         (["--full-steps", "1"], ["full_steps=1", ">= 2"]),
         (["--refresh-every", "-1"], ["refresh_every=-1", "or 0 for none"]),

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.settings import PruneSettings
 
 KINDS = ["sd3", "pixart", "flux-dev"]
 NUM_TOKENS = 12  # 3 x 4
@@ -111,3 +113,26 @@ def test_an_image_with_it_is_another(engine: StepEngine, drop_in: Any, sample: A
     again = drop_in(engine, reuse="extrapolate")
     sample(again, 11, seed=5)
     assert torch.equal(sample(again, 11).final, extrapolated.final)  # nothing is left of the image before
+
+
+def test_the_forecast_computes_full_steps_only(
+    engine: StepEngine, drop_in: Any, sample: Any, computed: list[Tensor]
+) -> None:
+    """A step between two of them is on the line through the last two; a scheduler that calls twice agrees."""
+    settings = PruneSettings(full_steps=4).forecast().to_dict()
+    pipe = drop_in(engine, **settings)
+    outputs: list[Tensor] = []
+    pipe.transformer.register_forward_hook(lambda module, arguments, output: outputs.append(output[0].clone()))
+    run = sample(pipe, 10)
+    assert run.kinds == "FFFPFPFPFP"
+    assert [tokens.shape[1] for tokens in computed] == [0 if kind == "P" else 256 for kind in run.kinds]
+    assert [record.num_kept for record in run.records] == [tokens.shape[1] for tokens in computed]
+    times = [record.timestep for record in run.records]
+    for step, before, last in ((3, 1, 2), (5, 2, 4), (7, 4, 6), (9, 6, 8)):
+        slope = (outputs[last] - outputs[before]) / (times[last] - times[before])
+        expected = outputs[last] + slope * (times[step] - times[last])
+        torch.testing.assert_close(outputs[step], expected, rtol=0, atol=1e-5)
+    computed.clear()
+    heun = sample(drop_in(engine, scheduler=FlowMatchHeunDiscreteScheduler, **settings), 10)
+    assert [tokens.shape[1] for tokens in computed] == [call.num_kept for call in heun.calls]
+    assert 0 in [call.num_kept for call in heun.calls]

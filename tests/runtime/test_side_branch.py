@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.step_engine import StepEngine, TokenChoice
-from cat_pruning.settings import PruneSettings
+from cat_pruning.settings import PruneSettings, Reuse
 
 SETTINGS = PruneSettings(keep_ratio=0.4, full_steps=4, num_clusters=6)
 TIMESTEPS = torch.linspace(1000, 100, 10)
@@ -102,6 +102,17 @@ def test_a_branch_that_skips_nothing_is_the_image_itself(spied: Spied) -> None:
         spied.step(step)
         noise = spied.step_beside(step, skip_layers=())
         torch.testing.assert_close(noise, spied.noises[0][-1][1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.4, 0.0])
+def test_it_is_extrapolated_as_the_image_is(spied: Spied, keep_ratio: float) -> None:
+    spied.sampling.settings = SETTINGS.replace(keep_ratio=keep_ratio, reuse=Reuse.EXTRAPOLATE, refresh_every=3)
+    for step in range(10):
+        noise = spied.sampling.call(spied.latents(step), TIMESTEPS[step].expand(2), spied.arguments)
+        beside = spied.step_beside(step, skip_layers=())
+        torch.testing.assert_close(beside, noise[1:], rtol=0, atol=3e-4)
+    repeated = spied.noises[1][-1]
+    assert not torch.allclose(beside, repeated, atol=1e-2)
 
 
 def test_a_skipped_block_counts(spied: Spied) -> None:

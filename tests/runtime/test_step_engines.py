@@ -120,6 +120,25 @@ def test_a_pruned_step_changes_the_kept_tokens_only(engine: StepEngine) -> None:
     assert torch.equal(changed, expected)
 
 
+def test_a_step_of_no_tokens_computes_nothing(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps after it are what they are without it, with two sets of caches in turn too."""
+    none = torch.empty(2, 0, dtype=torch.int32)
+    with pytest.raises(EngineError, match="must compute all 64 tokens, but was given 0"):
+        begun(engine).step(latents(engine), 500.0, none)
+    with_it, without = begun(engine), begun(engine)
+    noise = with_it.step(latents(engine), 500.0, every())
+    without.step(latents(engine), 500.0, every())
+    with monkeypatch.context() as patch:
+        patch.setattr(with_it, "_run", None)
+        assert torch.equal(with_it.step(latents(engine, seed=1), 450.0, none), noise)
+    assert with_it.computed.shape == (2, 0)
+    for session in (with_it, without):
+        session.step(latents(engine, seed=2), 400.0, some())
+    expected = without.step(latents(engine, seed=3), 300.0, every())
+    assert torch.equal(with_it.step(latents(engine, seed=3), 300.0, every()), expected)
+    assert torch.equal(with_it.computed, every())
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
