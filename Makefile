@@ -13,7 +13,7 @@ EXPORT_sd3-mini := --text-length 48
 GENERATE_sd3-mini := --guidance-scale 3
 PROMPT := a large red circle left of a small blue star on a plain black background
 
-.PHONY: install check test demo eval try-settings bench bench-export bench-macs bench-gpu gpu-check clean
+.PHONY: install check test demo eval eval-table try-settings bench bench-export bench-macs bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -45,13 +45,20 @@ demo: install
 build/eval/sd3-mini: | .venv/installed
 	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --target onnx --out $@
 
+EVAL := --prompts scenes:512 --steps 28,50 --keep-ratio 0.3,0.2,0.5
+
 eval: install build/eval/sd3-mini
-	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:512 --curve-prompts 16 --steps 28,50 \
-	  --keep-ratio 0.3,0.2,0.5 --out build/eval/results
+	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) $(EVAL) --curve-prompts 16 --out build/eval/results
+	$(BIN)/python benchmarks/keep_eval.py build/eval/results
+
+# Two hours more: the paper's policy, the full run and fewer steps on every scene at every ratio and schedule.
+eval-table: eval
+	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) $(EVAL) --policies cat --curve-prompts 512 --out build/eval/results
 	$(BIN)/python benchmarks/keep_eval.py build/eval/results
 
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini
+	$(BIN)/python benchmarks/try_unbuilt.py build/eval/sd3-mini
 
 bench: install
 	for family in sd3 pixart flux; do $(BIN)/python benchmarks/bench_step.py --family $$family || exit 1; done

@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads sleep between steps
@@ -29,8 +32,7 @@ from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
 
 STEPS, BATCH, GUIDANCE, TEXT_TOKENS = 28, 8, 3.0, 24
 FEWER = "16 full steps"  # as many MACs as the paper's settings, to 0.1 %
-ODD = (5, 7, 9, 11, 13, 15, 18, 20, 23, 26)
-REFRESHED = PruneSettings().refreshed()
+REFRESHED, FORECAST = PruneSettings().refreshed(), PruneSettings().forecast()
 TRIALS: dict[str, PruneSettings] = {
     "the paper's": PruneSettings(),
     "extrapolated": PruneSettings(reuse=Reuse.EXTRAPOLATE),
@@ -46,11 +48,66 @@ TRIALS: dict[str, PruneSettings] = {
     "4 full, every 3rd, keep 0.1": REFRESHED.replace(reuse=Reuse.REPEAT),
     "the same, extrapolated": REFRESHED,
     "the same, random tokens": REFRESHED.replace(policy=Policy.RANDOM),
-    "14 full, one token": PruneSettings(full_steps=4, extra_full_steps=ODD, keep_ratio=1e-6),
-    "the same extrapolated": PruneSettings(
-        full_steps=4, extra_full_steps=ODD, keep_ratio=1e-6, reuse=Reuse.EXTRAPOLATE
+    "16 full, nothing between": FORECAST.replace(reuse=Reuse.REPEAT),
+    "the forecast: the same, extrapolated": FORECAST,
+    "8 full, then as many spread": FORECAST.replace(
+        full_steps=8, refresh_every=0, extra_full_steps=(10, 12, 14, 16, 18, 20, 23, 26)
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some scenes, with what the full run makes of them."""
+
+    start: int
+    prompts: list[Prompt]
+    full: Sample
+    scores: list[dict[str, float | None]]
+
+
+class Trials:
+    """The same images under one trial after another, against the full run's.
+
+    Args:
+        prompts: number of scenes.
+    """
+
+    def __init__(self, prompts: int) -> None:
+        self.prompts = load_prompts(f"scenes:{prompts}")
+        self._metrics = Metrics([Metric.LATENTS, Metric.SCENE], self.prompts)
+        self._full: dict[int, float] = {}  # scene score by prompt
+        self._errors: dict[str, list[float]] = {}
+        self._changes: dict[str, list[float]] = {}
+
+    def batches(self, pipe: Any) -> Iterator[Batch]:
+        """The scenes, a few at a time."""
+        pipe.set_progress_bar_config(disable=True)
+        for start in range(0, len(self.prompts), BATCH):
+            prompts = self.prompts[start : start + BATCH]
+            full = _sample(pipe, never_pruned(PruneSettings(), STEPS), prompts, start, STEPS)
+            scores = self._metrics.score(full, None, prompts)
+            self._full |= {start + index: score["scene_score"] or 0.0 for index, score in enumerate(scores)}
+            yield Batch(start, prompts, full, scores)
+
+    def run(self, pipe: Any, name: str, settings: PruneSettings, batch: Batch, steps: int = STEPS) -> None:
+        """Make a batch's images under `settings`."""
+        sample = _sample(pipe, settings, batch.prompts, batch.start, steps)
+        scores = self._metrics.score(sample, batch.full, batch.prompts)
+        self._errors.setdefault(name, []).extend(score["latents_error"] or 0.0 for score in scores)
+        self._changes.setdefault(name, []).extend(
+            (score["scene_score"] or 0.0) - (full["scene_score"] or 0.0)
+            for score, full in zip(scores, batch.scores, strict=True)
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of every trial, which are printed as well."""
+        rows = {}
+        for name, changes in self._changes.items():
+            error, change = _interval(self._errors[name]), _interval(changes)
+            rows[name] = {"latents_error": error.mean, "change": change.mean, "half_width": change.half_width}
+            print(f"{name:36s} latents {error.mean:.4f}  scene {change.mean:+.4f} ± {change.half_width:.4f}")  # noqa: T201
+        return {"prompts": len(self.prompts), "full": fmean(self._full.values()), "trials": rows}
 
 
 def main() -> None:
@@ -59,29 +116,16 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=int, default=16, help="scenes (default: 16)")
     arguments = parser.parse_args()
-    prompts = load_prompts(f"scenes:{arguments.prompts}")
-    metrics = Metrics([Metric.PSNR, Metric.LATENTS, Metric.SCENE], prompts)
+    trials = Trials(arguments.prompts)
     pipe = load_pipeline(arguments.bundle, "onnxruntime")
-    pipe.set_progress_bar_config(disable=True)
-    scores: dict[str, list[dict[str, float | None]]] = {name: [] for name in ("full", FEWER, *TRIALS)}
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        full = _sample(pipe, never_pruned(PruneSettings(), STEPS), batch, start)
-        scores["full"] += metrics.score(full, None, batch)
-        fewer = _sample(pipe, never_pruned(PruneSettings(), STEPS), batch, start, steps=16)
-        scores[FEWER] += metrics.score(fewer, full, batch)
+    for batch in trials.batches(pipe):
+        trials.run(pipe, FEWER, never_pruned(PruneSettings(), STEPS), batch, steps=16)
         for name, settings in TRIALS.items():
-            scores[name] += metrics.score(_sample(pipe, settings, batch, start), full, batch)
-    result = {name: _summary(scores[name], scores["full"]) for name in (FEWER, *TRIALS)}
-    for name, row in result.items():
-        print(f"{name:30s} latents {row['latents_error']:.4f}  scene {row['change']:+.4f} ± {row['half_width']:.4f}")  # noqa: T201
-    full_score = mean_interval([row["scene_score"] for row in scores["full"]], list(range(len(prompts))))
-    assert full_score is not None
-    file = write_result("settings", {"prompts": len(prompts), "full": full_score.mean, "trials": result})
-    print(f"written to {file}")  # noqa: T201
+            trials.run(pipe, name, settings, batch)
+    print(f"written to {write_result('settings', trials.summary())}")  # noqa: T201
 
 
-def _sample(pipe: Any, settings: PruneSettings, prompts: list[Prompt], start: int, steps: int = STEPS) -> Sample:
+def _sample(pipe: Any, settings: PruneSettings, prompts: list[Prompt], start: int, steps: int) -> Sample:
     config = GenerateConfig(
         prompts=tuple(prompt.text for prompt in prompts),
         height=128,
@@ -96,18 +140,8 @@ def _sample(pipe: Any, settings: PruneSettings, prompts: list[Prompt], start: in
     return Sample(images=run.images, latents=latents[-1].float())
 
 
-def _summary(rows: list[dict[str, float | None]], full: list[dict[str, float | None]]) -> dict[str, float]:
-    numbers = list(range(len(rows)))
-    errors = _interval([row["latents_error"] for row in rows], numbers)
-    change = _interval(
-        [(row["scene_score"] or 0.0) - (base["scene_score"] or 0.0) for row, base in zip(rows, full, strict=True)],
-        numbers,
-    )
-    return {"latents_error": errors.mean, "change": change.mean, "half_width": change.half_width}
-
-
-def _interval(values: list[float | None], prompts: list[int]) -> Interval:
-    interval = mean_interval(values, prompts)
+def _interval(values: list[float]) -> Interval:
+    interval = mean_interval(values, list(range(len(values))))
     assert interval is not None
     return interval
 

@@ -123,7 +123,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cat_pruning.evaluation.metrics import Metrics
     from cat_pruning.evaluation.prompts import load_prompts
     from cat_pruning.evaluation.report import check_installed, write_report
-    from cat_pruning.evaluation.results import ResultStore
+    from cat_pruning.evaluation.results import ResultStore, alone
 
     console.quiet_libraries()
     terminal = Console(stderr=True)
@@ -135,12 +135,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with terminal.status("Load the bundle …"):
         generator = _load(arguments, bundle)
     spec = _spec(arguments, bundle, generator, [prompt.text for prompt in prompts], metrics)
-    if arguments.force and arguments.out.exists():
-        _clear(arguments.out)
-    store = ResultStore(arguments.out, spec)
-    with _progress(terminal, store) as advance:
-        evaluate(store, prompts, scorer, generator, advance)
-    Console().print(str(write_report(arguments.out)), highlight=False)
+    with alone(arguments.out):
+        if arguments.force:
+            _clear(arguments.out)
+        store = ResultStore(arguments.out, spec)
+        with _progress(terminal, store) as advance:
+            evaluate(store, prompts, scorer, generator, advance)
+        Console().print(str(write_report(arguments.out)), highlight=False)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -10,12 +10,14 @@ OUT/report.html
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,29 @@ class ResultStore:
         except OSError as error:
             raise OutputError(f"{self.directory / RESULTS} cannot be written ({error.strerror})") from error
         self.results.extend(new)
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """No other evaluation in `directory` meanwhile, which is made if it is not there.
+
+    Raises:
+        SettingsError: another one is at work in it.
+        OutputError: it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be written ({error.strerror}); give another --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it ends
+        except OSError as error:
+            raise SettingsError(
+                f"{directory}: another cat-eval is at work there; wait for it, or give another --out"
+            ) from error
+        yield
 
 
 def sha256(file: Path) -> str:

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from cat_pruning.errors import OutputError, SettingsError
-from cat_pruning.evaluation.results import RESULTS, RUN, ImageResult, ResultStore, RunSpec, load_results, load_spec
+from cat_pruning.evaluation.results import (
+    RESULTS,
+    RUN,
+    ImageResult,
+    ResultStore,
+    RunSpec,
+    alone,
+    load_results,
+    load_spec,
+)
 from cat_pruning.evaluation.variants import Variant
 from cat_pruning.settings import PruneSettings
 
@@ -81,6 +90,14 @@ def test_it_grows_by_prompts_and_by_variants(tmp_path: Path) -> None:
 def test_another_machine_may_go_on(tmp_path: Path) -> None:
     ResultStore(tmp_path, SPEC).append([RESULT])
     assert ResultStore(tmp_path, dataclasses.replace(SPEC, machine={"torch": "3"})).results == [RESULT]
+
+
+def test_two_evaluations_in_one_directory(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with alone(out), pytest.raises(SettingsError, match="another cat-eval is at work there"), alone(out):
+        pass
+    with alone(out):
+        pass
 
 
 def test_a_line_cut_off_is_removed(tmp_path: Path) -> None:
