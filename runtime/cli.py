@@ -111,17 +111,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     )
     _check_size(manifest, pipe, height, width)
     if StepKind.PRUNED not in step_kinds(config.steps, settings):
-        if arguments.token_map:
-            raise SettingsError(
-                f"--token-map: none of {config.steps} steps is pruned with --full-steps {settings.full_steps}; "
-                "give more --steps or fewer --full-steps"
-            )
         later = f", then one in {settings.refresh_every} (--refresh-every)" if settings.refresh_every else ""
-        terminal.print(
-            f"[yellow]none of {config.steps} steps is pruned: the first {settings.full_steps} are full "
-            f"(--full-steps){later}[/]",
-            highlight=False,
-        )
+        none = f"none of {config.steps} steps is pruned: the first {settings.full_steps} are full (--full-steps){later}"
+        if arguments.token_map:
+            raise SettingsError(f"--token-map: {none}; give more --steps, or fewer full ones")
+        terminal.print(f"[yellow]{none}[/]", highlight=False)
     full = None
     if arguments.compare:
         with terminal.status("Generate without pruning …"):

@@ -204,6 +204,7 @@ def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
         (["--engine", "abacus"], ["abacus", "onnxruntime"]),
         (["--summary", "summary.json"], ["--summary", "--compare"]),
         (["--token-map", "--steps", "8"], ["--token-map", "8 steps", "--full-steps"]),
+        (["--token-map", "--steps", "9", "--refresh-every", "1"], ["--token-map", "one in 1 (--refresh-every)"]),
         (["--out", "out.jpg"], ["out.jpg", ".png"]),
         (["--out", "nowhere/out.png"], ["nowhere", "does not exist", "make it"]),
         (["--out", "taken.png"], ["taken.png", "cannot be written", "--out"]),
