@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--name", help="of the file in benchmarks/results (default: step-FAMILY)")
     arguments = parser.parse_args()
     settings = PruneSettings(keep_ratio=arguments.keep_ratio)
+    if not settings.keep_ratio:
+        parser.error("--keep-ratio 0: a step that computes nothing has no time")
     family, config = family_named(arguments.family), CONFIGS[arguments.family]
     transformer: Any = random_transformer(family.transformer_class, config, DType.FP32, seed=0)
     num_tokens = GRID[0] * GRID[1]

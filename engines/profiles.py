@@ -1,7 +1,8 @@
 """The shapes that an engine is built for.
 
-For every resolution and number of prompts the step's engine has two profiles, one for full and one for pruned steps,
-each static (min = opt = max): wide dynamic ranges are slow and have given NaN in DiT engines.
+For every resolution and number of prompts the step's engine has two profiles, one for full and one for pruned steps
+(none where those compute nothing), each static (min = opt = max): wide dynamic ranges are slow and have given NaN in
+DiT engines.
 """
 
 from __future__ import annotations

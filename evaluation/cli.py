@@ -27,7 +27,8 @@ examples:
   cat-eval sd3 --prompts captions.json --limit 500 --metrics clip --policies cat,at-edm --engine torch --out coco
 
 Interrupted, it goes on where it was when it is started again in the same way. Started again with other policies, ratios
-or schedules, or with more --curve-prompts, it adds them to what --out holds.
+or schedules, or with more --curve-prompts, it adds them to what --out holds; the first policy, ratio and schedule that
+it is told then are run on all prompts, too.
 """
 # What --quick takes where nothing is given, and what is taken else.
 _QUICK = {"prompts": "scenes:4", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 4, "sheet": 4}
@@ -139,6 +140,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if arguments.force:
             _clear(arguments.out)
         store = ResultStore(arguments.out, spec)
+        if store.added:
+            terminal.print(f"{arguments.out} grows: {', '.join(store.added)}", highlight=False)
         with _progress(terminal, store) as advance:
             evaluate(store, prompts, scorer, generator, advance)
         Console().print(str(write_report(arguments.out)), highlight=False)
@@ -153,7 +156,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--steps {','.join(map(str, arguments.steps))}: expected numbers >= 1")
     if 0.0 in arguments.keep_ratio:
         raise SettingsError(
-            "--keep-ratio 0: the policies compare what they compute; forecast, among --policies, computes no token"
+            "--keep-ratio 0: expected numbers in (0, 1]; for pruned steps that compute nothing, --policies forecast"
         )
     if arguments.out.exists() and not arguments.out.is_dir():
         raise OutputError(f"--out {arguments.out} is no directory; give another")
@@ -204,9 +207,13 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
     from cat_pruning.runtime.pipeline import load_pipeline
     from cat_pruning.runtime.torch_engine import TorchStepEngine
     from cat_pruning.runtime.transformer import CatTransformer
+    from cat_pruning.settings import Reuse
 
     manifest = bundle.manifest
-    settings = manifest.settings.replace(**({"full_steps": arguments.full_steps} if arguments.full_steps else {}))
+    # The paper's in what the methods vary, whatever the bundle's defaults are.
+    settings = manifest.settings.replace(refresh_every=0, extra_full_steps=(), reuse=Reuse.REPEAT)
+    if arguments.full_steps is not None:
+        settings = settings.replace(full_steps=arguments.full_steps)
     arguments.policies = _methods(arguments, bundle)
     pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
     pipe.set_progress_bar_config(disable=True)

@@ -140,7 +140,7 @@ class Plan:
         settings = settings_of(method, ratio, steps, self.settings)
         cost = self._costs(settings.keep_ratio, method)
         if method == FORECAST or method.endswith(REFRESHED):
-            most = steps if method == FORECAST else settings.full_steps
+            most = max(steps, settings.full_steps) if method == FORECAST else settings.full_steps
             settings = self._nearest(self._budget(steps, ratio), settings, steps, cost.all, most)
         return Variant(
             method=method,
@@ -158,9 +158,10 @@ class Plan:
     def _nearest(
         self, budget: int, settings: PruneSettings, steps: int, cost: ImageMacs, most_full_steps: int
     ) -> PruneSettings:
-        """`settings` with the interval between full steps that costs most nearly `budget`, after as few as possible.
+        """`settings` with the full steps that cost most nearly `budget`: their interval, and how many there are before.
 
-        With nothing between full steps, an interval of 2 may cost too little; then there are more at the start.
+        With nothing between full steps the interval alone says too little, so there may be more of them at the start,
+        up to `most_full_steps`; of equals, the fewest.
         """
         possible = [
             settings.replace(full_steps=first, refresh_every=every)

@@ -41,8 +41,8 @@ class RunSpec:
         height, width, guidance_scale: of the pipeline's call.
         metrics: names, as in `ImageResult.scores`.
         settings: the pruning's, by name; the policies change some.
-        variants: what is compared, full runs first.
-        machine: processor, libraries and their versions; may differ when a run is resumed.
+        variants: what is compared.
+        machine: processor, libraries and their versions, when the first images were made; later ones may be another's.
     """
 
     bundle: str
@@ -101,10 +101,12 @@ class ResultStore:
     Args:
         directory: made if it is not there.
         spec: what is run. If the directory holds an evaluation that differs only in what is compared, it grows: its
-            variants come first, each on as many prompts as either asks for, then those that it did not have.
+            variants come first, each on as many prompts as either asks for, then those that it did not have. On disk
+            it has grown with the first new result.
 
     Attributes:
         spec: what is run, that of before included.
+        added: what it grows by: variants, each with its number of prompts.
 
     Raises:
         SettingsError: it holds the results of other settings, or something else.
@@ -113,15 +115,20 @@ class ResultStore:
 
     def __init__(self, directory: Path, spec: RunSpec) -> None:
         self.directory = directory
+        self.added: tuple[str, ...] = ()
         try:
             for folder in (directory, directory / IMAGES, directory / TOKENS):
                 folder.mkdir(parents=True, exist_ok=True)
             before = load_spec(directory) if (directory / RUN).exists() else None
-            self.spec = spec if before is None else self._grown(before, spec)
             if before is None:
+                self.spec = spec
                 (directory / RESULTS).write_text("", encoding="utf-8")
-            if self.spec != before:
-                _replace(directory / RUN, json.dumps(self.spec.to_dict(), indent=2) + "\n")
+                self._save_spec()
+            else:
+                self.spec = self._grown(before, spec)
+                self.added = tuple(
+                    f"{each.key} ({each.prompts} prompts)" for each in self.spec.variants if each not in before.variants
+                )
         except OSError as error:
             raise OutputError(f"{directory} cannot be written ({error.strerror}); give another --out") from error
         self.results = load_results(directory)
@@ -136,7 +143,8 @@ class ResultStore:
         for variant in before.variants:
             again = asked.pop(variant.key, variant)
             prompts = max(variant.prompts, again.prompts)
-            if (here := dataclasses.replace(again, prompts=variant.prompts)) != variant:
+            here = dataclasses.replace(again, prompts=variant.prompts)
+            if not different and here != variant:  # one is enough, and where the settings differ, most do
                 different.append(variant.key)
                 changes.append(_change(variant.key, dataclasses.asdict(variant), dataclasses.asdict(here)))
             variants.append(dataclasses.replace(variant, prompts=prompts))
@@ -147,6 +155,9 @@ class ResultStore:
             )
         return dataclasses.replace(before, variants=(*variants, *asked.values()))
 
+    def _save_spec(self) -> None:
+        _replace(self.directory / RUN, json.dumps(self.spec.to_dict(), indent=2) + "\n")
+
     def done(self, variant: Variant, seed: int) -> set[int]:
         """The prompts that a variant has results of."""
         return {result.prompt for result in self.results if (result.variant, result.seed) == (variant.key, seed)}
@@ -156,6 +167,9 @@ class ResultStore:
         new = list(results)
         lines = "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in new)
         try:
+            if self.added:
+                self._save_spec()
+                self.added = ()
             with (self.directory / RESULTS).open("a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
@@ -179,10 +193,12 @@ def alone(directory: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it ends
-        except OSError as error:
+        except BlockingIOError as error:
             raise SettingsError(
                 f"{directory}: another cat-eval is at work there; wait for it, or give another --out"
             ) from error
+        except OSError as error:
+            raise OutputError(f"{directory} cannot be locked ({error.strerror}); give another --out") from error
         yield
 
 
@@ -249,7 +265,7 @@ def _replace(file: Path, text: str) -> None:
 def _change(name: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in names)
+        return ", ".join(_change(key, before.get(key), now.get(key)) for key in names)
     if isinstance(before, list):
         return f"{name} were {len(before)}, are {len(now)}" if len(before) != len(now) else f"{name} differ"
     return f"{name} was {before!r}, is {now!r}"

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cat_pruning import console
 from cat_pruning.dtype import DType
+from cat_pruning.errors import SettingsError
 from cat_pruning.exporter.published import published_models
 from cat_pruning.models import miniatures
 from cat_pruning.settings import PruneSettings
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=PruneSettings().keep_ratio,
         metavar="R",
-        help="fraction of the image tokens that a pruned step computes, in [0, 1] (default: 0.3)",
+        help="fraction of the image tokens that a pruned step computes, in (0, 1] (default: 0.3)",
     )
     return parser
 
@@ -137,6 +138,11 @@ def _export(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     # A wrong setting is told before the seconds that torch takes to import.
     settings = PruneSettings(keep_ratio=arguments.keep_ratio)
+    if not settings.keep_ratio:
+        raise SettingsError(
+            "--keep-ratio 0: expected a share of the tokens, > 0; to compute none on pruned steps needs no bundle of "
+            "its own: any runs with PruneSettings().forecast()"
+        )
     from cat_pruning.exporter.export import ExportConfig, Target, default_targets, export
     from cat_pruning.exporter.lora import parse_lora
 

@@ -116,6 +116,12 @@ def _generate(arguments: argparse.Namespace) -> None:
         if arguments.token_map:
             raise SettingsError(f"--token-map: {none}; give more --steps, or fewer full ones")
         terminal.print(f"[yellow]{none}[/]", highlight=False)
+    elif not settings.keep_ratio and not settings.refresh_every and not settings.extra_full_steps:
+        terminal.print(
+            f"[yellow]nothing is computed after the first {settings.full_steps} steps (--keep-ratio 0); "
+            "give --refresh-every 2 --reuse extrapolate[/]",
+            highlight=False,
+        )
     full = None
     if arguments.compare:
         with terminal.status("Generate without pruning …"):
@@ -208,7 +214,7 @@ def _compare(
     panels = []
     for index in range(len(full.images)):
         panels.append((full.images[index], f"full · {config.steps} steps · {full.seconds:.2f} s"))
-        caption = f"CAT, keep {settings.keep_ratio:g} · {pruned.seconds:.2f} s · {comparison.psnr_db[index]:.1f} dB"
+        caption = f"pruned, keep {settings.keep_ratio:g} · {pruned.seconds:.2f} s · {comparison.psnr_db[index]:.1f} dB"
         panels.append((pruned.images[index], caption))
     draw_comparison(panels, _beside(arguments.out, ".comparison.png"))
     Console().print(f"{_beside(arguments.out, '.comparison.png')}")

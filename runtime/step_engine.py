@@ -92,7 +92,7 @@ class StepSession(ABC):
         """Begin an image.
 
         Args:
-            dims: its dimensions; `num_kept` is what pruned steps will compute, 0 if that is not known yet.
+            dims: its dimensions; `num_kept` is what pruned steps will compute, 0 if that is nothing or not known yet.
             conditioning: the model's inputs other than `hidden_states` and `timestep`, wherever they are and in
                 whatever dtype; they hold for every step of the image, and are copied.
             timesteps: those that are expected, in order, so that what depends on them only can be computed at once. A
@@ -150,16 +150,16 @@ class StepSession(ABC):
                 f"the first step of an image must compute all {dims.num_tokens} tokens, but was given {num_kept}: "
                 "nothing is cached yet; run a full step first"
             )
-        if num_kept == 0:
-            self._last_kept = 0
-            self._keep_indices[0] = self._noise.new_empty((self._noise.shape[0], 0), dtype=torch.int32)
-            return self._noise.clone()
         try:
             with ordinary_tensors(), self._memory_for(dims):
-                self._inputs[LATENTS].copy_(latents)
-                self._load(timestep)
-                self._compute(tokens, num_kept)
-                self._steps += 1
+                if num_kept:
+                    self._inputs[LATENTS].copy_(latents)
+                    self._load(timestep)
+                    self._compute(tokens, num_kept)
+                    self._steps += 1
+                else:
+                    self._last_kept = 0
+                    self._keep_indices[0] = self._noise.new_empty((self._noise.shape[0], 0), dtype=torch.int32)
                 return self._noise.clone()
         except BaseException:
             self.reset()  # the caches may be half updated

@@ -11,7 +11,7 @@ class StepKind(StrEnum):
     """What one call of the transformer computes."""
 
     FULL = "full"  # every image token
-    PRUNED = "pruned"  # the kept tokens only
+    PRUNED = "pruned"  # the kept tokens only, or nothing
 
 
 def schedule(step: int, settings: PruneSettings) -> StepKind:

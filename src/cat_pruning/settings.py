@@ -167,8 +167,10 @@ class PruneSettings:
     def forecast(self) -> Self:
         """Half of the full steps at the start, then every second step full; between them nothing is computed.
 
-        What a full step predicts is extrapolated to the next step. Of 28 steps, the defaults become 16 full ones, for
-        the MACs of the paper's settings, and on sd3-mini for a seventh of the latents' error (benchmarks/RESULTS.md).
+        What the last two full steps predict is extrapolated to the step between. Of 28 steps, the defaults become 16
+        full ones, for the MACs of the paper's settings, and on sd3-mini for a seventh of the latents' error
+        (benchmarks/RESULTS.md; of 12 steps it gains little). For another cost, choose `full_steps` and
+        `refresh_every`, as `cat-eval` does.
         """
         return self.replace(
             keep_ratio=0.0,

@@ -83,13 +83,17 @@ def test_an_interrupted_run_goes_on(quick: Path, mini_bundle: Path, tmp_path: Pa
         assert after[key] == pytest.approx(values, rel=1e-3)
 
 
-def test_a_finished_run_grows(quick: Path, mini_bundle: Path, tmp_path: Path) -> None:
+def test_a_finished_run_grows(
+    quick: Path, mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By a ratio, for one policy; what is there stays, the other policies too."""
     out = tmp_path / "out"
     shutil.copytree(quick, out)
     before = (out / RESULTS).read_text()
     assert run(mini_bundle, "--out", out, *QUICK, "--policies", "cat", "--keep-ratio", "0.5", "--steps", "28") == 0
     assert (out / RESULTS).read_text().startswith(before)
+    grown = " ".join(capsys.readouterr().err.split())
+    assert f"{out} grows: fewer-steps-28-0.5 (4 prompts), cat-28-0.5 (4 prompts)" in grown
     added = {(r["variant"], r["prompt"]) for r in results(out)[len(results(quick)) :]}
     assert added == {(variant, prompt) for variant in ("fewer-steps-28-0.5", "cat-28-0.5") for prompt in range(4)}
     report = (out / "report.html").read_text()

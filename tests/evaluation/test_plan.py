@@ -101,6 +101,12 @@ def test_the_forecast_has_as_many_full_steps_as_fewer_steps_have(plan: Any) -> N
     assert variants["forecast-28-0.3"].name == "forecast (keep 0, 16 full, every 2)"
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_schedules_shorter_than_the_full_steps(plan: Any, steps: int) -> None:
+    for variant in plan(steps=(steps,)).values():
+        assert variant.full_steps == steps or variant.method in ("fewer-steps", "cat+refresh", "forecast")
+
+
 def test_variants_say_what_they_are_made_with(plan: Any) -> None:
     variants = plan()
     assert PruneSettings.from_dict(variants["noise-28-0.3"].settings) == PruneSettings(policy=Policy.NOISE)

@@ -64,6 +64,11 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         ({"prompts": ("a",)}, "prompts were 2, are 1"),
         ({"bundle_sha256": "1" * 64}, "bundle_sha256"),
         ({"variants": (dataclasses.replace(VARIANT, full_steps=9),)}, "cat-28-0.3 (full_steps was 8, is 9)"),
+        ({"guidance_scale": 7.0, "variants": (dataclasses.replace(VARIANT, steps=2),)}, "other guidance_scale (guid"),
+        (
+            {"variants": (dataclasses.replace(VARIANT, settings={"policy": "ras"}),)},
+            "other cat-28-0.3 (policy was None, is 'ras')",
+        ),
     ],
 )
 def test_other_settings_are_not_resumed(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -72,6 +77,7 @@ def test_other_settings_are_not_resumed(tmp_path: Path, change: dict[str, Any], 
     with pytest.raises(SettingsError, match=r"give another --out, or --force") as caught:
         ResultStore(tmp_path, dataclasses.replace(SPEC, **change))
     assert says in str(caught.value)
+    assert len(str(caught.value)) < 500
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
 
 
@@ -81,9 +87,13 @@ def test_it_grows_by_prompts_and_by_variants(tmp_path: Path) -> None:
     more = dataclasses.replace(VARIANT, prompts=3)
     ResultStore(tmp_path, SPEC).append([RESULT])
     for asked, together in (((half,), (VARIANT, half)), ((more,), (more, half)), ((VARIANT,), (more, half))):
+        before = load_spec(tmp_path)
         store = ResultStore(tmp_path, dataclasses.replace(SPEC, variants=asked))
         assert store.spec.variants == together
-        assert store.results == [RESULT]
+        assert store.results[0] == RESULT
+        assert load_spec(tmp_path) == before  # until there is something new
+        assert bool(store.added) == (together != before.variants)
+        store.append([dataclasses.replace(RESULT, prompt=len(store.results))])
         assert load_spec(tmp_path).variants == together
 
 

@@ -97,6 +97,11 @@ def test_the_pipelines_own_steps_and_guidance(
         (["--steps", "5", "--full-steps", "5"], "none of 5 steps is pruned: the first 5 are full (--full-steps)"),
         (["--steps", "5", "--full-steps", "4"], ""),
         (
+            ["--steps", "5", "--full-steps", "4", "--keep-ratio", "0"],
+            "nothing is computed after the first 4 steps (--keep-ratio 0); give --refresh-every 2 --reuse extrapolate",
+        ),
+        (["--steps", "5", "--full-steps", "2", "--keep-ratio", "0", "--refresh-every", "2"], ""),
+        (
             ["--steps", "4", "--full-steps", "2", "--refresh-every", "1"],
             "none of 4 steps is pruned: the first 2 are full (--full-steps), then one in 1 (--refresh-every)",
         ),
@@ -170,7 +175,6 @@ def test_pruned_steps_that_compute_nothing(
     numbers = json.loads(summary.read_text())
     assert numbers["mac_bound"] is None
     assert numbers["full_macs"] > numbers["pruned_macs"]
-    assert numbers["step_speedup"] > 10
     assert "bound by MACs –, a pruned step computes nothing" in " ".join(capsys.readouterr().out.split())
 
 

@@ -59,10 +59,15 @@ def test_the_mask_is_of_the_tokens(line: Line) -> None:
         assert tokens[row].amax(dim=-1).nonzero().flatten().tolist() == indices[row].tolist()
 
 
+def test_the_mask_of_no_tokens(line: Line) -> None:
+    mask = line.family.token_mask(torch.empty(2, 0, dtype=torch.int32), line.noise, line.config)
+    assert not mask.expand(line.noise.shape).any()
+
+
 def test_a_line_is_continued_exactly(line: Line) -> None:
     """After two full steps, tokens that were left alone for one, two and three steps."""
     line.step(1000, EVERY)
-    for timestep, kept in ((950, EVERY), (900, [0, 1]), (840, [1, 2, 3]), (700, [4]), (650, [0, 4])):
+    for timestep, kept in ((950, EVERY), (900, [0, 1]), (840, [1, 2, 3]), (700, [4]), (670, []), (650, [0, 4])):
         predicted = line.step(timestep, kept)
         assert torch.allclose(predicted, line.exact(timestep), atol=1e-5)
 
@@ -132,7 +137,16 @@ def test_the_forecast_computes_full_steps_only(
         slope = (outputs[last] - outputs[before]) / (times[last] - times[before])
         expected = outputs[last] + slope * (times[step] - times[last])
         torch.testing.assert_close(outputs[step], expected, rtol=0, atol=1e-5)
-    computed.clear()
-    heun = sample(drop_in(engine, scheduler=FlowMatchHeunDiscreteScheduler, **settings), 10)
-    assert [tokens.shape[1] for tokens in computed] == [call.num_kept for call in heun.calls]
-    assert 0 in [call.num_kept for call in heun.calls]
+
+
+def test_a_scheduler_that_calls_twice_is_told_the_same_twice(engine: StepEngine, drop_in: Any, sample: Any) -> None:
+    """On a step that computes nothing, Heun's two calls at one timestep are on the same line."""
+    pipe = drop_in(engine, scheduler=FlowMatchHeunDiscreteScheduler, **PruneSettings(full_steps=4).forecast().to_dict())
+    outputs: list[Tensor] = []
+    pipe.transformer.register_forward_hook(lambda module, arguments, output: outputs.append(output[0].clone()))
+    calls = sample(pipe, 10).calls
+    again = [index for index in range(1, len(calls)) if calls[index] is calls[index - 1] and not calls[index].num_kept]
+    assert len(again) > 2
+    for index in again:
+        assert torch.equal(outputs[index], outputs[index - 1])
+        assert not torch.equal(outputs[index], outputs[index - 2])
