@@ -13,7 +13,7 @@ EXPORT_sd3-mini := --text-length 48
 GENERATE_sd3-mini := --guidance-scale 3
 PROMPT := a large red circle left of a small blue star on a plain black background
 
-.PHONY: install check test demo eval eval-table try-settings bench bench-export bench-macs bench-gpu gpu-check clean
+.PHONY: install check test demo eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -55,6 +55,12 @@ eval: install build/eval/sd3-mini
 eval-table: eval
 	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) $(EVAL) --policies cat --curve-prompts 512 --out build/eval/results
 	$(BIN)/python benchmarks/keep_eval.py build/eval/results
+
+# Four minutes: shorter schedules, on 32 scenes.
+eval-schedules: install build/eval/sd3-mini
+	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:32 --steps 28,20,12 --curve-prompts 32 \
+	  --policies cat,cat+refresh,forecast --out build/eval/schedules
+	$(BIN)/python benchmarks/keep_eval.py build/eval/schedules --name eval-schedules
 
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini

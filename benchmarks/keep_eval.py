@@ -23,7 +23,9 @@ def main() -> None:
     """Read the evaluation and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="that cat-eval wrote")
-    found = Evaluation(parser.parse_args().directory)
+    parser.add_argument("--name", default="eval", help="of the file in benchmarks/results (default: eval)")
+    arguments = parser.parse_args()
+    found = Evaluation(arguments.directory)
     spec = found.spec
     result = {
         "bundle": spec.bundle,
@@ -35,7 +37,7 @@ def main() -> None:
         "hours_of_images": sum(each.seconds for some in found.results.values() for each in some) / 3600,
         "variants": {variant.key: _numbers(found, variant) for variant in found.variants},
     }
-    print(f"written to {write_result('eval', result)}")  # noqa: T201
+    print(f"written to {write_result(arguments.name, result)}")  # noqa: T201
 
 
 def _numbers(found: Evaluation, variant: Variant) -> dict[str, Any]:

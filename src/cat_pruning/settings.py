@@ -169,7 +169,7 @@ class PruneSettings:
 
         What the last two full steps predict is extrapolated to the step between. Of 28 steps, the defaults become 16
         full ones, for the MACs of the paper's settings, and on sd3-mini for a seventh of the latents' error
-        (benchmarks/RESULTS.md; of 12 steps it gains little). For another cost, choose `full_steps` and
+        (benchmarks/RESULTS.md; of 12 steps it gains nothing). For another cost, choose `full_steps` and
         `refresh_every`, as `cat-eval` does.
         """
         return self.replace(
