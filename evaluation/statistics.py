@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.evaluation.methods import AT_EDM, policy_of
+from cat_pruning.evaluation.methods import AT_EDM, FORECAST, policy_of
 from cat_pruning.evaluation.results import ImageResult, load_results, load_spec
 from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 
@@ -163,8 +163,8 @@ class Evaluation:
         return tuple(sorted({v.keep_ratio for v in self.variants if v.steps == steps and v.method != FULL}))
 
     def at(self, steps: int, keep_ratio: float) -> list[Variant]:
-        """The variants of a schedule and ratio: the paper's policy, also varied, fewer steps, AT-EDM, the others."""
-        first = {MAIN_METHOD: 0, FEWER_STEPS: 1, AT_EDM: 2}
+        """The variants of a schedule and ratio: the paper's policy, varied too, forecast, fewer steps, AT-EDM, others."""
+        first = {MAIN_METHOD: 0, FORECAST: 1, FEWER_STEPS: 2, AT_EDM: 3}
         found = [v for v in self.variants if v.steps == steps and v.method != FULL and v.keep_ratio == keep_ratio]
         return sorted(found, key=lambda variant: first.get(policy_of(variant.method), len(first)))
 
