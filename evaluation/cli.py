@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--curve-prompts",
         type=int,
         metavar="N",
-        help="prompts of all but the main comparison, which is the first policy (and its variations, and the "
-        "forecast), ratio and schedule against full and fewer steps (default: 64)",
+        help="prompts of all but the main comparison, which is the first policy (and the forecast), ratio and "
+        "schedule against full and fewer steps (default: 64)",
     )
     parser.add_argument("--steps", type=_numbers(int), metavar="S,…", help="schedules (default: 28)")
     parser.add_argument("--keep-ratio", type=_numbers(float), metavar="R,…", help="in (0, 1] (default: 0.3)")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.engines.profiles import profile_spec
 from cat_pruning.evaluation.at_edm import at_edm_step_macs
-from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, policy_of, settings_of
+from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, settings_of
 from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.families import family_named
@@ -65,8 +65,8 @@ class Plan:
         bundle, height, width: what makes the images. guided: with classifier-free guidance.
         settings: of the pruning.
         steps: schedules. keep_ratios, methods: of each of the three, the first is the main one.
-        prompts: that the full run, the main method, its variations, the forecast and as few steps as cost the same are
-            run on, at the main schedule and ratio.
+        prompts: that the full run, the main method, the forecast and as few steps as cost the same are run on, at the
+            main schedule and ratio.
         curve_prompts: that everything else is run on.
         engine, at_edm_engine: what computes.
     """
@@ -175,7 +175,7 @@ class Plan:
         is_main = (
             steps == self.steps[0]
             and ratio in (0.0, self.keep_ratios[0])
-            and (not method or policy_of(method) in (policy_of(self.methods[0]), FORECAST))
+            and method in ("", self.methods[0], FORECAST)
         )
         return self.prompts if is_main else min(self.prompts, self.curve_prompts)
 

@@ -48,7 +48,7 @@ def test_every_method_at_every_ratio_and_schedule(plan: Any) -> None:
 def test_the_main_comparison_has_all_prompts(plan: Any) -> None:
     variants = plan()
     main = {key for key, variant in variants.items() if variant.prompts == 100}
-    assert main == {"full-28", "fewer-steps-28-0.3", "cat-28-0.3", "cat+refresh-28-0.3", "forecast-28-0.3"}
+    assert main == {"full-28", "fewer-steps-28-0.3", "cat-28-0.3", "forecast-28-0.3"}
     assert {variant.prompts for key, variant in variants.items() if key not in main} == {10}
 
 
