@@ -173,9 +173,7 @@ class Plan:
     def _prompts(self, steps: int, ratio: float = 0.0, method: str = "") -> int:
         """All for the main comparison; a full run, which has no ratio, is part of it on the main schedule."""
         is_main = (
-            steps == self.steps[0]
-            and ratio in (0.0, self.keep_ratios[0])
-            and method in ("", self.methods[0], FORECAST)
+            steps == self.steps[0] and ratio in (0.0, self.keep_ratios[0]) and method in ("", self.methods[0], FORECAST)
         )
         return self.prompts if is_main else min(self.prompts, self.curve_prompts)
 
