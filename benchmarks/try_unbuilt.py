@@ -2,12 +2,13 @@
 
     python benchmarks/try_unbuilt.py build/eval/sd3-mini --prompts 16
 
-Two ideas, each patched into the runtime for the trial only:
+Ideas, each patched into the runtime for the trial only:
 
     keep ratio per step     more tokens on some pruned steps and fewer on others, as many together
     text rows rarely        a pruned step computes its image tokens only; the text's keys and values stay as they were
                             on the last step that computed them. Simulated: they are computed and not written, which
                             gives the same picture, and no time is won
+    second order            the forecast by the parabola through the last three full steps, not the line through two
 
 Printed and written to results/unbuilt.json, as by `try_settings.py`.
 """
@@ -17,16 +18,20 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from machine import write_result
 from torch import Tensor
-from try_settings import STEPS, Trials
+from try_settings import FORECAST, STEPS, Trials
 
-from cat_pruning.runtime import torch_engine
+from cat_pruning.runtime import sampling, torch_engine
+from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.policies import SELECTORS, CatSelector
 from cat_pruning.schedule import StepKind, schedule
@@ -108,6 +113,28 @@ def rare_text(pipe: Any, settings: PruneSettings, computes_text: Callable[[int],
         hook.remove()
 
 
+class SecondOrder(Extrapolation):
+    """The parabola through the last three full steps' outputs, where a step computes all tokens or none."""
+
+    def reset(self) -> None:
+        """Forget the image."""
+        self._full: list[tuple[float, Tensor]] = []
+
+    def __call__(self, noise: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
+        """The prediction of a step, in Lagrange's form."""
+        if keep_indices.shape[1]:
+            self._full = [*self._full, (timestep, noise.float())][-3:]
+            return noise
+        forecast = torch.zeros_like(noise, dtype=torch.float32)
+        for this, output in self._full:
+            others = [other for other, _ in self._full if other != this]
+            forecast += output * math.prod((timestep - other) / (this - other) for other in others)
+        return forecast.to(noise.dtype)
+
+
+ORDERS = {"forecast": Extrapolation, "forecast, second order": SecondOrder}
+
+
 def main() -> None:
     """Run every trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,6 +148,10 @@ def main() -> None:
             pipe.transformer = copy.deepcopy(pipe.transformer)  # the same weights, and a selector of its own
             with varying_keep_ratio(keep_ratio):
                 trials.run(pipe, name, PAPER, batch)
+        for name, extrapolation in ORDERS.items():
+            pipe.transformer = copy.deepcopy(pipe.transformer)
+            with mock.patch.object(sampling, "Extrapolation", extrapolation):
+                trials.run(pipe, name, FORECAST, batch)
     pipe = load_pipeline(arguments.bundle, "torch")
     for batch in trials.batches(pipe):
         for name, (settings, computes_text) in TEXT.items():
