@@ -50,6 +50,10 @@ TRIALS: dict[str, PruneSettings] = {
     "the same, random tokens": REFRESHED.replace(policy=Policy.RANDOM),
     "16 full, nothing between": FORECAST.replace(reuse=Reuse.REPEAT),
     "the forecast: the same, extrapolated": FORECAST,
+    "the same, full 0-3, 5, 7, ...": FORECAST.replace(refresh_every=0, extra_full_steps=tuple(range(5, STEPS, 2))),
+    "the same, full 0-2, 4, 6, ... 27": FORECAST.replace(
+        full_steps=3, refresh_every=0, extra_full_steps=(*range(4, STEPS, 2), STEPS - 1)
+    ),
     "8 full, then as many spread": FORECAST.replace(
         full_steps=8, refresh_every=0, extra_full_steps=(10, 12, 14, 16, 18, 20, 23, 26)
     ),
