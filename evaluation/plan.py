@@ -68,7 +68,7 @@ class Plan:
         prompts: that the full run, the main method, the forecast and as few steps as cost the same are run on, at the
             main schedule and ratio.
         curve_prompts: that everything else is run on.
-        engine, at_edm_engine: what computes.
+        engine: what computes, but AT-EDM, which has its own.
     """
 
     bundle: Bundle

@@ -163,7 +163,7 @@ class Evaluation:
         return tuple(sorted({v.keep_ratio for v in self.variants if v.steps == steps and v.method != FULL}))
 
     def at(self, steps: int, keep_ratio: float) -> list[Variant]:
-        """The variants of a schedule and ratio: the paper's policy, forecast, fewer steps, AT-EDM, then the others."""
+        """The variants of a schedule and ratio: CAT and its variations, forecast, fewer steps, AT-EDM, the others."""
         first = {MAIN_METHOD: 0, FORECAST: 1, FEWER_STEPS: 2, AT_EDM: 3}
         found = [v for v in self.variants if v.steps == steps and v.method != FULL and v.keep_ratio == keep_ratio]
         return sorted(found, key=lambda variant: first.get(policy_of(variant.method), len(first)))
