@@ -30,7 +30,8 @@ from machine import write_result
 from torch import Tensor
 from try_settings import FORECAST, STEPS, Trials
 
-from cat_pruning.runtime import sampling, torch_engine
+from cat_pruning.exporter import interception
+from cat_pruning.runtime import sampling
 from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.policies import SELECTORS, CatSelector
@@ -88,7 +89,7 @@ def varying_keep_ratio(keep_ratio: Callable[[int], float]) -> Iterator[None]:
 @contextmanager
 def rare_text(pipe: Any, settings: PruneSettings, computes_text: Callable[[int], bool]) -> Iterator[None]:
     """The torch engine without the text rows of some pruned steps."""
-    original = torch_engine.token_scatter_
+    original = interception.write_slice_
     step, num_tokens = -1, 0
 
     def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
@@ -97,19 +98,17 @@ def rare_text(pipe: Any, settings: PruneSettings, computes_text: Callable[[int],
         height, width = keywords["hidden_states"].shape[-2:]
         num_tokens = height * width // pipe.transformer.config.patch_size**2
 
-    def scatter(tokens: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-        text = tokens.shape[1] - num_tokens  # rows of a joint cache: image, then text
-        if text and schedule(step, settings) is StepKind.PRUNED and not computes_text(step):
-            image = indices.shape[1] - text
-            indices, rows = indices[:, :image].contiguous(), rows[:, :image].contiguous()
-        return original(tokens, indices, rows)
+    def write(tokens: Tensor, start: int, rows: Tensor) -> None:
+        is_text = start == num_tokens  # a joint cache has the image's rows, then the text's
+        if not is_text or schedule(step, settings) is StepKind.FULL or computes_text(step):
+            original(tokens, start, rows)
 
     hook = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
-    torch_engine.token_scatter_ = scatter
+    interception.write_slice_ = write
     try:
         yield
     finally:
-        torch_engine.token_scatter_ = original
+        interception.write_slice_ = original
         hook.remove()
 
 

@@ -42,6 +42,10 @@ class CatSelector(Selector):
     ) -> None:
         super().__init__(family, config, settings, grid, device)
         self._initial = kmeans.initial_tokens(*grid, settings.num_clusters).to(device)  # from the host: not in a step
+        self._first_quotas, self._fresh_quotas = (
+            selection.rank_quotas(fractions, self.num_kept, settings.num_clusters, device)
+            for fractions in ((settings.first_quota,), settings.fresh_quotas)
+        )
 
     _position: Tensor | None = None  # (N, channels)
     _cluster_ids: Tensor | None = None  # (B, N)
@@ -53,14 +57,21 @@ class CatSelector(Selector):
         count = torch.zeros(relative_noise.shape[:2], device=noise.device)
         self._selection_count = kept(self._selection_count, count)
         assert self._cluster_ids is not None
-        return selection.first_selection(relative_noise, self._cluster_ids, self.num_kept, self.settings)
+        return selection.first_selection(
+            relative_noise, self._cluster_ids, self.num_kept, self.settings, self._first_quotas
+        )
 
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
         assert self._cluster_ids is not None
         assert self._selection_count is not None
         relative_noise = self.relative_noise(latents, noise)
         return selection.next_selection(
-            relative_noise, self._cluster_ids, self._selection_count, self.num_kept, self.settings
+            relative_noise,
+            self._cluster_ids,
+            self._selection_count,
+            self.num_kept,
+            self.settings,
+            self._fresh_quotas,
         )
 
     def _count(self, tokens: Tensor) -> None:
@@ -83,7 +94,9 @@ class ClusterSelector(CatSelector):
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
         assert self._cluster_ids is not None
         relative_noise = self.relative_noise(latents, noise)
-        return selection.first_selection(relative_noise, self._cluster_ids, self.num_kept, self.settings)
+        return selection.first_selection(
+            relative_noise, self._cluster_ids, self.num_kept, self.settings, self._first_quotas
+        )
 
 
 class NoiseSelector(Selector):

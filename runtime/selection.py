@@ -11,6 +11,7 @@ Every tie has one outcome: higher ‖RN‖ first, then the lower index; between 
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from cat_pruning.errors import ShapeError
 from cat_pruning.runtime.kmeans import cluster_means, cluster_sizes
 from cat_pruning.settings import Pooling, PruneSettings
+
+GPU_PLACES: Final = 32  # of a cluster while its maximum is found
 
 
 def cluster_features(relative_noise: Tensor, position_encoding: Tensor, noise_scale: float) -> Tensor:
@@ -48,14 +51,17 @@ def cluster_scores(relative_noise: Tensor, cluster_ids: Tensor, num_clusters: in
     """
     noise = relative_noise.float()
     if pooling is Pooling.MAX:
-        pooled, sizes = _cluster_max(noise, cluster_ids, num_clusters)
+        # On a GPU every cluster is many places, because all that goes to one place has to wait for each other.
+        pooled, sizes = _cluster_max(noise, cluster_ids, num_clusters, GPU_PLACES if noise.is_cuda else 1)
     else:
         pooled, sizes = cluster_means(noise, cluster_ids, num_clusters)
     scores: Tensor = torch.linalg.vector_norm(pooled, dim=-1)
     return scores.masked_fill(sizes == 0, -math.inf)
 
 
-def first_selection(relative_noise: Tensor, cluster_ids: Tensor, num_kept: int, settings: PruneSettings) -> Tensor:
+def first_selection(
+    relative_noise: Tensor, cluster_ids: Tensor, num_kept: int, settings: PruneSettings, quotas: Tensor | None = None
+) -> Tensor:
     """The tokens of the first pruned step: algorithm 2 at i = t0 + 1.
 
     Walks the clusters in the order of their scores and takes from each its tokens of highest ‖RN‖, at most
@@ -67,6 +73,7 @@ def first_selection(relative_noise: Tensor, cluster_ids: Tensor, num_kept: int, 
         cluster_ids: (P, N) int64 in [0, num_clusters).
         num_kept: n, in [1, N].
         settings: `num_clusters`, `pooling` and `first_quota` are read.
+        quotas: what `rank_quotas` makes of `first_quota`, where it is there already.
 
     Returns:
         keep_indices (P, n) int32, distinct and ascending in each row. Does not synchronise.
@@ -77,13 +84,19 @@ def first_selection(relative_noise: Tensor, cluster_ids: Tensor, num_kept: int, 
     _check_shapes(relative_noise, cluster_ids, num_kept)
     noise = relative_noise.float()
     by_score = _score_order(noise)
-    quotas = _rank_quotas((settings.first_quota,), num_kept, settings.num_clusters, noise.device)
+    if quotas is None:
+        quotas = rank_quotas((settings.first_quota,), num_kept, settings.num_clusters, noise.device)
     taken = _walk(noise, cluster_ids, by_score, quotas, num_kept, settings.pooling)
     return _ascending_indices(taken, by_score, num_kept)
 
 
 def next_selection(
-    relative_noise: Tensor, cluster_ids: Tensor, selection_count: Tensor, num_kept: int, settings: PruneSettings
+    relative_noise: Tensor,
+    cluster_ids: Tensor,
+    selection_count: Tensor,
+    num_kept: int,
+    settings: PruneSettings,
+    quotas: Tensor | None = None,
 ) -> Tensor:
     """The tokens of every later pruned step: algorithm 2 at i > t0 + 1, with the clusters of t0 + 1.
 
@@ -98,6 +111,7 @@ def next_selection(
         selection_count: f_i, (P, N) fp32, finite; see `count_selection`.
         num_kept: n, in [1, N].
         settings: `num_clusters`, `pooling`, `fresh_fraction` and `fresh_quotas` are read.
+        quotas: what `rank_quotas` makes of `fresh_quotas`, where it is there already.
 
     Returns:
         keep_indices (P, n) int32, distinct and ascending in each row. Does not synchronise.
@@ -111,7 +125,8 @@ def next_selection(
     noise = relative_noise.float()
     num_fresh = round(settings.fresh_fraction * num_kept)
     by_score = _score_order(noise)
-    quotas = _rank_quotas(settings.fresh_quotas, num_kept, settings.num_clusters, noise.device)
+    if quotas is None:
+        quotas = rank_quotas(settings.fresh_quotas, num_kept, settings.num_clusters, noise.device)
     taken = _walk(noise, cluster_ids, by_score, quotas, num_fresh, settings.pooling)
     # A stable sort of what lies in score order breaks ties by score; the infinite come last and are not reached.
     counts = selection_count.gather(1, by_score).masked_fill(taken, math.inf)
@@ -152,7 +167,9 @@ def _walk(
     num_prompts, num_tokens = cluster_ids.shape
     ranks = torch.arange(quotas.shape[0], device=noise.device).repeat(num_prompts, 1)  # (P, K)
     order = cluster_scores(noise, cluster_ids, quotas.shape[0], pooling).argsort(dim=1, descending=True, stable=True)
-    rank_of_cluster = torch.empty_like(order).scatter(1, order, ranks)
+    # A sort takes as many passes as its keys have bytes.
+    ranks = ranks.to(torch.uint8 if len(quotas) <= 256 else torch.int32)
+    rank_of_cluster = torch.empty_like(ranks).scatter(1, order, ranks)
     rank_of_token = rank_of_cluster.gather(1, cluster_ids.gather(1, by_score))  # in score order
 
     # Tokens by rank, by score within a rank: each cluster is one stretch of the walk.
@@ -163,7 +180,7 @@ def _walk(
     taken_before = eligible.cumsum(dim=1) - eligible
     take = (budget - taken_before).clamp(min=0).minimum(eligible)
     positions = torch.arange(num_tokens, device=noise.device)
-    taken = positions < (begin + take).gather(1, walk_ranks)
+    taken = positions < (begin + take).gather(1, walk_ranks.long())
     taken = torch.empty_like(taken).scatter(1, walk, taken)  # in score order
 
     left_open = budget - take.sum(dim=1, keepdim=True)  # (P, 1)
@@ -171,18 +188,25 @@ def _walk(
     return taken | (free & (free.cumsum(dim=1) <= left_open))
 
 
-def _cluster_max(noise: Tensor, cluster_ids: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Signed maximum over each cluster, (P, K, C), and the clusters' sizes, (P, K). A maximum has no order."""
-    num_prompts, _, channels = noise.shape
+def _cluster_max(noise: Tensor, cluster_ids: Tensor, num_clusters: int, places: int) -> tuple[Tensor, Tensor]:
+    """Signed maximum over each cluster, (P, K, C), and the clusters' sizes, (P, K).
+
+    Each cluster's tokens are spread over so many places first, and these pooled. A maximum has no order.
+    """
+    num_prompts, num_tokens, channels = noise.shape
     # One flat row of clusters for all prompts: torch has a fast path for it, three times as fast on a CPU.
     first = torch.arange(num_prompts, device=noise.device).unsqueeze(-1) * num_clusters
-    index = (cluster_ids + first).reshape(-1, 1).expand(-1, channels)  # (P * N, C), no memory of its own
-    lowest = noise.new_full((num_prompts * num_clusters, channels), -math.inf)
+    index = cluster_ids + first
+    if places > 1:
+        index = index * places + torch.arange(num_tokens, device=noise.device) % places
+    index = index.reshape(-1, 1).expand(-1, channels)  # (P * N, C), no memory of its own
+    lowest = noise.new_full((num_prompts * num_clusters * places, channels), -math.inf)
     pooled = lowest.scatter_reduce(0, index, noise.reshape(-1, channels), "amax")
-    return pooled.view(num_prompts, num_clusters, channels), cluster_sizes(cluster_ids, num_clusters)
+    pooled = pooled.view(num_prompts, num_clusters, places, channels).amax(dim=2)
+    return pooled, cluster_sizes(cluster_ids, num_clusters)
 
 
-def _rank_quotas(fractions: tuple[float, ...], num_kept: int, num_clusters: int, device: torch.device) -> Tensor:
+def rank_quotas(fractions: tuple[float, ...], num_kept: int, num_clusters: int, device: torch.device) -> Tensor:
     """Most tokens the cluster of each rank gives: max(1, ⌊q · n⌋), the last q for all further ranks. (K,) int64."""
     counts = [max(1, int(fraction * num_kept)) for fraction in fractions]
     # Filled on the device: a copy of a Python list would synchronise, and cannot be captured.

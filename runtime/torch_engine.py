@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
-from cat_pruning.plugins.token_ops import token_scatter_
 from cat_pruning.runtime.step_engine import StepEngine, StepSession, zeros
+from cat_pruning.runtime.torch_compiled import ModulationStates, compile_blocks, compiles, enough_graphs, fuse_gelu
 from cat_pruning.step_io import TIMESTEP, StepDims
 
 
@@ -23,6 +25,9 @@ class TorchStepEngine(StepEngine):
         cuda_graphs: on a GPU, capture every kind of step, selection included, and replay it. A new image sees that
             parameters were moved or replaced and adapters loaded, switched or scaled since the last one; of other
             changes to the module's own attributes it sees nothing, and with such pass False.
+        compiled: the faster steps of `cat_pruning.runtime.torch_compiled`; what they compute equals the module to
+            rounding, not to the bit. torch.compile needs a compiler, a minute at the first image, and seconds at
+            the first image of other shapes. None: if the user had the module or blocks of it compiled.
 
     Raises:
         CheckpointError: a transformer of no supported class.
@@ -30,8 +35,11 @@ class TorchStepEngine(StepEngine):
 
     name = "torch"
 
-    def __init__(self, transformer: Any, *, cuda_graphs: bool = True) -> None:
+    def __init__(self, transformer: Any, *, cuda_graphs: bool = True, compiled: bool | None = None) -> None:
+        if isinstance(transformer, OptimizedModule):  # torch.compile(module)
+            transformer, compiled = transformer._orig_mod, compiled is not False
         self.transformer = transformer
+        self.compiled = compiles(transformer) if compiled is None else compiled
         self.family = family_of_class(type(transformer).__name__)
         self.config = transformer.config
         self._wants_graphs = cuda_graphs
@@ -67,6 +75,7 @@ class TorchSession(StepSession):
         super().__init__(engine)
         self._step: StepModule | None = None
         self._state: list[object] = []  # of the module when the copy was made
+        self._modulations: ModulationStates | None = None
         self._caches: list[Tensor] = []
 
     def _allocate(self, dims: StepDims) -> None:
@@ -83,22 +92,35 @@ class TorchSession(StepSession):
 
     def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
         engine = self.engine
-        state = _state_of(engine.transformer) if engine.cuda_graphs else []
-        if state and _same(self._state, state):
-            return
-        # Otherwise anew for every image: the copy shares the module's parameters, but not what has been done to it
-        # since, such as adapters loaded or switched off, or a move, which replaces buffers.
-        self._graphs.clear()
-        self._step = StepModule(engine.transformer, engine.family, token_scatter_)
-        self._state = state
+        state = _state_of(engine.transformer) if engine.cuda_graphs or engine.compiled else []
+        if not state or not _same(self._state, state):
+            # Otherwise anew for every image: the copy shares the module's parameters, but not what has been done to it
+            # since, such as adapters loaded or switched off, or a move, which replaces buffers.
+            self._graphs.clear()
+            self._step = self._new_step()
+            self._state = state
+        if self._modulations is not None:
+            self._modulations.begin(self._inputs, timesteps)
+
+    def _new_step(self) -> StepModule:
+        engine = self.engine
+        step = StepModule(engine.transformer, engine.family, in_place=True, modulated_ahead=engine.compiled)
+        if engine.compiled:
+            self._modulations = ModulationStates(engine.transformer, step.transformer, engine.family, engine.config)
+            fuse_gelu(step.transformer)
+            compile_blocks(step.transformer)
+        return step
 
     def _load(self, timestep: float) -> None:
         self._inputs[TIMESTEP].fill_(timestep)
+        if self._modulations is not None:
+            self._modulations.load(timestep)
 
     def _run(self, keep_indices: Tensor) -> None:
         assert self._step is not None
-        # A copy, because the kept rows are scattered in place, in FLUX into the very tensor that is given.
-        noise, _ = self._step(keep_indices, self._noise.clone(), self._caches, self._inputs)
+        with enough_graphs() if self.engine.compiled else nullcontext():
+            # A copy, because the kept rows are scattered in place, in FLUX into the very tensor that is given.
+            noise, _ = self._step(keep_indices, self._noise.clone(), self._caches, self._inputs)
         self._noise.copy_(noise)
 
 

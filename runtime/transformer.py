@@ -74,7 +74,12 @@ class CatTransformer(nn.Module):
 
     @classmethod
     def from_model(
-        cls, transformer: nn.Module, settings: PruneSettings | None = None, *, cuda_graphs: bool = True
+        cls,
+        transformer: nn.Module,
+        settings: PruneSettings | None = None,
+        *,
+        cuda_graphs: bool = True,
+        compiled: bool | None = None,
     ) -> Self:
         """Wrap a diffusers transformer, where its weights are. The transformer itself is not changed.
 
@@ -82,11 +87,13 @@ class CatTransformer(nn.Module):
             transformer: the module; its own attributes but for adapters' are not to change while steps are captured.
             settings: what to compute on which step.
             cuda_graphs: on a GPU, capture steps and replay them as one launch each: see `TorchStepEngine`.
+            compiled: compile the blocks by torch.compile, and more: faster on a GPU, equal to rounding: see there.
+                None: if the transformer or its blocks were compiled.
 
         Raises:
             CheckpointError: a transformer of no supported class.
         """
-        return cls(TorchStepEngine(transformer, cuda_graphs=cuda_graphs), settings)
+        return cls(TorchStepEngine(transformer, cuda_graphs=cuda_graphs, compiled=compiled), settings)
 
     @property
     def dtype(self) -> torch.dtype:

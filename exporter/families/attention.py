@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from cat_pruning.exporter.interception import TokenReuse
+from cat_pruning.exporter.interception import LayerCache, TokenReuse
 from cat_pruning.step_io import CacheRows
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin of every new row, each (B, rows, head width), fp32
@@ -22,14 +23,16 @@ class CachedAttention:
 
     Args:
         reuse: holds the caches.
-        layer: whose caches.
+        layer: its caches.
         rows: JOINT where the new rows are image and text rows, whether they come apart or already concatenated.
+        is_fused: whether diffusers' `fuse_qkv_projections` made one product of query, key and value.
     """
 
-    def __init__(self, reuse: TokenReuse, layer: int, rows: CacheRows) -> None:
+    def __init__(self, reuse: TokenReuse, layer: LayerCache, rows: CacheRows, *, is_fused: bool = False) -> None:
         self.reuse = reuse
         self.layer = layer
         self.rows = rows
+        self.is_fused = is_fused
 
     def __call__(
         self,
@@ -40,20 +43,22 @@ class CachedAttention:
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The attention of one block; called by diffusers' attention module."""
-        query = _normed(attn.to_q(hidden_states), attn.norm_q, attn.heads)
-        key = _normed(attn.to_k(hidden_states), attn.norm_k, attn.heads)
-        value = attn.to_v(hidden_states)
+        query, key, value = self._projections(attn, hidden_states)
+        query, key = _normed(query, attn.norm_q, attn.heads), _normed(key, attn.norm_k, attn.heads)
+        text: tuple[Tensor, Tensor] | None = None  # its keys and values
         if encoder_hidden_states is not None:
-            text_query = _normed(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q, attn.heads)
-            text_key = _normed(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k, attn.heads)
-            query = self._concatenated(query, text_query)  # (B, n + T, D)
-            key = self._concatenated(key, text_key)
-            value = self._concatenated(value, attn.add_v_proj(encoder_hidden_states))
+            text_query, text_key, text_value = self._text_projections(attn, encoder_hidden_states)
+            text = _normed(text_key, attn.norm_added_k, attn.heads), text_value
+            text_query = _normed(text_query, attn.norm_added_q, attn.heads)
+            query = self.reuse.joined(query, text_query)  # (B, n + T, D)
         if image_rotary_emb is not None:
+            if text is not None:  # all rows are rotated at once
+                key, value = (self.reuse.joined(*pair) for pair in zip((key, value), text, strict=True))
+                text = None
             query = _rotated(query, image_rotary_emb, attn.heads)
             key = _rotated(key, image_rotary_emb, attn.heads)
 
-        key, value = self.reuse.update(self.layer, self.rows, key, value)  # (B, S, D)
+        key, value = self.reuse.update(self.layer, self.rows, key, value, text)  # (B, S, D)
         attended = F.scaled_dot_product_attention(
             split_heads(query, attn.heads), split_heads(key, attn.heads), split_heads(value, attn.heads)
         )
@@ -69,8 +74,26 @@ class CachedAttention:
             image_states, text_states = attended[:, :num_kept], attended[:, num_kept:]
         return _projected(attn, image_states), text_states if attn.context_pre_only else attn.to_add_out(text_states)
 
-    def _concatenated(self, image: Tensor, text: Tensor) -> Tensor:
-        return torch.cat([text, image] if self.reuse.text_first else [image, text], dim=1)
+    def _projections(self, attn: Any, rows: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values: (B, n, D) each."""
+        if self.is_fused:
+            return attn.to_qkv(rows).chunk(3, dim=-1)  # type: ignore[no-any-return]
+        return attn.to_q(rows), attn.to_k(rows), attn.to_v(rows)
+
+    def _text_projections(self, attn: Any, rows: Tensor) -> tuple[Tensor, ...]:
+        """Those of the text rows: (B, T, D) each."""
+        if self.is_fused:
+            return attn.to_added_qkv(rows).chunk(3, dim=-1)  # type: ignore[no-any-return]
+        return attn.add_q_proj(rows), attn.add_k_proj(rows), attn.add_v_proj(rows)
+
+
+def intercept_attention(attn: Any, reuse: TokenReuse, rows: CacheRows) -> None:
+    """Let `attn` attend over caches of its own, which are the next of `reuse`: see `CachedAttention`."""
+    # diffusers' older class keeps its flag when the projections are taken apart again; its processor does not.
+    is_fused = getattr(attn, "fused_projections", False) and (
+        not isinstance(attn, Attention) or type(attn.processor).__name__.startswith("Fused")
+    )
+    attn.set_processor(CachedAttention(reuse, reuse.new_layer(), rows, is_fused=is_fused))
 
 
 def split_heads(rows: Tensor, heads: int) -> Tensor:

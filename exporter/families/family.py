@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from cat_pruning import step_io
 from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.exporter.interception import TokenReuse
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheSpec, Part, Shape, StepDims
+
+
+class Modulation(NamedTuple):
+    """An adaptive norm whose shifts, scales and gates depend on the timestep's embedding only.
+
+    Attributes:
+        norm: the module; its `linear`, after `silu`, makes them.
+        layer: of the input `layer_gates`, whose factor every third of the vectors, a gate, is multiplied by; or None.
+    """
+
+    norm: Any
+    layer: int | None = None
 
 
 class Family(ABC):
@@ -60,6 +72,17 @@ class Family(ABC):
     @abstractmethod
     def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
         """One entry per attention, in the order in which the layers run."""
+
+    def modulations(self, transformer: Any) -> list[Modulation]:
+        """The adaptive norms whose linear layers would read the same embedding again for every image of a step.
+
+        None of them where a model has next to nothing to gain.
+        """
+        return []
+
+    def timestep_embedding(self, transformer: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the modulations are made from, (B, D), of the family's `timestep_inputs`."""
+        raise NotImplementedError
 
     # Shapes.
 

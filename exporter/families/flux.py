@@ -13,8 +13,8 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
 from cat_pruning.errors import ShapeError
-from cat_pruning.exporter.families.attention import CachedAttention, Rotary
-from cat_pruning.exporter.families.family import Family
+from cat_pruning.exporter.families.attention import Rotary, intercept_attention
+from cat_pruning.exporter.families.family import Family, Modulation
 from cat_pruning.exporter.interception import TokenReuse
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
 
@@ -46,9 +46,23 @@ class Flux(Family):
         transformer.x_embedder.register_forward_pre_hook(lambda module, args: (reuse.gather(args[0]), *args[1:]))
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows))
         transformer.pos_embed = _KeptRotary(reuse)
-        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-        for layer, block in enumerate(blocks):
-            block.attn.set_processor(CachedAttention(reuse, layer, CacheRows.JOINT))
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            intercept_attention(block.attn, reuse, CacheRows.JOINT)
+
+    def modulations(self, transformer: Any) -> list[Modulation]:
+        """See `Family.modulations`."""
+        double = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+        single = [block.norm for block in transformer.single_transformer_blocks]
+        return [Modulation(norm) for norm in (*double, *single, transformer.norm_out)]
+
+    def timestep_embedding(self, transformer: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `Family.timestep_embedding`: as FluxTransformer2DModel scales its timestep and guidance."""
+        pooled = model_inputs["pooled_projections"]
+        names = [name for name in (TIMESTEP, "guidance") if name in model_inputs]
+        embedding: Tensor = transformer.time_text_embed(
+            *(model_inputs[name].to(pooled) * 1000 for name in names), pooled
+        )
+        return embedding
 
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
         """See `Family.forward_kwargs`."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 
-from cat_pruning.exporter.families.attention import CachedAttention, split_heads
+from cat_pruning.exporter.families.attention import intercept_attention, split_heads
 from cat_pruning.exporter.families.family import PatchFamily
 from cat_pruning.exporter.interception import TokenReuse
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
@@ -47,8 +47,8 @@ class PixArt(PatchFamily):
         )
         # The model squeezes axis 1 of what it gets; exported, that would remove the tokens.
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows).unsqueeze(1))
-        for layer, block in enumerate(transformer.transformer_blocks):
-            block.attn1.set_processor(CachedAttention(reuse, layer, CacheRows.IMAGE))
+        for block in transformer.transformer_blocks:
+            intercept_attention(block.attn1, reuse, CacheRows.IMAGE)
             block.attn2.set_processor(_CrossAttention())
 
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from diffusers.loaders import SD3LoraLoaderMixin
 from torch import Tensor
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.exporter.families.attention import CachedAttention
-from cat_pruning.exporter.families.family import PatchFamily
+from cat_pruning.exporter.families.attention import intercept_attention
+from cat_pruning.exporter.families.family import Modulation, PatchFamily
 from cat_pruning.exporter.interception import TokenReuse
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
 
@@ -38,16 +38,28 @@ class StableDiffusion3(PatchFamily):
         """See `Family.intercept`."""
         transformer.pos_embed.register_forward_hook(lambda module, args, tokens: reuse.gather(tokens))
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows))
-        layer = 0
         for index, block in enumerate(transformer.transformer_blocks):
-            block.norm1.register_forward_hook(_gated(reuse, index))
-            if not block.context_pre_only:
-                block.norm1_context.register_forward_hook(_gated(reuse, index))
-            block.attn.set_processor(CachedAttention(reuse, layer, CacheRows.JOINT))
-            layer += 1
+            if not reuse.modulated_ahead:
+                block.norm1.register_forward_hook(_gated(reuse, index))
+                if not block.context_pre_only:
+                    block.norm1_context.register_forward_hook(_gated(reuse, index))
+            intercept_attention(block.attn, reuse, CacheRows.JOINT)
             if block.use_dual_attention:
-                block.attn2.set_processor(CachedAttention(reuse, layer, CacheRows.IMAGE))
-                layer += 1
+                intercept_attention(block.attn2, reuse, CacheRows.IMAGE)
+
+    def modulations(self, transformer: Any) -> list[Modulation]:
+        """See `Family.modulations`."""
+        found = []
+        for layer, block in enumerate(transformer.transformer_blocks):
+            found += [Modulation(block.norm1, layer), Modulation(block.norm1_context, layer)]
+            if block.context_pre_only:  # shift and scale only
+                found[-1] = Modulation(block.norm1_context)
+        return [*found, Modulation(transformer.norm_out)]
+
+    def timestep_embedding(self, transformer: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `Family.timestep_embedding`."""
+        embedding: Tensor = transformer.time_text_embed(model_inputs[TIMESTEP], model_inputs["pooled_projections"])
+        return embedding
 
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
         """See `Family.forward_kwargs`."""

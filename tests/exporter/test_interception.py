@@ -14,7 +14,6 @@ from torch import Tensor
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import run_step
-from cat_pruning.plugins.token_ops import token_scatter, token_scatter_
 from cat_pruning.step_io import CacheRows, cache_names
 
 GRID = (4, 10)
@@ -22,8 +21,8 @@ NUM_TOKENS = 40
 NUM_TEXT = 7
 
 
-def intercepted(transformer: Any, scatter: Any = token_scatter) -> StepModule:
-    return StepModule(transformer, family_of_class(type(transformer).__name__), scatter)
+def intercepted(transformer: Any, *, in_place: bool = False) -> StepModule:
+    return StepModule(transformer, family_of_class(type(transformer).__name__), in_place=in_place)
 
 
 def kept_mask(inputs: dict[str, Tensor]) -> Tensor:
@@ -167,7 +166,7 @@ def test_two_steps_in_a_row_reuse_what_the_first_one_computed(tiny_transformer: 
 
 
 def test_scatter_in_place_and_functional_agree(tiny_transformer: Any, step_inputs: Any) -> None:
-    functional, in_place = intercepted(tiny_transformer), intercepted(tiny_transformer, token_scatter_)
+    functional, in_place = intercepted(tiny_transformer), intercepted(tiny_transformer, in_place=True)
     inputs = step_inputs(functional, batch=2, grid=GRID, kept=13)
     expected = run_step(functional, inputs)
     outputs = run_step(in_place, inputs)

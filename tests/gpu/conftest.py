@@ -75,8 +75,10 @@ def miniature() -> Callable[[str], Any]:
 def make(miniature: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CatTransformer]:
     """Makes a transformer on a device, whose steps are captured or not; keywords are those of `PruneSettings`."""
 
-    def transformer(device: torch.device, captures: bool = True, **settings: Any) -> CatTransformer:
-        engine = TorchStepEngine(miniature(device.type), cuda_graphs=captures)
+    def transformer(
+        device: torch.device, captures: bool = True, compiled: bool = False, **settings: Any
+    ) -> CatTransformer:
+        engine = TorchStepEngine(miniature(device.type), cuda_graphs=captures, compiled=compiled)
         if device.type == "cpu" and captures:
             engine.__class__ = _CapturesOnTheCpu
             graphs = functools.partial(CudaGraphs, recorder())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from cat_pruning.errors import EngineError
-from cat_pruning.runtime import kmeans, selection
+from cat_pruning.runtime import kmeans, selection, torch_engine
+from cat_pruning.runtime.torch_compiled import LinearGelu, compile_blocks
 from cat_pruning.runtime.torch_engine import TorchSession
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import Pooling, PruneSettings
@@ -112,6 +114,39 @@ def test_a_loop_never_waits_for_the_device(device: torch.device, captures: bool,
         finally:
             if is_cuda:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_compiled_steps(
+    device: torch.device,
+    captures: bool,
+    make: Make,
+    sample: Any,
+    assert_same_image: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two images of a size, and one of another, with kernels that torch makes; here, with none made."""
+    if device.type == "cpu":
+        monkeypatch.setattr(torch_engine, "compile_blocks", functools.partial(compile_blocks, backend="eager"))
+    plain, fast = make(device, captures=False), make(device, captures, compiled=True)
+    for run in ({"seed": 0}, {"seed": 1}, {"seed": 2, "size": (12, 20)}):
+        assert_same_image(sample(fast, **run), sample(plain, **run))
+    assert (captured(fast) >= 2) == captures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_in_a_matrix_product(dtype: torch.dtype) -> None:
+    """What cuBLAS computes is the GELU by tanh: a private operator of torch, whose CPU kernel computes another."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(1536, 6144, device="cuda", dtype=dtype)
+    rows = torch.randn(2, 333, 1536, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        expected = torch.nn.functional.gelu(linear(rows), approximate="tanh")
+        actual = LinearGelu(linear)(rows)
+    error = (actual.float() - expected.float()).abs().max()
+    assert error < (1e-5 if dtype is torch.float32 else 2e-2)
 
 
 def test_an_image_that_does_not_fit(

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from cat_pruning.errors import ShapeError
 from cat_pruning.runtime.selection import (
+    _cluster_max,
     cluster_features,
     cluster_scores,
     count_selection,
@@ -281,6 +282,15 @@ def test_cluster_scores_pool_signed_values() -> None:
     assert scores.tolist() == [[pytest.approx(math.sqrt(2)), -math.inf, 5.0, -math.inf]]  # max is (3, -4)
     scores = cluster_scores(relative_noise, cluster_ids, 4, Pooling.MEAN)
     assert scores[0, 2].item() == pytest.approx(math.hypot(-1.0, -6.5))
+
+
+def test_a_cluster_spread_over_many_places_has_the_same_maximum() -> None:
+    """As on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    noise, clusters = torch.randn(2, 100, 3, generator=generator), torch.randint(7, (2, 100), generator=generator)
+    clusters[clusters == 3] = 4  # an empty one
+    for one, many in zip(*(_cluster_max(noise, clusters, 7, places) for places in (1, 32)), strict=True):
+        assert torch.equal(one, many)
 
 
 def test_empty_clusters_do_not_use_up_a_rank() -> None:

@@ -1,0 +1,204 @@
+"""The torch engine's faster steps: what they compute, and how little torch has to compile for them.
+
+torch.compile runs with its `eager` backend here but once: that follows the same graphs and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.graph import GraphLowering
+
+from cat_pruning.runtime import torch_engine
+from cat_pruning.runtime.torch_compiled import LinearGelu, compile_blocks, compiles, fuse_gelu
+from cat_pruning.runtime.torch_engine import TorchStepEngine
+from cat_pruning.runtime.transformer import CatTransformer
+
+GRID = (6, 8)
+IGNORED = "ignore:.*torch.jit.script_method:DeprecationWarning"  # torch's own
+TIMESTEPS = (900.0, 500.0, 400.0)
+
+
+@pytest.fixture
+def compile_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are followed and checked, and run as they are."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch_engine, "compile_blocks", functools.partial(compile_blocks, backend="eager"))
+
+
+def inputs_of(engine: TorchStepEngine, seed: int, batch: int) -> dict[str, Tensor]:
+    """Random inputs of the model."""
+    dims = engine.family.dims(engine.config, GRID, batch=batch, text_length=7, num_kept=0)
+    generator, inputs = torch.Generator().manual_seed(seed), {}
+    for name, shape in engine.family.input_shapes(engine.config, dims).items():
+        inputs[name] = engine.family.example_input(name, [int(size) for size in shape], generator)
+    return inputs
+
+
+def three_steps(engine: TorchStepEngine, seed: int = 0, batch: int = 2, **changes: Tensor) -> list[Tensor]:
+    """The noise after a full and two pruned steps, and the caches then."""
+    inputs = inputs_of(engine, seed, batch) | changes
+    scale = engine.family.max_timestep / 1000
+    session = engine.session()
+    dims = engine.family.dims(engine.config, GRID, batch=batch, text_length=7, num_kept=0)
+    session.begin(dims, inputs, [scale * timestep for timestep in TIMESTEPS[:2]])  # the third is not expected
+    every = torch.arange(GRID[0] * GRID[1], dtype=torch.int32).repeat(batch, 1)
+    latents, outputs = inputs["hidden_states"], []
+    for timestep, kept in zip(
+        TIMESTEPS, (every, every[:, 5:17].contiguous(), every[:, 1:24:2].contiguous()), strict=True
+    ):
+        outputs.append(session.step(latents, scale * timestep, kept))
+        latents = latents * 0.9
+    return [*outputs, *session._caches]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compile_eagerly")
+def test_computes_what_the_plain_steps_do(tiny_transformer: Any) -> None:
+    plain, fast = (TorchStepEngine(tiny_transformer, compiled=compiled) for compiled in (False, True))
+    assert_close(three_steps(fast), three_steps(plain))
+
+
+@pytest.mark.usefixtures("compile_eagerly")
+def test_blocks_of_one_kind_share_a_graph(make_tiny: Any) -> None:
+    """One of each kind of block, SD3's last being a kind of its own, for each shape; and one of the embedding."""
+    torch._dynamo.utils.counters.clear()
+    fast = TorchStepEngine(make_tiny("sd3", num_layers=4), compiled=True)
+    for seed in range(2):
+        three_steps(fast, seed)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * 2 + 1  # full and pruned
+
+
+@pytest.mark.usefixtures("compile_eagerly")
+def test_one_session_for_images_of_two_shapes(make_tiny: Any) -> None:
+    transformer = make_tiny("sd3")
+    fast, plain = (CatTransformer.from_model(transformer, compiled=compiled) for compiled in (True, False))
+    for batch, size in ((2, 16), (4, 12), (2, 16)):
+        generator = torch.Generator().manual_seed(batch + size)
+        call = {
+            "hidden_states": torch.randn(batch, 4, size, size, generator=generator),
+            "encoder_hidden_states": torch.randn(batch, 7, 24, generator=generator),
+            "pooled_projections": torch.randn(batch, 20, generator=generator),
+        }
+        for timestep in torch.linspace(1000, 100, 10):
+            mine, theirs = (each(timestep=timestep, **call).sample for each in (fast, plain))
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compile_eagerly")
+def test_a_block_left_out_has_no_gates(make_tiny: Any) -> None:
+    """Of skip-layer guidance."""
+    transformer = make_tiny("sd3.5")
+    plain, fast = (TorchStepEngine(transformer, compiled=compiled) for compiled in (False, True))
+    gates = torch.tensor([0.0, 1.0])
+    without = three_steps(fast, layer_gates=gates)
+    assert_close(without, three_steps(plain, layer_gates=gates))
+    assert not torch.allclose(without[0], three_steps(fast, layer_gates=torch.ones(2))[0])
+
+
+@pytest.mark.usefixtures("compile_eagerly")
+def test_adapters_are_seen(make_tiny: Any) -> None:
+    peft = pytest.importorskip("peft")
+    transformer = make_tiny("sd3")
+    plain, fast = (TorchStepEngine(transformer, compiled=compiled) for compiled in (False, True))
+    before = three_steps(fast)
+    targets = ["to_q", "norm1.linear", "ff.net.0.proj"]
+    transformer.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    after = three_steps(fast)
+    assert not torch.allclose(after[0], before[0])
+    assert_close(after, three_steps(plain))
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_compiled_by_torch(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its default backend, once: what it makes agrees, and copies no whole cache to change some of its rows."""
+    torch._dynamo.reset()
+    sources: list[str] = []
+    original = GraphLowering.codegen
+
+    def codegen(graph: GraphLowering) -> Any:
+        made: Any = original(graph)
+        sources.append(made[0].value)
+        return made
+
+    monkeypatch.setattr(GraphLowering, "codegen", codegen)
+    transformer = make_tiny("pixart", num_layers=1)
+    plain, fast = (TorchStepEngine(transformer, compiled=compiled) for compiled in (False, True))
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        assert_close(three_steps(fast), three_steps(plain))
+    writes = [line for source in sources for line in source.splitlines() if "torch.ops.cat.write_" in line]
+    assert len(writes) == 4  # key and value, of a full and of a pruned step
+    assert all(".default(arg" in line for line in writes)  # the caches themselves, which are arguments
+
+
+def test_gelu_in_the_product(make_tiny: Any) -> None:
+    block = make_tiny("flux-dev").single_transformer_blocks[0]
+    rows = torch.randn(2, 5, block.proj_mlp.in_features)
+    expected = block.act_mlp(block.proj_mlp(rows))
+    fuse_gelu(block)
+    assert isinstance(block.proj_mlp, LinearGelu)
+    torch.testing.assert_close(block.act_mlp(block.proj_mlp(rows)), expected)
+
+
+def test_only_a_gelu_by_tanh_is_taken_into_the_product() -> None:
+    from diffusers.models.activations import GELU
+
+    for layer, is_taken in (
+        (GELU(4, 8, approximate="tanh"), True),
+        (GELU(4, 8), False),
+        (GELU(4, 8, "tanh", False), False),
+    ):
+        rows = torch.randn(2, 3, 4)
+        expected = layer(rows)
+        fuse_gelu(layer)
+        assert isinstance(layer.proj, LinearGelu) == is_taken
+        torch.testing.assert_close(layer(rows), expected)
+
+
+def compiled_by_the_user(transformer: nn.Module) -> nn.Module:
+    return torch.compile(transformer)  # type: ignore[return-value]
+
+
+def with_compiled_blocks(transformer: nn.Module) -> nn.Module:
+    for block in transformer.transformer_blocks:  # type: ignore[union-attr]  # a list of modules
+        block.compile()
+    return transformer
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("compile_it", [compiled_by_the_user, with_compiled_blocks])
+def test_what_the_user_compiled_stays_compiled(make_tiny: Any, compile_it: Callable[[nn.Module], nn.Module]) -> None:
+    transformer = make_tiny("sd3")
+    given = compile_it(transformer)
+    engine = TorchStepEngine(given)
+    assert engine.transformer is transformer
+    assert engine.compiled
+    assert not TorchStepEngine(given, compiled=False).compiled
+    assert not TorchStepEngine(make_tiny("sd3")).compiled
+    assert compiles(given) or given is not transformer
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd3.5", "pixart", "flux-dev"])
+def test_fused_projections_are_used(make_tiny: Any, kind: str) -> None:
+    """diffusers' `fuse_qkv_projections`: to the bit what diffusers makes of them; and taken apart again, unused."""
+    transformer = make_tiny(kind)
+    expected = three_steps(TorchStepEngine(transformer))
+    transformer.fuse_qkv_projections()
+    fused = [module.to_qkv for module in transformer.modules() if hasattr(module, "to_qkv")]
+    assert fused
+    assert_close(three_steps(TorchStepEngine(transformer)), expected)
+    with torch.no_grad():
+        for linear in fused:
+            linear.weight.zero_()
+    assert not torch.allclose(three_steps(TorchStepEngine(transformer))[0], expected[0])
+    transformer.unfuse_qkv_projections()
+    assert_close(three_steps(TorchStepEngine(transformer)), expected)
