@@ -99,7 +99,7 @@ def _write_rows(tokens: Tensor, places: Tensor, rows: Tensor) -> None:
 
 
 def _write_slice(tokens: Tensor, start: int, rows: Tensor) -> None:
-    words, new = _in_words(tokens, rows)
+    words, new = _in_words(tokens, rows) if tokens.is_cuda else (tokens, rows)  # a CPU has no use for them here
     words[:, start : start + rows.shape[1]] = new
 
 

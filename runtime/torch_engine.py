@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
@@ -36,7 +35,7 @@ class TorchStepEngine(StepEngine):
     name = "torch"
 
     def __init__(self, transformer: Any, *, cuda_graphs: bool = True, compiled: bool | None = None) -> None:
-        if isinstance(transformer, OptimizedModule):  # torch.compile(module)
+        if hasattr(transformer, "_orig_mod"):  # torch.compile(module)
             transformer, compiled = transformer._orig_mod, compiled is not False
         self.transformer = transformer
         self.compiled = compiles(transformer) if compiled is None else compiled
