@@ -131,7 +131,7 @@ def next_selection(
     # A stable sort of what lies in score order breaks ties by score; the infinite come last and are not reached.
     counts = selection_count.gather(1, by_score).masked_fill(taken, math.inf)
     stale = counts.argsort(dim=1, stable=True).narrow(1, 0, num_kept - num_fresh)
-    return _ascending_indices(taken.scatter(1, stale, True), by_score, num_kept)
+    return _ascending_indices(taken.scatter_(1, stale, True), by_score, num_kept)
 
 
 def count_selection(selection_count: Tensor, keep_indices: Tensor, decay: float) -> Tensor:
@@ -145,7 +145,7 @@ def count_selection(selection_count: Tensor, keep_indices: Tensor, decay: float)
     Returns:
         (P, N) fp32, new memory. Does not synchronise.
     """
-    selected = torch.zeros_like(selection_count).scatter(1, keep_indices.long(), 1.0)
+    selected = torch.zeros_like(selection_count).scatter_(1, keep_indices.long(), 1.0)
     # Not one fused multiply-add: it would round otherwise, and a last bit decides ties between stale tokens.
     return selection_count * decay + selected
 
@@ -169,7 +169,7 @@ def _walk(
     order = cluster_scores(noise, cluster_ids, quotas.shape[0], pooling).argsort(dim=1, descending=True, stable=True)
     # A sort takes as many passes as its keys have bytes.
     ranks = ranks.to(torch.uint8 if len(quotas) <= 256 else torch.int32)
-    rank_of_cluster = torch.empty_like(ranks).scatter(1, order, ranks)
+    rank_of_cluster = torch.empty_like(ranks).scatter_(1, order, ranks)
     rank_of_token = rank_of_cluster.gather(1, cluster_ids.gather(1, by_score))  # in score order
 
     # Tokens by rank, by score within a rank: each cluster is one stretch of the walk.
@@ -181,7 +181,7 @@ def _walk(
     take = (budget - taken_before).clamp(min=0).minimum(eligible)
     positions = torch.arange(num_tokens, device=noise.device)
     taken = positions < (begin + take).gather(1, walk_ranks.long())
-    taken = torch.empty_like(taken).scatter(1, walk, taken)  # in score order
+    taken = torch.empty_like(taken).scatter_(1, walk, taken)  # in score order
 
     left_open = budget - take.sum(dim=1, keepdim=True)  # (P, 1)
     free = taken.logical_not()
@@ -201,7 +201,7 @@ def _cluster_max(noise: Tensor, cluster_ids: Tensor, num_clusters: int, places: 
         index = index * places + torch.arange(num_tokens, device=noise.device) % places
     index = index.reshape(-1, 1).expand(-1, channels)  # (P * N, C), no memory of its own
     lowest = noise.new_full((num_prompts * num_clusters * places, channels), -math.inf)
-    pooled = lowest.scatter_reduce(0, index, noise.reshape(-1, channels), "amax")
+    pooled = lowest.scatter_reduce_(0, index, noise.reshape(-1, channels), "amax")
     pooled = pooled.view(num_prompts, num_clusters, places, channels).amax(dim=2)
     return pooled, cluster_sizes(cluster_ids, num_clusters)
 
@@ -218,7 +218,7 @@ def rank_quotas(fractions: tuple[float, ...], num_kept: int, num_clusters: int, 
 
 def _ascending_indices(taken: Tensor, by_score: Tensor, num_kept: int) -> Tensor:
     """The indices of the tokens taken, ascending, from their mask in score order: (P, n) int32."""
-    mask = torch.empty_like(taken).scatter(1, by_score, taken)
+    mask = torch.empty_like(taken).scatter_(1, by_score, taken)
     # The k-th of them is the first place where the running count reaches k; nonzero would synchronise.
     running = mask.cumsum(dim=1)
     k = torch.arange(1, num_kept + 1, device=taken.device).repeat(taken.shape[0], 1)
