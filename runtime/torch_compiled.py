@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cat_pruning.errors import EngineError
 from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.timestep_states import TimestepStates
 from cat_pruning.step_io import LATENTS, SYMBOLIC, Shape
@@ -101,10 +102,11 @@ class ModulationStates:
 
     def _modulated(self, index: int, embedding: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         modulated: Tensor = self._linears[index](embedding)
-        layer = self._modulations[index].layer
-        if layer is not None:  # shift, scale, gate, shift, scale, gate, ...: each as wide as the embedding
+        if factor := self._modulations[index].factor:
+            name, place = factor
+            # Shift, scale, gate, shift, scale, gate, ...: each as wide as the embedding.
             gates = modulated.view(modulated.shape[0], -1, 3, embedding.shape[1])[:, :, 2]
-            gates *= inputs["layer_gates"][layer]
+            gates *= inputs[name][place]
         return modulated
 
 
@@ -167,16 +169,19 @@ def _is_plain(layer: object) -> bool:
     return type(layer) is nn.Linear and layer.bias is not None and not layer._forward_hooks
 
 
-def compile_blocks(transformer: Any, backend: str = "inductor") -> None:
+def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the blocks, which are the items of the transformer's own module lists, and the patches' embedding.
 
     In place, and at the first call of each. No shape is left open: a step's are few, and kernels made for one shape
-    are the faster ones.
+    are the faster ones. Torch's limits on how many graphs a function may have are raised for the whole process.
 
     Args:
         transformer: the copy.
         backend: of torch.compile.
     """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 16 * MOST_GRAPHS)
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
     for child in transformer.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
@@ -191,7 +196,10 @@ def compiles(module: nn.Module) -> bool:
 
 
 @contextmanager
-def enough_graphs() -> Iterator[None]:
-    """Let torch compile a block for as many shapes as sessions have."""
-    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=16 * MOST_GRAPHS):
+def compiler_errors() -> Iterator[None]:
+    """What torch.compile cannot do as an EngineError."""
+    try:
         yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).strip().splitlines()[:2])  # who failed, and why
+        raise EngineError(f"torch.compile failed ({reason}); pass compiled=False for steps that are not") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cat_pruning.exporter.families import family_of_class
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.runtime.step_engine import StepEngine, StepSession, zeros
-from cat_pruning.runtime.torch_compiled import ModulationStates, compile_blocks, compiles, enough_graphs, fuse_gelu
+from cat_pruning.runtime.torch_compiled import ModulationStates, compile_blocks, compiler_errors, compiles, fuse_gelu
 from cat_pruning.step_io import TIMESTEP, StepDims
 
 
@@ -117,7 +117,7 @@ class TorchSession(StepSession):
 
     def _run(self, keep_indices: Tensor) -> None:
         assert self._step is not None
-        with enough_graphs() if self.engine.compiled else nullcontext():
+        with compiler_errors() if self.engine.compiled else nullcontext():
             # A copy, because the kept rows are scattered in place, in FLUX into the very tensor that is given.
             noise, _ = self._step(keep_indices, self._noise.clone(), self._caches, self._inputs)
         self._noise.copy_(noise)

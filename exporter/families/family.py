@@ -22,11 +22,12 @@ class Modulation(NamedTuple):
 
     Attributes:
         norm: the module; its `linear`, after `silu`, makes them.
-        layer: of the input `layer_gates`, whose factor every third of the vectors, a gate, is multiplied by; or None.
+        factor: an input of the model and a place in it: what every third of the vectors, the gates, is multiplied by.
+            None: nothing.
     """
 
     norm: Any
-    layer: int | None = None
+    factor: tuple[str, int] | None = None
 
 
 class Family(ABC):

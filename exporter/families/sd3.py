@@ -51,9 +51,9 @@ class StableDiffusion3(PatchFamily):
         """See `Family.modulations`."""
         found = []
         for layer, block in enumerate(transformer.transformer_blocks):
-            found += [Modulation(block.norm1, layer), Modulation(block.norm1_context, layer)]
-            if block.context_pre_only:  # shift and scale only
-                found[-1] = Modulation(block.norm1_context)
+            factor = (LAYER_GATES, layer)
+            has_gates = not block.context_pre_only
+            found += [Modulation(block.norm1, factor), Modulation(block.norm1_context, factor if has_gates else None)]
         return [*found, Modulation(transformer.norm_out)]
 
     def timestep_embedding(self, transformer: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:

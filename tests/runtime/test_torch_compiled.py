@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 
+from cat_pruning.errors import EngineError
 from cat_pruning.runtime import torch_engine
 from cat_pruning.runtime.torch_compiled import LinearGelu, compile_blocks, compiles, fuse_gelu
 from cat_pruning.runtime.torch_engine import TorchStepEngine
@@ -162,6 +163,16 @@ def test_only_a_gelu_by_tanh_is_taken_into_the_product() -> None:
         fuse_gelu(layer)
         assert isinstance(layer.proj, LinearGelu) == is_taken
         torch.testing.assert_close(layer(rows), expected)
+
+
+def test_a_compiler_that_fails_is_told(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: object, inputs: object) -> None:
+        raise RuntimeError("no compiler")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch_engine, "compile_blocks", functools.partial(compile_blocks, backend=broken))
+    with pytest.raises(EngineError, match=r"torch\.compile failed \(.*no compiler.*\); pass compiled=False"):
+        three_steps(TorchStepEngine(make_tiny("pixart"), compiled=True))
 
 
 def compiled_by_the_user(transformer: nn.Module) -> nn.Module:
