@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cat_pruning.plugins.token_ops import token_gather, token_scatter, token_scatter_
+from cat_pruning.plugins.token_ops import (
+    row_places,
+    token_gather,
+    token_scatter,
+    token_scatter_,
+    write_rows_,
+    write_slice_,
+)
 
 SIZES = [(1, 1, 1, 1), (2, 16, 5, 8), (3, 100, 100, 3), (2, 333, 1, 64)]
 
@@ -46,3 +53,29 @@ def test_operators_are_registered_properly(size: tuple[int, int, int, int]) -> N
     tokens, indices, rows = _case(size, torch.float32, torch.int32)
     torch.library.opcheck(token_gather, (tokens, indices))
     torch.library.opcheck(token_scatter, (tokens, indices, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 8, 12])  # not, always, and with some dtypes a multiple of the words that move
+@pytest.mark.parametrize("strided", [False, True])
+def test_rows_and_slices_are_written_in_place(dtype: torch.dtype, width: int, strided: bool) -> None:
+    """To the bit, NaN and all, from rows that lie apart in a wider tensor too, as those of a fused projection do."""
+    tokens, indices, rows = _case((2, 16, 5, width), dtype, torch.int64)
+    rows[0, 0, 0] = float("nan")
+    given = torch.cat([torch.zeros_like(rows), rows], dim=-1)[..., width:] if strided else rows
+    expected = tokens.clone()
+    for b in range(2):
+        expected[b, indices[b]] = rows[b]
+    expected[:, 11:] = rows
+    write_rows_(tokens, row_places(indices, 16), given)
+    write_slice_(tokens, 11, given)
+    assert torch.equal(tokens.nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(tokens.isnan(), expected.isnan())
+
+
+def test_operators_that_write_are_registered_properly() -> None:
+    """As torch.compile needs them: a graph with them traces, and changes nothing but what they say."""
+    tokens, indices, rows = _case((2, 16, 5, 8), torch.float32, torch.int32)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.cat.write_rows_, (tokens, row_places(indices, 16), rows), test_utils=tests)
+    torch.library.opcheck(torch.ops.cat.write_slice_, (tokens, 3, rows), test_utils=tests)
