@@ -94,7 +94,8 @@ class Case:
 
     def call(self, transformer: Any, rows: Tensor, timestep: Tensor) -> Tensor:
         """One call as the pipeline makes it, `timestep` as its scheduler has it: the noise, shaped as `rows`."""
-        timestep, own = timestep.expand(len(rows)), {}
+        own: dict[str, Any] = {}
+        timestep = timestep.expand(len(rows))
         if self.family.name == "pixart":
             own = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
         elif self.family.name == "flux":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpu.case import TIMESTEPS, Case, shared_case
 from gpu.loops import warm_up
+from gpu.profiles import profiles_of
 from gpu.setting import Results, Run, Setting, can_compile
 from gpu.steps import step_contestants
 from gpu.timing import REPEATS, interleaved, medians, ratio, seconds_of
@@ -35,6 +36,9 @@ def fast(setting: Setting) -> Results:
     del outputs
     yield "steps", _steps(case, engines)
     yield f"{min(setting.steps)} steps", _images(case, engines, min(setting.steps))
+    if "compiled" in engines:  # last: the profiler may leave launches slower
+        for kind, result in profiles_of(case, captured=True, **engines["compiled"]):
+            yield f"profile of the compiled {kind} step", result
 
 
 def _first_use(case: Case, options: dict[str, bool]) -> tuple[dict[str, float], dict[str, Tensor]]:

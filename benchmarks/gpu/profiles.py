@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpu.case import shared_case
+from gpu.case import Case, shared_case
 from gpu.setting import Results, Run, Setting
 from gpu.steps import step_contestants
 from gpu.timing import REPEATS, synchronize, timed
@@ -41,12 +41,18 @@ def profile(setting: Setting) -> Results:
     """The kernels of a full and of a pruned step, replayed as CUDA graphs and launched: the longest, sums by class."""
     case = shared_case(setting)
     for captured in (True, False):
-        runs = step_contestants(case, captured)
-        for kind in ("full", "pruned"):
-            step_ms = timed(runs[kind], setting.device, REPEATS)
-            kernels = kernel_times(runs[kind], setting.device)
-            title = f"{kind}, {'with' if captured else 'without'} CUDA graphs"
-            yield title, {"step_ms": step_ms, **table(kernels)} if kernels else "torch's profiler saw no kernel"
+        for kind, result in profiles_of(case, captured):
+            yield f"{kind}, {'with' if captured else 'without'} CUDA graphs", result
+
+
+def profiles_of(case: Case, captured: bool, **options: bool) -> Results:
+    """A full step and a pruned one, by an engine with these options."""
+    device = case.setting.device
+    runs = step_contestants(case, captured, **options)
+    for kind in ("full", "pruned"):
+        step_ms = timed(runs[kind], device, REPEATS)
+        kernels = kernel_times(runs[kind], device)
+        yield kind, {"step_ms": step_ms, **table(kernels)} if kernels else "torch's profiler saw no kernel"
 
 
 def kernel_times(run: Run, device: torch.device) -> dict[str, tuple[float, float]]:

@@ -197,6 +197,7 @@ def test_two_engines_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     found = dict(fast.fast(a_setting("sd3")))
     assert set(found["steps"]["ms"]) == {f"{a}, {b}" for a in ("plain", "compiled") for b in ("full", "pruned")}
     assert found["differences"]["pruned"] == {"largest_of_spread": 0, "rms_of_spread": 0}
+    assert found["profile of the compiled pruned step"]["classes"]["GEMM"]["share"] > 0
     assert set(made) == {True, False}
     made.clear()
     Case(a_setting("sd3").replace(compiled=True)).engine()
