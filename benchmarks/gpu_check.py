@@ -1,8 +1,12 @@
-"""Everything that needs a GPU, in under ten minutes, into one JSON; `make gpu-check`, or this file with any Python.
+"""What needs a GPU, in under ten minutes, into one JSON; `make gpu-check`, or this file with any Python.
 
 The GPU tests, TensorRT and TensorRT-RTX where they are installed, and the benchmarks. It needs a GPU and torch; what a
 stage needs besides and does not find is named, and the stage is skipped. Every stage is a process of its own with a
-limit, so that one that fails, crashes or takes too long does not stop the next; the JSON is written after each.
+limit, so that one that fails, crashes or takes too long does not stop the next; the JSON is written after each. What
+the stages printed is in one log beside it.
+
+In what order they come is what they are worth for their time. `--part 1` and `--part 2` are halves of it for machines
+that are there for minutes only: the tests and the main numbers, then the rest of the benchmarks.
 """
 
 from __future__ import annotations
@@ -19,21 +23,16 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_stages import WORDS, Stage, stages
 from machine import RESULTS, describe_machine
 from source_tree import ROOT, source_tree
 
-HERE = Path(__file__).parent
-RUNTIME = ("diffusers", "accelerate", "pydantic", "safetensors", "PIL")  # what the drop-in needs besides torch
-EXPORT = (*RUNTIME, "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "rich")
-KERNELS = ("cuda.bindings", "rich")
-TESTS = (*EXPORT, "pytest")
-MINUTES = 9.5
-WORDS = 2000  # characters of a failure's last words that are kept
+MINUTES, PART_MINUTES = 9.5, 6.0
+LOG_BYTES = 200_000  # of a stage's words in the log, the last
 
 # What the GPU is, as torch sees it; a process of its own, so that this one holds no memory on it.
 _DESCRIBE = """
@@ -60,105 +59,68 @@ else:
 """
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One process. `needs`: the modules that it imports. `{out}` in its command is the JSON file that it writes."""
-
-    name: str
-    command: tuple[str, ...]
-    needs: tuple[str, ...]
-    seconds: int
-    numbers: Callable[[Path], Any] = lambda out: json.loads(out.read_text(encoding="utf-8"))
-
-
-def stages() -> list[Stage]:
-    """In the order in which they are worth having, should the time run out."""
-
-    def bench(measurement: str, seconds: int, needs: tuple[str, ...], *models: str) -> list[Stage]:
-        command = (str(HERE / "bench_gpu.py"), measurement, "--out", "{out}")
-        return [
-            Stage(f"{measurement} {model}".strip(), (*command, *(["--model", model] if model else [])), needs, seconds)
-            for model in models or ("",)
-        ]
-
-    def plans(engine: str) -> Stage:
-        return Stage(engine, (str(HERE / "check_engine.py"), engine, "--out", "{out}"), (*EXPORT, engine), 120)
-
-    models = ("sd3", "pixart-sigma")
-    return [
-        *bench("matmul", 60, ()),
-        *bench("selection", 60, ()),
-        *bench("kernels", 90, KERNELS),
-        Stage("tests", _tests("tests/gpu"), TESTS, 180, numbers=test_results),
-        # What needs neither diffusers nor an exporter runs without the conftest, which imports them.
-        Stage(
-            "kernel tests",
-            _tests("--noconftest", "tests/gpu/test_token_kernels.py"),
-            ("pytest", *KERNELS),
-            60,
-            numbers=test_results,
-        ),
-        *bench("steps", 90, RUNTIME, *models),
-        *bench("synchronisations", 60, RUNTIME, *models),
-        *bench("loops", 150, RUNTIME, *models),
-        plans("tensorrt"),
-        plans("tensorrt_rtx"),
-        *bench("diffusers", 60, RUNTIME, *models),
-        *bench("compile", 120, RUNTIME, *models),
-        *bench("autotune", 180, RUNTIME, *models),
-    ]
-
-
-def _tests(*arguments: str) -> tuple[str, ...]:
-    # Warnings of versions that are not ours are no failures here.
-    return ("-m", "pytest", "-q", "-m", "gpu", "-W", "default", "--junitxml", "{out}", *arguments)
-
-
-def test_results(out: Path) -> dict[str, Any]:
-    """Of pytest's JUnit file: how many passed, and the others by name with what they said."""
-    results: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
-    for case in ET.parse(out).getroot().iter("testcase"):
-        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
-        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        if problem is None:
-            results["passed"] += 1
-        else:
-            kind = "skipped" if problem.tag == "skipped" else "failed"
-            results[kind][name] = (problem.get("message") or "")[:WORDS]
-    return results
-
-
 def main(argv: Sequence[str] | None = None, available: Sequence[Stage] | None = None) -> int:
     """Run every stage: 0 if none failed, 1 if one did, 2 and one line where there is no GPU."""
-    available = stages() if available is None else available
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="stages whose name begins so; repeatable (default: all)")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-NAME.json")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     started = time.monotonic()
     gpu = describe_gpu()
     if "missing" in gpu:
         sys.stderr.write(f"gpu_check needs an NVIDIA GPU, and torch can use none here ({gpu['missing']})\n")
         return 2
-    chosen = [each for each in available if not arguments.only or each.name.startswith(tuple(arguments.only))]
-    out: Path = arguments.out or RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', gpu['name'].lower()).strip('-')}.json"
+    available = stages(arguments.compiled) if available is None else available
+    chosen = [
+        each
+        for each in available
+        if (not arguments.only or _is_named(each.name, tuple(arguments.only)))
+        and (not arguments.part or each.part == arguments.part)
+    ]
+    minutes = arguments.minutes or (PART_MINUTES if arguments.part else MINUTES)
+    out: Path = arguments.out or default_out(gpu["name"], arguments.part)
+    log = out.with_suffix(".log")
+    log.unlink(missing_ok=True)
     report: dict[str, Any] = {"machine": describe_machine(), "gpu": gpu, "stages": {}}
     environment = stage_environment()
     for stage in chosen:
-        left = arguments.minutes * 60 - (time.monotonic() - started)
-        report["stages"][stage.name] = result = run(stage, environment, left)
+        left = minutes * 60 - (time.monotonic() - started)
+        report["stages"][stage.name] = result = run(stage, environment, left, log)
         report["seconds"] = round(time.monotonic() - started, 1)
         write(out, report)
-        line = f"{stage.name}: {result['outcome']}"
-        sys.stdout.write(line + (f", {result['message'].splitlines()[-1]}" if "message" in result else "") + "\n")
+        message = f", {result['message'].splitlines()[-1]}" if "message" in result else ""
+        sys.stdout.write(f"{stage.name}: {result['outcome']}{message} ({result.get('seconds', 0)} s)\n")
         sys.stdout.flush()
-    sys.stdout.write(f"wrote {out}\n")
+    sys.stdout.write(f"wrote {out} and {log}\n")
     return int(any(result["outcome"] == "failed" for result in report["stages"].values()))
 
 
-def run(stage: Stage, environment: dict[str, str], left: float) -> dict[str, Any]:
-    """One stage's outcome; a stage that was stopped or failed still has the numbers that it wrote."""
+def _is_named(name: str, beginnings: tuple[str, ...]) -> bool:
+    """Whether a stage's name, or a word of it, begins as asked for."""
+    return any(each.startswith(beginnings) for each in (name, *name.split()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", help="stages with a word that begins so; repeatable (default: all)")
+    parser.add_argument("--part", type=int, choices=(1, 2), help="of the stages (default: all, and some in no part)")
+    parser.add_argument("--minutes", type=float, help=f"for everything (default: {MINUTES}, of a part {PART_MINUTES})")
+    parser.add_argument("--compiled", action="store_true", help="the torch engine compiled, in the benchmarks")
+    parser.add_argument(
+        "--out", type=Path, help="default: gpu-NAME.json in $OUT, where that is set, or in benchmarks/results"
+    )
+    return parser
+
+
+def default_out(name: str, part: int | None) -> Path:
+    """Where the report of a GPU of this name goes."""
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder / (f"gpu-{slug}-part{part}.json" if part else f"gpu-{slug}.json")
+
+
+def run(stage: Stage, environment: dict[str, str], left: float, all_logs: Path) -> dict[str, Any]:
+    """One stage's outcome; a stage that was stopped or failed still has the numbers that it wrote.
+
+    What it printed is added to `all_logs`.
+    """
     if missing := [name for name in stage.needs if not is_there(name)]:
         return {"outcome": "skipped", "message": f"{', '.join(missing)} not installed"}
     limit = min(stage.seconds, left)
@@ -181,6 +143,7 @@ def run(stage: Stage, environment: dict[str, str], left: float) -> dict[str, Any
             finally:
                 _stop(process)
         result: dict[str, Any] = {"outcome": "ok", "seconds": round(time.monotonic() - started, 1)}
+        _add_log(all_logs, stage.name, log)
         if not ended:
             result |= {"outcome": "failed", "message": f"stopped after {limit:.0f} seconds"}
         elif process.returncode:
@@ -192,6 +155,12 @@ def run(stage: Stage, environment: dict[str, str], left: float) -> dict[str, Any
             if result["outcome"] == "ok":
                 result |= {"outcome": "failed", "message": "it wrote nothing"}
     return result
+
+
+def _add_log(all_logs: Path, name: str, log: Path) -> None:
+    all_logs.parent.mkdir(parents=True, exist_ok=True)
+    with all_logs.open("ab") as opened:
+        opened.write(f"\n===== {name} =====\n".encode() + log.read_bytes()[-LOG_BYTES:])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import bench_gpu
 import check_engine
 import gpu_check
+import gpu_stages
 import pytest
 import torch
-from gpu_check import Stage
+from gpu_stages import Stage
 from source_tree import ROOT, source_tree
 
 from cat_pruning.errors import EngineError
@@ -57,7 +58,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
     """Runs stages as on a machine with a GPU: the exit code, and what was written."""
     monkeypatch.setattr(gpu_check, "describe_gpu", lambda: GPU)
 
-    def run(stages: list[Stage], *arguments: str) -> tuple[int, dict[str, Any]]:
+    def run(stages: list[Stage] | None, *arguments: str) -> tuple[int, dict[str, Any]]:
         out = tmp_path / "gpu.json"
         code = gpu_check.main(["--out", str(out), *arguments], stages)
         return code, json.loads(out.read_text())
@@ -120,8 +121,42 @@ def test_the_time_is_up(check: Any) -> None:
 
 
 def test_stages_by_name(check: Any) -> None:
-    _, report = check([stage("loops sd3", NUMBERS), stage("steps sd3", NUMBERS)], "--only", "loops")
-    assert list(report["stages"]) == ["loops sd3"]
+    """By any word of theirs."""
+    named = [stage("steps loops sd3", NUMBERS), stage("steps pixart", NUMBERS)]
+    for only, expected in (("loops", ["steps loops sd3"]), ("steps", ["steps loops sd3", "steps pixart"])):
+        _, report = check(named, "--only", only)
+        assert list(report["stages"]) == expected
+
+
+def test_parts_of_the_stages(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "run", lambda stage, environment, left, log: {"outcome": "ok", "left": left})
+    _, first = check(None, "--part", "1")
+    _, second = check(None, "--part", "2", "--minutes", "3")
+    _, all_of_them = check(None)
+    assert next(iter(first["stages"])) == "tests"
+    assert next(iter(second["stages"])) == "fast sd3"
+    in_parts = {*first["stages"], *second["stages"]}
+    assert len(in_parts) == len(first["stages"]) + len(second["stages"])
+    assert set(all_of_them["stages"]) - in_parts >= {"tensorrt", "tensorrt_rtx", "autotune sd3"}
+    lefts = [round(next(iter(each["stages"].values()))["left"]) for each in (first, second, all_of_them)]
+    assert lefts == [gpu_check.PART_MINUTES * 60, 180, gpu_check.MINUTES * 60]
+
+
+def test_the_report_goes_where_it_is_fetched_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    assert gpu_check.default_out("NVIDIA H200", None) == gpu_check.RESULTS / "gpu-nvidia-h200.json"
+    monkeypatch.setenv("OUT", "/somewhere")
+    assert gpu_check.default_out("NVIDIA H200", 2) == Path("/somewhere/gpu-nvidia-h200-part2.json")
+
+
+def test_what_the_stages_said_is_in_one_log(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "LOG_BYTES", 10)
+    for _ in range(2):  # the second run's own
+        check([stage("one", NUMBERS + "print('x' * 100 + 'a last word')"), stage("two", "raise SystemExit('refused')")])
+    assert (tmp_path / "gpu.log").read_text().split() == [
+        *("=====", "one", "=====", "last", "word"),
+        *("=====", "two", "=====", "refused"),
+    ]
 
 
 def test_the_gpu_tests_results_by_name(check: Any, tmp_path: Path) -> None:
@@ -134,7 +169,7 @@ def test_the_gpu_tests_results_by_name(check: Any, tmp_path: Path) -> None:
         "@pytest.mark.skipif(True, reason='no TensorRT')\n"
         "def test_lacking(): pass\n"
     )
-    tests = Stage("tests", gpu_check._tests("--noconftest", str(file)), (), 60, numbers=gpu_check.test_results)
+    tests = Stage("tests", gpu_stages._tests("--noconftest", str(file)), (), 60, numbers=gpu_stages.test_results)
     code, report = check([tests])
     numbers = report["stages"]["tests"]["numbers"]
     assert code == 1
@@ -145,17 +180,27 @@ def test_the_gpu_tests_results_by_name(check: Any, tmp_path: Path) -> None:
 
 
 def test_every_stage_is_a_command_that_exists() -> None:
-    names = [each.name for each in gpu_check.stages()]
-    assert len(set(names)) == len(names)
-    for each in gpu_check.stages():
-        script = Path(each.command[0])
-        if script.suffix == ".py":
-            assert script.is_file()
-            known = {"bench_gpu.py": bench_gpu.MEASUREMENTS, "check_engine.py": check_engine.ENGINES}[script.name]
-            assert each.command[1] in known
-        else:
-            assert (ROOT / each.command[-1]).exists()
-        assert "{out}" in each.command
+    for compiled in (False, True):
+        names = [each.name for each in gpu_stages.stages(compiled)]
+        assert len(set(names)) == len(names)
+        for each in gpu_stages.stages(compiled):
+            assert "{out}" in each.command
+            script = Path(each.command[0])
+            if script.name == "bench_gpu.py":
+                arguments = bench_gpu._parser().parse_args(each.command[1:])
+                assert arguments.compiled == compiled
+                assert arguments.measurement
+                # The ones without a model are named without one, and the others run one: the two would be two.
+                assert arguments.model or set(arguments.measurement) <= set(bench_gpu.WITHOUT_MODEL)
+            elif script.name == "check_engine.py":
+                assert each.command[1] in check_engine.ENGINES
+            else:
+                assert (ROOT / each.command[-1]).exists()
+
+
+def test_every_measurement_is_in_a_stage() -> None:
+    commands = [each.command for each in gpu_stages.stages()]
+    assert set(bench_gpu.MEASUREMENTS) <= {word for command in commands for word in command}
 
 
 def test_an_engine_that_cannot_be_built_is_told_in_its_own_words(
