@@ -124,15 +124,22 @@ class Case:
             latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
         return latents
 
-    def engine(self, captured: bool = True, **options: bool) -> TorchStepEngine:
-        """Our engine over the module; `options` in the place of the setting's."""
+    def engine(self, captured: bool = True, *, fused: bool = False, **options: bool) -> TorchStepEngine:
+        """Our engine over the module; `options` in the place of the setting's. fused: with diffusers' fused QKV."""
         from cat_pruning.runtime.torch_engine import TorchStepEngine
 
-        made: Any = TorchStepEngine
-        engine: TorchStepEngine = made(
-            self.transformer, cuda_graphs=captured, **{**self.setting.engine_options, **options}
-        )
-        return engine
+        transformer = self._fused if fused else self.transformer
+        return TorchStepEngine(transformer, cuda_graphs=captured, **{**self.setting.engine_options, **options})
+
+    @functools.cached_property
+    def _fused(self) -> Any:
+        """A copy that shares the weights, but for those of queries, keys and values, which it has as one."""
+        from cat_pruning.exporter.interception import share_parameters
+
+        fused = share_parameters(self.transformer)
+        with torch.no_grad():
+            fused.fuse_qkv_projections()
+        return fused
 
     def begun(self, engine: TorchStepEngine) -> StepSession:
         """A session with an image begun, whose steps are at `TIMESTEPS`."""

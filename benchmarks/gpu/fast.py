@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -11,46 +12,51 @@ from torch import Tensor
 from gpu.case import TIMESTEPS, Case, shared_case
 from gpu.loops import warm_up
 from gpu.profiles import profiles_of
-from gpu.setting import Results, Run, Setting, can_compile
+from gpu.setting import Results, Run, Setting
 from gpu.steps import step_contestants
 from gpu.timing import REPEATS, interleaved, medians, ratio, seconds_of
 
-# Keywords of `TorchStepEngine`.
-ENGINES: dict[str, dict[str, bool]] = {"plain": {"compiled": False}, "compiled": {"compiled": True}}
+# Keywords of `Case.engine`.
+ENGINES: dict[str, dict[str, bool]] = {
+    "plain": {"compiled": False},
+    "compiled": {"compiled": True},
+    "compiled, fused QKV": {"compiled": True, "fused": True},
+}
 
 
 def fast(setting: Setting) -> Results:
-    """Steps and images by both engines, the first use's seconds, and how far their outputs are from each other."""
+    """Steps and images by each engine, the first use's seconds, and how far each is from the module in fp32."""
     case = shared_case(setting)
-    engines = ENGINES if can_compile() else {"plain": {}}
-    if len(engines) == 1:
-        yield "compiled", "not available: this version's TorchStepEngine does not take compiled"
-    outputs = {}
-    for name, options in engines.items():
-        seconds, outputs[name] = _first_use(case, options)
+    exact = _outputs(_in_fp32(case), {"compiled": False, "captured": False})[1]
+    for name, options in ENGINES.items():
+        seconds, outputs = _outputs(case, options)
         yield f"{name}, seconds of the first steps", seconds
-    if len(outputs) == 2:
-        plain, other = outputs.values()
-        yield "differences", {kind: _difference(plain[kind], other[kind]) for kind in plain}
-        del plain, other
-    del outputs
-    yield "steps", _steps(case, engines)
-    yield f"{min(setting.steps)} steps", _images(case, engines, min(setting.steps))
-    if "compiled" in engines:  # last: the profiler may leave launches slower
-        for kind, result in profiles_of(case, captured=True, **engines["compiled"]):
-            yield f"profile of the compiled {kind} step", result
+        yield f"{name}, error", {kind: _error(outputs[kind], exact[kind]) for kind in exact}
+    del exact, outputs
+    yield "steps", _steps(case)
+    yield f"{min(setting.steps)} steps", _images(case, min(setting.steps))
+    # Last: the profiler may leave launches slower.
+    for kind, result in profiles_of(case, captured=True, **ENGINES["compiled"]):
+        yield f"profile of the compiled {kind} step", result
 
 
-def _first_use(case: Case, options: dict[str, bool]) -> tuple[dict[str, float], dict[str, Tensor]]:
+def _in_fp32(case: Case) -> Case:
+    """The same weights, prompt and latents, computed in fp32."""
+    exact = copy.copy(case)
+    exact.transformer = copy.deepcopy(case.transformer).float()
+    return exact
+
+
+def _outputs(case: Case, options: dict[str, bool]) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Seconds of a full step and a pruned one where nothing is compiled yet, and their outputs."""
     from cat_pruning.runtime.image import every_token
 
-    setting, rows = case.setting, case.rows
+    setting, rows = case.setting, case.rows.to(next(case.transformer.parameters()).dtype)
     outputs: dict[str, Tensor] = {}
     session = case.begun(case.engine(**options))
     first, *_, at = (case.timestep(each) for each in TIMESTEPS)
     every = every_token(rows, setting.num_tokens)
-    # Every so-manieth token, the same for both engines.
+    # Tokens evenly apart, the same for every engine.
     count = setting.prune.num_kept(setting.num_tokens)
     some = every[:, torch.arange(count, device=rows.device) * setting.num_tokens // count].contiguous()
 
@@ -64,33 +70,29 @@ def _first_use(case: Case, options: dict[str, bool]) -> tuple[dict[str, float], 
     return seconds, outputs
 
 
-def _difference(plain: Tensor, other: Tensor) -> dict[str, float]:
-    """Of two outputs: the largest, and the root of the mean square, both in units of the first one's spread."""
-    difference, spread = (other - plain).float(), plain.float().std()
-    return {
-        "largest_of_spread": float(difference.abs().max() / spread),
-        "rms_of_spread": float(difference.square().mean().sqrt() / spread),
-    }
+def _error(output: Tensor, exact: Tensor) -> float:
+    """The norm of the difference, relative to the exact output's."""
+    return float((output.float() - exact).norm() / exact.norm())
 
 
-def _steps(case: Case, engines: dict[str, dict[str, bool]]) -> dict[str, Any]:
+def _steps(case: Case) -> dict[str, Any]:
     runs: dict[str, Run] = {}
-    for name, options in engines.items():
+    for name, options in ENGINES.items():
         made = step_contestants(case, captured=True, **options)
         runs |= {f"{name}, {kind}": made[kind] for kind in ("full", "pruned")}
     times = interleaved(runs, case.setting.rounds, case.setting.device, REPEATS)
-    speedups = {name: ratio(times[f"{name}, full"], times[f"{name}, pruned"]) for name in engines}
+    speedups = {name: ratio(times[f"{name}, full"], times[f"{name}, pruned"]) for name in ENGINES}
     return {"ms": medians(times), "rounds_ms": times, "speedup": speedups}
 
 
-def _images(case: Case, engines: dict[str, dict[str, bool]], num_steps: int) -> dict[str, Any]:
+def _images(case: Case, num_steps: int) -> dict[str, Any]:
     from cat_pruning.runtime.generate import never_pruned
     from cat_pruning.runtime.transformer import CatTransformer
 
     prune = case.setting.prune
     transformers = {
         f"{name}, {kind}": CatTransformer(engine, settings)
-        for name, engine in {name: case.engine(**options) for name, options in engines.items()}.items()
+        for name, engine in {name: case.engine(**options) for name, options in ENGINES.items()}.items()
         for kind, settings in (("full", never_pruned(prune, num_steps)), ("CAT", prune))
     }
     warm_up(case, *transformers.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,20 +89,5 @@ class Setting:
 
     @property
     def engine_options(self) -> dict[str, bool]:
-        """Keywords of `TorchStepEngine` besides `cuda_graphs`.
-
-        Raises:
-            ValueError: the compiled engine was asked for, and this version has none.
-        """
-        if not can_compile():
-            if self.compiled:
-                raise ValueError("--compiled: TorchStepEngine has no such option here; leave it out")
-            return {}
+        """Keywords of `TorchStepEngine` besides `cuda_graphs`."""
         return {"compiled": self.compiled}
-
-
-def can_compile() -> bool:
-    """Whether `TorchStepEngine` takes `compiled`."""
-    from cat_pruning.runtime.torch_engine import TorchStepEngine
-
-    return "compiled" in inspect.signature(TorchStepEngine).parameters

@@ -21,7 +21,6 @@ from gpu.case import Case, forget_shared, shared_case
 from gpu.setting import LARGE_MODEL, MODELS, Setting
 
 from cat_pruning.runtime import cuda_graphs, torch_engine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -184,34 +183,19 @@ def test_blocks_compiled_compute_the_same(model: str, monkeypatch: pytest.Monkey
     peers.forget_peers()
 
 
-def test_two_engines_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the option's name, which a version may not have: another engine in the place of the compiled one."""
+def test_engines_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing compiled for the compiled ones; what else they change is changed."""
     made = []
-
-    class Either(TorchStepEngine):
-        def __init__(self, transformer: Any, *, cuda_graphs: bool = True, compiled: bool = False) -> None:
-            super().__init__(transformer, cuda_graphs=cuda_graphs)
-            made.append(compiled)
-
-    monkeypatch.setattr(torch_engine, "TorchStepEngine", Either)
+    monkeypatch.setattr(torch_engine, "compile_blocks", made.append)
     found = dict(fast.fast(a_setting("sd3")))
-    assert set(found["steps"]["ms"]) == {f"{a}, {b}" for a in ("plain", "compiled") for b in ("full", "pruned")}
-    assert found["differences"]["pruned"] == {"largest_of_spread": 0, "rms_of_spread": 0}
+    names = ("plain", "compiled", "compiled, fused QKV")
+    assert set(found["steps"]["ms"]) == {f"{name}, {kind}" for name in names for kind in ("full", "pruned")}
+    errors = [found[f"{name}, error"]["pruned"] for name in names]
+    assert all(error < 1e-5 for error in errors)
+    assert any(errors[1:])
     assert found["profile of the compiled pruned step"]["classes"]["GEMM"]["share"] > 0
-    assert set(made) == {True, False}
-    made.clear()
-    Case(a_setting("sd3").replace(compiled=True)).engine()
-    assert made == [True]
-
-
-def test_an_engine_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "can_compile", lambda: False)
-    monkeypatch.setattr(setting, "can_compile", lambda: False)
-    found = dict(fast.fast(a_setting("sd3")))
-    assert found["compiled"].startswith("not available")
-    assert set(found["steps"]["ms"]) == {"plain, full", "plain, pruned"}
-    with pytest.raises(ValueError, match="--compiled"):
-        _ = a_setting("sd3").replace(compiled=True).engine_options
+    assert {hasattr(each.transformer_blocks[0].attn, "to_qkv") for each in made} == {False, True}
+    assert Case(a_setting("sd3").replace(compiled=True)).engine().compiled
 
 
 def a_setting(model: str) -> Setting:
