@@ -74,6 +74,7 @@ def stages(compiled: bool = False) -> list[Stage]:
         bench("flux", seconds=80, rounds=3, part=2),
         bench("pipeline", seconds=70, rounds=2, part=2, needs=(*RUNTIME, "transformers")),
         bench("compile", "sd3", seconds=150, rounds=3, part=2),
+        bench("fast", "pixart-sigma", seconds=150, rounds=3),
         bench("regional compile", "pixart-sigma", seconds=150),
         bench("autotune", "sd3", seconds=180),
         bench("autotune", "pixart-sigma", seconds=180),

@@ -282,6 +282,14 @@ def test_what_ran_on_the_gpu_by_the_profilers_events() -> None:
     assert table["classes"]["GEMM"] == {"ms": 4.0, "share": 0.8}
 
 
+def test_the_profilers_own_events_have_what_is_read_of_them() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.ones(3).sum()
+    events: Any = profiler.events()
+    assert profiles.gpu_kernels(events) == {}  # a CPU's
+    assert all(each.time_range.elapsed_us() >= 0 and each.name for each in events)
+
+
 def test_the_published_text_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their sizes, and what the pipeline is given: without their weights."""
     monkeypatch.setattr(text_encoders, "fill_on", lambda device, dtype, module: module)
