@@ -99,17 +99,20 @@ def presets(setting: Setting) -> Results:
 
 
 def large(setting: Setting) -> Results:
-    """FLUX.1-dev: steps and images of 28 steps with CUDA graphs, one row."""
+    """FLUX.1-dev, one row, with CUDA graphs: steps by the plain engine and the compiled one, and images by this."""
     from gpu.kernels import matmul_tflops
     from gpu.setting import LARGE_MODEL
     from gpu.steps import attention_backends, step_times
 
     rounds = min(3, setting.rounds)
-    case = shared_case(setting.replace(model=LARGE_MODEL, rounds=rounds))
-    yield "attention", attention_backends(case)
-    yield "with CUDA graphs", step_times(case, True, matmul_tflops(64 if setting.tiny else 8192, setting))
+    setting = setting.replace(model=LARGE_MODEL, rounds=rounds)
+    rate = matmul_tflops(64 if setting.tiny else 8192, setting)
+    yield "attention", attention_backends(shared_case(setting))
+    for name, compiled in (("plain", False), ("compiled", True)):
+        case = shared_case(setting.replace(compiled=compiled))
+        yield f"steps, {name}", step_times(case, True, rate)
     for num_steps, result in loop_times(case, True, (min(setting.steps),), min(2, rounds)):
-        yield f"{num_steps} steps, with CUDA graphs", result
+        yield f"{num_steps} steps, compiled", result
 
 
 def synchronisations(setting: Setting) -> Results:

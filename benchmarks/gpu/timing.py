@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -68,13 +70,17 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 
 
 def graph_of(run: Run, device: torch.device) -> Run:
-    """`run`, which has run before, as a captured graph, on a GPU."""
+    """`run`, which has run before, as a captured graph, on a GPU; the memory that it works on lives as long."""
     if device.type != "cuda":
         return run
     from cat_pruning.runtime import cuda_graphs
 
-    replay: Run = cuda_graphs.capture(lambda: _ignore(run()), device, []).replay
-    return replay
+    return functools.partial(_replay, cuda_graphs.capture(lambda: _ignore(run()), device, []), run)
+
+
+def _replay(graph: Any, run: Run) -> None:
+    """Replay. `run` is kept by who keeps this, because the graph does not keep the tensors that it reads."""
+    graph.replay()
 
 
 def _ignore(result: object) -> None:
