@@ -25,8 +25,8 @@ class TorchStepEngine(StepEngine):
             parameters were moved or replaced and adapters loaded, switched or scaled since the last one; of other
             changes to the module's own attributes it sees nothing, and with such pass False.
         compiled: the faster steps of `cat_pruning.runtime.torch_compiled`; what they compute equals the module to
-            rounding, not to the bit. torch.compile needs a compiler, a minute at the first image, and seconds at
-            the first image of other shapes. None: if the user had the module or blocks of it compiled.
+            rounding, not to the bit. torch.compile needs a compiler (on a CPU, C++), and tens of seconds at the
+            first image of each shape. None: if the user had the module or blocks of it compiled.
 
     Raises:
         CheckpointError: a transformer of no supported class.
