@@ -23,6 +23,8 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 
 from cat_pruning import step_io
+from cat_pruning.exporter.attention_scale import scale_queries
+from cat_pruning.exporter.cache_readers import split_heads_without_sizes
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.split import Graph, split_graph
 from cat_pruning.plugins import onnx_ops
@@ -187,6 +189,8 @@ def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
     _simplify(model)
     _transpose_weights_lazily(model)
     _permute_without_einsum(model)
+    scale_queries(model)
+    split_heads_without_sizes(model, shapes)
     for value in model.graph.inputs:
         value.shape = ir.Shape(shapes[value.name or ""])
     for value in model.graph.outputs:

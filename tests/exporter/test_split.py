@@ -148,3 +148,14 @@ def test_every_parameter_lies_where_its_results_are_needed(tiny_export: Any) -> 
 def test_the_graphs_hold_no_attention_but_the_step(tiny_export: Any) -> None:
     for part in (Part.PROMPT, Part.TIMESTEP):
         assert "Attention" not in {node.op_type for node in load(tiny_export, part).node}
+
+
+def test_a_cache_is_read_by_its_scatter_alone(tiny_export: Any) -> None:
+    """Not even its shape is read: TensorRT may copy what a plugin changes in place for the sake of another reader."""
+    graph = load(tiny_export, "step")
+    caches = [value.name for value in graph.input if "_cache_" in value.name]
+    assert len(caches) == 2 * len(tiny_export.step.family.caches(tiny_export.step.transformer.config))
+    readers = {name: [node.op_type for node in graph.node if name in node.input] for name in (*caches, "noise")}
+    assert all(readers[name] == ["TokenScatter"] for name in caches)
+    # In FLUX the noise is tokens already, elsewhere the scatter's input is made of it.
+    assert readers["noise"] == (["TokenScatter"] if tiny_export.step.family.name == "flux" else ["Reshape"])
