@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from cat_pruning.step_io import Dim, Shape
+from cat_pruning.errors import EngineError
+from cat_pruning.step_io import NOISE, Dim, Shape, is_changed_in_place
 
 
 def split_heads_without_sizes(model: ir.Model, shapes: Mapping[str, Shape]) -> None:
@@ -35,6 +36,23 @@ def split_heads_without_sizes(model: ir.Model, shapes: Mapping[str, Shape]) -> N
             node.replace_input_with(1, _constant(model.graph, (0, 0, *widths)))
             node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # torch's exporter says 1: a 0 is a size of 0
     passes.RemoveUnusedNodesPass()(model)
+
+
+def check_cache_readers(model: ir.Model) -> None:
+    """Check that every cache of a step is read by its scatter and by nothing else.
+
+    Raises:
+        EngineError: one is; a fault of the exporter.
+    """
+    for value in model.graph.inputs:
+        if not is_changed_in_place(value.name or "") or value.name == NOISE:
+            continue
+        readers = [node.op_type for node, _ in value.uses()]
+        if readers != ["TokenScatter"] or value.is_graph_output():
+            raise EngineError(
+                f"the exported step reads {value.name} in {', '.join(readers) or 'nothing'}, expected its scatter "
+                "alone: TensorRT would copy it on every step; this is a fault of cat-export, please report it"
+            )
 
 
 def _size_name(value: ir.Value | None, shapes: Mapping[str, Shape]) -> Dim | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cat_pruning import step_io
 from cat_pruning.exporter.attention_scale import scale_queries
-from cat_pruning.exporter.cache_readers import split_heads_without_sizes
+from cat_pruning.exporter.cache_readers import check_cache_readers, split_heads_without_sizes
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.split import Graph, split_graph
 from cat_pruning.plugins import onnx_ops
@@ -72,10 +72,12 @@ def export_step_graph(
         The graphs, without their weights.
 
     Raises:
+        EngineError: a cache has another reader than its scatter.
         OSError: a file cannot be written.
     """
     shapes = step.family.step_shapes(step.transformer.config, SYMBOLIC)
     graphs = split_graph(trace_step(step, weights), shapes, step.family.part_of)
+    check_cache_readers(graphs[Part.STEP].model)
     tensors = [value.const_value for graph in graphs.values() for value in graph.model.graph.initializers.values()]
     total = sum(tensor is not None and tensor.nbytes > _INLINE_BYTES for tensor in tensors)
     done = itertools.count(1)

@@ -69,7 +69,12 @@ def fake_builder(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
 def test_the_bundle_has_the_plans_that_its_manifest_lists(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle)
     plans = bundle.manifest.plans
-    assert plans == plan_specs("tensorrt_rtx")
+    step = {"attention": "decomposable", "score_bytes": plans[-1].score_bytes}  # in fp32
+    expected = plan_specs("tensorrt_rtx")
+    assert plans == (*expected[:-1], expected[-1].model_copy(update=step))
+    (profile,) = bundle.manifest.profiles
+    heads, rows = bundle.manifest.transformer_config["num_attention_heads"], profile.num_tokens + profile.text_length
+    assert plans[-1].score_bytes == profile.batch * heads * rows**2 * 2
     assert [plan.part for plan in plans] == list(Part)
     assert len({plan.file for plan in plans}) == 3
     for plan in plans:
