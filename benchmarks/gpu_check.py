@@ -82,7 +82,8 @@ def stages() -> list[Stage]:
         ]
 
     def plans(engine: str) -> Stage:
-        return Stage(engine, (str(HERE / "check_engine.py"), engine, "--out", "{out}"), (*EXPORT, engine), 120)
+        needs = (*EXPORT, engine, *(("cuda.bindings",) if engine == "tensorrt" else ()))  # the plugin's compiler
+        return Stage(engine, (str(HERE / "check_engine.py"), engine, "--out", "{out}"), needs, 600)
 
     models = ("sd3", "pixart-sigma")
     return [
