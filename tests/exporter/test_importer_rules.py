@@ -10,25 +10,33 @@ from typing import Any
 import onnx
 import pytest
 
+from cat_pruning.engines.build import build_plan, can_build, plan_specs
+from cat_pruning.engines.profiles import plan_profiles, profile_spec
+from cat_pruning.engines.records import Geometry
+from cat_pruning.exporter.export import graph_spec
 from cat_pruning.exporter.families import family_of_class
+from cat_pruning.exporter.families.family import Family
 from cat_pruning.exporter.importer_rules import importer_findings, model_findings
 from cat_pruning.exporter.interception import StepModule
+from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
+from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import NOISE, Part, output_name
 
+Exported = tuple[Path, Family, dict[Part, Graph]]
 BF16, FP16 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16
 
 
 @pytest.fixture(scope="module")
-def bf16_graphs(make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The graphs of a kind in bf16, with one layer of each sort; traced once."""
+def bf16_graphs(make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """The graphs of a kind in bf16, with one layer of each sort and heads of 16; traced once."""
 
     @functools.cache
-    def export(kind: str) -> Path:
+    def export(kind: str) -> Exported:
         transformer = make_tiny(kind, num_layers=1, attention_head_dim=16, **_WIDE[kind.partition("-")[0]]).bfloat16()
         directory = tmp_path_factory.mktemp(kind)
-        export_step_graph(StepModule(transformer, family_of_class(type(transformer).__name__)), directory)
-        return directory
+        step = StepModule(transformer, family_of_class(type(transformer).__name__))
+        return directory, step.family, export_step_graph(step, directory)
 
     return export
 
@@ -63,12 +71,27 @@ def test_every_graph_keeps_every_rule_in_fp32(tiny_export: Any, part: Part) -> N
 
 @pytest.mark.parametrize("kind", ["sd3.5", "pixart-alpha", "flux-dev"])
 @pytest.mark.parametrize("part", list(Part))
-def test_every_graph_keeps_every_rule_in_16_bits(bf16_graphs: Callable[[str], Path], kind: str, part: Part) -> None:
-    path = bf16_graphs(kind) / part.onnx
+def test_every_graph_keeps_every_rule_in_16_bits(bf16_graphs: Callable[[str], Exported], kind: str, part: Part) -> None:
+    path = bf16_graphs(kind)[0] / part.onnx
     model = onnx.load(path, load_external_data=False)
     assert BF16 in {tensor.data_type for tensor in model.graph.initializer}
     assert importer_findings(path) == []
     assert model_findings(in_fp16(model)) == []
+
+
+@pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+@pytest.mark.parametrize("kind", ["sd3.5", "pixart-alpha", "flux-dev"])
+def test_the_real_tensorrt_rtx_fuses_every_attention_in_bf16(
+    bf16_graphs: Callable[[str], Exported], kind: str, tmp_path: Path
+) -> None:
+    directory, family, graphs = bf16_graphs(kind)
+    geometry = Geometry(pixels_per_latent=8, patch_size=2, latent_channels=4, max_latent_size=None, text_length=7)
+    settings, guidance = PruneSettings(num_clusters=4), family.batched_guidance
+    profile = profile_spec(80, 64, 1, geometry=geometry, settings=settings, guidance=guidance)
+    profiles = plan_profiles(graph_spec(Part.STEP, graphs[Part.STEP]), [profile], geometry.patch_size)
+    report = build_plan(plan_specs("tensorrt_rtx")[-1], directory / "step.onnx", tmp_path / "step.plan", profiles)
+    assert report.attention == "fused"
+    assert not report.warnings
 
 
 def test_the_noise_is_the_scatters_own_where_the_family_says_so(tiny_export: Any) -> None:
