@@ -111,15 +111,16 @@ def _build_plan(trt: Any, log: Log, job: PlanJob) -> PlanReport:
                 _serialise(trt, builder, network, config, Path(job.plan))
             except RuntimeError as error:
                 refusal = first_error(errors, str(error))
-                if not layers or _OUT_OF_MEMORY.search(refusal):
+                if not layers or _OUT_OF_MEMORY.search(refusal) or _callback_errors(job):
                     raise RuntimeError(refusal) from error
                 attention = "decomposable"
                 warnings.append(f"fused attention was refused, and whatever the builder takes is built ({refusal})")
     if attention == "decomposable":
         if not make_decomposable(trt, layers):
+            del layers, network, parser  # and the weights, before they come again
             network, parser = _parsed(trt, log, builder, job, write_decomposable(Path(job.onnx)))
         _serialise(trt, builder, network, config, Path(job.plan))
-    del parser
+    del parser  # not before: the network refers to its weights
     if job.timing_cache and timings is not None:
         write_cache(Path(job.timing_cache), bytes(timings.serialize()))
     return PlanReport(attention=attention, score_bytes=score_bytes, warnings=tuple(warnings))
@@ -162,14 +163,19 @@ def _compile_kernels(plugins: Sequence[Any]) -> None:
         compile_kernels(layer.get_input(0), layer.get_input(1))
 
 
-def _plugins_words(job: PlanJob) -> str:
-    """What our plugins' own callbacks raised, which TensorRT does not pass on, and what to do."""
+def _callback_errors(job: PlanJob) -> list[str]:
+    """What our plugins' own callbacks raised, which TensorRT does not pass on."""
     if not job.plugin_nodes:
-        return ""
+        return []
     from cat_pruning.plugins.tensorrt_plugin import callback_errors
 
-    said = "".join(f"; the token plugin said: {words}" for words in callback_errors[:1])
-    return f"{said}; --no-plugin builds without our kernels"
+    return callback_errors
+
+
+def _plugins_words(job: PlanJob) -> str:
+    """What an error's text says besides where our plugins take part: what they raised, and what to do."""
+    said = "".join(f"; the token plugin said: {words}" for words in _callback_errors(job)[:1])
+    return f"{said}; --no-plugin builds without our kernels" if job.plugin_nodes else ""
 
 
 def _check_plugins(found: int, expected: Mapping[str, int], version: str) -> None:

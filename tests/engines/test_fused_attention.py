@@ -101,6 +101,18 @@ def test_out_of_memory_it_is_not_built_again(tensorrt: Tensorrt, job: PlanJob, m
 
 @needs_rtx
 @no_plugins
+def test_refused_for_a_plugin_it_is_not_built_again(
+    tensorrt: Tensorrt, job: PlanJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt.refusals = 1
+    monkeypatch.setattr("cat_pruning.engines.plan_builder._callback_errors", lambda job: ["EngineError: no"])
+    with pytest.raises(EngineError, match="Could not find any implementation"):
+        build(job)
+    assert marks(tensorrt) == ["decomposable [False]"]
+
+
+@needs_rtx
+@no_plugins
 @pytest.mark.parametrize(
     ("dtype", "width", "architecture"), [("float", 64, "sm90"), ("bfloat16", 8, "sm90"), ("float16", 64, "sm70")]
 )
