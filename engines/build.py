@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -158,14 +159,25 @@ def _log_built(name: str, job: PlanJob, built: PlanReport) -> None:
         logger.info("%s: %d of the engine's %d layers are plugins", name, built.engine_plugins, built.engine_layers)
         if nodes and not built.engine_plugins:
             logger.warning("%s: the network had %d plugin layers, the engine shows none", name, nodes)
-    if built.attention == "fused" and built.fused_attention == 0:
-        logger.warning(
-            "%s: fused attention was asked for, and no layer of the engine is named like it; its scratch memory is %s "
-            "bytes, a whole score matrix would be %s",
-            name,
-            built.scratch_bytes,
-            built.score_bytes,
+    if built.attention is not None:
+        found = (
+            f"{name}: attention was built as {built.attention}; kernels named so: {_known(built.fused_attention)}; "
+            f"scratch memory {_known(built.scratch_bytes)} bytes, a whole score matrix {_known(built.score_bytes)}"
         )
+        logger.log(logging.WARNING if _may_be_unfused(built) else logging.INFO, found)
+
+
+def _may_be_unfused(built: PlanReport) -> bool:
+    """Whether an engine that was held to fused attention looks as if it had none."""
+    if built.attention != "fused" or built.fused_attention:
+        return False
+    if built.fused_attention == 0:
+        return True
+    return built.scratch_bytes is not None and built.scratch_bytes >= (built.score_bytes or math.inf)
+
+
+def _known(number: int | None) -> str:
+    return "not known" if number is None else f"{number:,}"
 
 
 def _last_words(result: subprocess.CompletedProcess[str]) -> str:

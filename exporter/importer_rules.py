@@ -7,7 +7,7 @@ that is not listed here may well be taken; nobody has looked it up, which is a f
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,9 +262,13 @@ def _of_what_is_changed_in_place(graph: onnx.GraphProto) -> Iterator[str]:
     """The plugin's output lies over its input: nothing else may read that, and nothing else may be bound so."""
     scatters = [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, "TokenScatter")]
     results = {value.name for value in graph.output}
+    reads = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            reads[name].append(node.op_type)
     for scatter in scatters:
         changed = scatter.input[0]
-        readers = [node.op_type for node in graph.node for name in node.input if name == changed]
+        readers = list(reads[changed])
         if len(readers) > 1 or changed in results:
             readers += ["the graph's results"] if changed in results else []
             yield f"{changed} is changed in place and read by {', '.join(readers)}, expected its scatter alone"

@@ -247,6 +247,44 @@ def test_what_the_engine_runs_is_logged(
     assert [record.levelname for record in caplog.records[1:]] == ([] if plugins else ["WARNING"])
 
 
+@pytest.mark.parametrize(
+    ("report", "level", "words"),
+    [
+        ({"attention": "fused", "fused_attention": 48, "scratch_bytes": 9000, "score_bytes": 50}, "INFO", "so: 48;"),
+        ({"attention": "fused", "fused_attention": 0, "scratch_bytes": 9, "score_bytes": 50}, "WARNING", "so: 0;"),
+        ({"attention": "fused", "scratch_bytes": 9000, "score_bytes": 50}, "WARNING", "memory 9,000 bytes"),
+        ({"attention": "fused", "scratch_bytes": 9, "score_bytes": 50}, "INFO", "score matrix 50"),
+        ({"attention": "fused", "score_bytes": 50}, "INFO", "memory not known bytes"),
+        ({"attention": "decomposable", "fused_attention": 0}, "INFO", "built as decomposable"),
+    ],
+)
+def test_attention_that_may_not_be_fused_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    mini_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    report: dict[str, Any],
+    level: str,
+    words: str,
+) -> None:
+    fake_builder(monkeypatch, f"print({json.dumps(report)!r})")
+    with caplog.at_level("INFO", logger="cat_pruning.engines.build"):
+        built = build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])
+    assert built.attention == report["attention"]
+    (record,) = [record for record in caplog.records if "attention was built" in record.message]
+    assert record.levelname == level
+    assert words in record.message
+
+
+def test_what_the_builder_warns_of_is_told(
+    monkeypatch: pytest.MonkeyPatch, mini_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_builder(monkeypatch, 'print(\'{"warnings": ["fused attention was refused"]}\')')
+    built = build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])
+    assert built == PlanReport(warnings=("fused attention was refused",))
+    assert caplog.messages == ["step.onnx: fused attention was refused"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 def test_a_builder_without_its_library(mini_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"^TensorRT cannot build step\.onnx: TensorRT cannot be imported here .*pip"):
