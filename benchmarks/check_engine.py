@@ -1,6 +1,8 @@
 """sd3-mini exported for an engine, one image under it and under the torch engine: whether it runs here, and how close.
 
-What is refused, by the build or by the load, is said in the library's own words, and the exit code is 1.
+First, for TensorRT and TensorRT-RTX, the token operators alone, between guard bytes (`token_engines`): no model is run
+where those are wrong. Then the model in every dtype. What is refused, by the build or by the load, is said in the
+library's own words, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -15,17 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from token_engines import check_token_engines
 
 from cat_pruning import load_pipeline
+from cat_pruning.dtype import DType
+from cat_pruning.engines.build import plan_specs
 from cat_pruning.engines.bundle import Bundle
+from cat_pruning.engines.records import Flavour
 from cat_pruning.engines.tensorrt_library import TARGETS
-from cat_pruning.errors import CatError
+from cat_pruning.errors import CatError, EngineError
 from cat_pruning.exporter.export import ExportConfig, Target, export
 from cat_pruning.settings import PruneSettings
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 SIZE, STEPS, TEXT_LENGTH = 128, 28, 48
 ENGINES = (*TARGETS, "onnxruntime")
+DTYPES: dict[str, tuple[DType, ...]] = {
+    **dict.fromkeys(TARGETS, (DType.BF16, DType.FP16, DType.FP32)),  # what deploys comes first
+    "onnxruntime": (DType.FP32,),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +60,43 @@ def check(engine: str, result: dict[str, Any]) -> None:
     """Fill `result` as far as it goes.
 
     Raises:
+        CatError: the engine cannot be built or run here, or a token operator is wrong in it.
+    """
+    if engine in TARGETS:
+        check_operators(engine, result)  # type: ignore[arg-type]
+    refusals = []
+    for dtype in DTYPES[engine]:
+        try:
+            check_model(engine, dtype, result.setdefault(str(dtype), {}))
+        except CatError as error:  # the other dtypes are worth knowing all the same
+            result[str(dtype)]["error"] = f"{type(error).__name__}: {error}"
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+
+
+def check_operators(engine: Flavour, result: dict[str, Any]) -> None:
+    """The token operators alone, into `result`: TensorRT's as plugins, TensorRT-RTX's as function bodies.
+
+    Raises:
+        EngineError: one is wrong.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    spec = plan_specs(engine, "plugin" if engine == "tensorrt" else "function")[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        result["operators"] = found = check_token_engines(spec, Path(folder), device)
+    if wrong := [each for each in found if each["problems"]]:
+        first = wrong[0]
+        raise EngineError(
+            f"{len(wrong)} of {len(found)} engines of one token operator are wrong; the first, {first['operator']} of "
+            f"{first['dtype']} at {first['size']}: {'; '.join(first['problems'])}"
+        )
+
+
+def check_model(engine: str, dtype: DType, result: dict[str, Any]) -> None:
+    """sd3-mini in one dtype, into `result`.
+
+    Raises:
         CatError: the engine cannot be built or run here.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +104,10 @@ def check(engine: str, result: dict[str, Any]) -> None:
         targets = (Target.ONNX, *([Target(TARGETS[engine])] if engine in TARGETS else []))  # type: ignore[index]
         started = time.perf_counter()
         sizes = ((SIZE, SIZE),)
-        export(ExportConfig(model="sd3-mini", out=out, text_length=TEXT_LENGTH, resolutions=sizes, targets=targets))
+        config = ExportConfig(
+            model="sd3-mini", out=out, dtype=dtype, text_length=TEXT_LENGTH, resolutions=sizes, targets=targets
+        )
+        export(config)
         result["export_seconds"] = time.perf_counter() - started
         manifest = Bundle.open(out).manifest
         result["plans"] = [spec.model_dump(mode="json") for spec in manifest.plans]

@@ -45,7 +45,8 @@ def stages(compiled: bool = False) -> list[Stage]:
         return Stage(f"{measurements} {model}".strip(), tuple(command), needs, seconds, part=part)
 
     def plans(engine: str) -> Stage:
-        return Stage(engine, (str(HERE / "check_engine.py"), engine, "--out", "{out}"), (*EXPORT, engine), 120)
+        needs = (*EXPORT, engine, *(("cuda.bindings",) if engine == "tensorrt" else ()))  # the plugin's compiler
+        return Stage(engine, (str(HERE / "check_engine.py"), engine, "--out", "{out}"), needs, 600)
 
     def tests(name: str, *arguments: str, needs: tuple[str, ...], seconds: int) -> Stage:
         return Stage(name, _tests(*arguments), needs, seconds, numbers=test_results, part=1)

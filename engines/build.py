@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from onnx import load as load_onnx
 
+from cat_pruning.engines.fused_attention import decomposable_path
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
 from cat_pruning.engines.plan_builder import PlanJob, PlanReport
 from cat_pruning.engines.profiles import PlanProfile
@@ -105,6 +107,7 @@ def build_plan(
         profiles=profiles,
         plugin_nodes=token_nodes(onnx) if spec.token_ops == "plugin" else {},
         timing_cache=str(timing_cache) if timing_cache and spec.flavour == "tensorrt" else None,
+        architectures=spec.architectures,
     )
     result = subprocess.run(
         [sys.executable, "-m", "cat_pruning.engines.plan_builder"],
@@ -116,9 +119,10 @@ def build_plan(
     )
     for line in result.stderr.splitlines():
         logger.debug("%s: %s", onnx.name, line)
+    decomposable_path(onnx).unlink(missing_ok=True)  # whatever the process died of
     report = json.loads(result.stdout) if result.stdout.startswith("{") else {}
     if result.returncode == 0:
-        built = PlanReport(**report)
+        built = PlanReport(**{**report, "warnings": tuple(report.get("warnings", ()))})
         _log_built(onnx.name, job, built)
         return built
     if "errno" in report:
@@ -134,13 +138,46 @@ def token_nodes(onnx: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in graph.node if node.domain == DOMAIN))
 
 
+def with_report(spec: PlanSpec, report: PlanReport) -> PlanSpec:
+    """The plan's record with what its build found out."""
+    return spec.model_copy(
+        update={
+            "plugin_layers": report.engine_plugins,
+            "attention": report.attention,
+            "fused_attention": report.fused_attention,
+            "scratch_bytes": report.scratch_bytes,
+            "score_bytes": report.score_bytes,
+        }
+    )
+
+
 def _log_built(name: str, job: PlanJob, built: PlanReport) -> None:
-    if built.engine_layers is None:
-        return
+    for warning in built.warnings:
+        logger.warning("%s: %s", name, warning)
     nodes = sum(job.plugin_nodes.values())
-    logger.info("%s: %d of the engine's %d layers are plugins", name, built.engine_plugins, built.engine_layers)
-    if nodes and not built.engine_plugins:
-        logger.warning("%s: the network had %d plugin layers, the engine shows none", name, nodes)
+    if built.engine_plugins is not None:
+        logger.info("%s: %d of the engine's %d layers are plugins", name, built.engine_plugins, built.engine_layers)
+        if nodes and not built.engine_plugins:
+            logger.warning("%s: the network had %d plugin layers, the engine shows none", name, nodes)
+    if built.attention is not None:
+        found = (
+            f"{name}: attention was built as {built.attention}; kernels named so: {_known(built.fused_attention)}; "
+            f"scratch memory {_known(built.scratch_bytes)} bytes, a whole score matrix {_known(built.score_bytes)}"
+        )
+        logger.log(logging.WARNING if _may_be_unfused(built) else logging.INFO, found)
+
+
+def _may_be_unfused(built: PlanReport) -> bool:
+    """Whether an engine that was held to fused attention looks as if it had none."""
+    if built.attention != "fused" or built.fused_attention:
+        return False
+    if built.fused_attention == 0:
+        return True
+    return built.scratch_bytes is not None and built.scratch_bytes >= (built.score_bytes or math.inf)
+
+
+def _known(number: int | None) -> str:
+    return "not known" if number is None else f"{number:,}"
 
 
 def _last_words(result: subprocess.CompletedProcess[str]) -> str:

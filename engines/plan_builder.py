@@ -1,7 +1,8 @@
 """The process that builds one plan: a `PlanJob` as JSON on standard input, a `PlanReport` as JSON on standard output.
 
 One code for TensorRT and TensorRT-RTX. The plan is streamed into its file while it is serialised, so that it never
-lies in memory as a whole. TensorRT's plan is then loaded once, and the engine asked what it runs.
+lies in memory as a whole. TensorRT's plan is then loaded once, and the engine asked what it runs; a plan that was built
+is never lost to what cannot be found out about it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from cat_pruning.engines.build_caches import read_cache, write_cache
+from cat_pruning.engines.engine_layers import count_layers
+from cat_pruning.engines.fused_attention import (
+    attention_layers,
+    make_decomposable,
+    score_matrix_bytes,
+    why_not_fused,
+    write_decomposable,
+)
 from cat_pruning.engines.profiles import PlanProfile
-from cat_pruning.engines.records import Flavour
+from cat_pruning.engines.records import AttentionKernels, Flavour
 from cat_pruning.engines.tensorrt_library import Log, first_error, library_log, tensorrt_library
 from cat_pruning.errors import EngineError
 
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = re.compile("out of memory|OutOfMemory", re.IGNORECASE)  # of which a second build would die too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +45,7 @@ class PlanJob:
     onnx, plan: files. profiles: (min, opt, max) of every input by name, per profile.
     plugin_nodes: how many nodes of each operator our plugins serve; nothing is registered where there are none.
     timing_cache: a file to read and write, of TensorRT; TensorRT-RTX measures nothing.
+    architectures: of the GPUs that are to run the plan.
     """
 
     flavour: Flavour
@@ -41,17 +54,25 @@ class PlanJob:
     profiles: Sequence[PlanProfile]
     plugin_nodes: Mapping[str, int]
     timing_cache: str | None
+    architectures: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """What was built: all layers of the engine and those that are plugins; None for TensorRT-RTX, which was not asked.
+    """What was built; None for what is not known: TensorRT-RTX's plans are not loaded, and an inspector may change.
 
-    A layer counts once for every profile.
+    attention: what the builder was held to; None for a graph without attention. score_bytes: a whole score matrix of a
+    full step. engine_layers, engine_plugins, fused_attention: see `EngineLayers`. scratch_bytes: what a context needs
+    besides its tensors; as much as a score matrix, it may be one. warnings: in words.
     """
 
+    attention: AttentionKernels | None = None
+    score_bytes: int | None = None
     engine_layers: int | None = None
     engine_plugins: int | None = None
+    fused_attention: int | None = None
+    scratch_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def build(job: PlanJob) -> PlanReport:
@@ -65,36 +86,63 @@ def build(job: PlanJob) -> PlanReport:
     log = library_log(trt)
     with log.collected() as errors:
         try:
-            _build_plan(trt, log, job)
-            return PlanReport() if job.flavour == "tensorrt_rtx" else _inspect(trt, log, Path(job.plan))
+            report = _build_plan(trt, log, job)
         except (RuntimeError, TypeError, ValueError) as error:  # of the bindings, TypeError for a null pointer
-            raise EngineError(first_error(errors, str(error))) from error
+            raise EngineError(first_error(errors, str(error)) + _plugins_words(job)) from error
+    return report if job.flavour == "tensorrt_rtx" else _inspect(trt, log, Path(job.plan), report)
 
 
-def _build_plan(trt: Any, log: Log, job: PlanJob) -> None:
-    flags = [trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED]  # in 11, what every network is
+def _build_plan(trt: Any, log: Log, job: PlanJob) -> PlanReport:
     if job.plugin_nodes:
         _register_plugins(trt)
-        flags.append(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
     builder = trt.Builder(log.handle)
-    network = builder.create_network(sum(1 << int(flag) for flag in flags))
-    parser = trt.OnnxParser(network, log.handle)  # owns the weights that the network refers to, so it lives as long
-    with log.collected() as errors:
-        if not parser.parse_from_file(job.onnx):  # the log names the file or node, the parser what is wrong with it
-            words = dict.fromkeys((*errors[:1], str(parser.get_error(0))))
-            raise EngineError(first_error([" ".join(words)], ""))
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    _check_plugins(sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers), job.plugin_nodes, trt.__version__)
-    for layer in layers:
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            # Where there is no fused kernel (fp32, some head widths), several kernels instead of no engine.
-            layer.__class__ = trt.IAttentionInputLayer
-            layer.attention.decomposable = True
+    network, parser = _parsed(trt, log, builder, job, Path(job.onnx))  # the parser owns the weights: it lives as long
+    layers = attention_layers(trt, network)
+    score_bytes = score_matrix_bytes(layers, job.profiles)
     config = _config(trt, builder, job)
     timings = _timing_cache(config, Path(job.timing_cache)) if job.timing_cache else None
-    _serialise(trt, builder, network, config, Path(job.plan))
+    attention: AttentionKernels | None = "fused" if layers else None
+    warnings: list[str] = []
+    if why_not_fused(layers, job.architectures) is not None:
+        attention = "decomposable"
+    else:
+        with log.collected() as errors:
+            try:
+                _serialise(trt, builder, network, config, Path(job.plan))
+            except RuntimeError as error:
+                refusal = first_error(errors, str(error))
+                if not layers or _OUT_OF_MEMORY.search(refusal) or _callback_errors(job):
+                    raise RuntimeError(refusal) from error
+                attention = "decomposable"
+                warnings.append(f"fused attention was refused, and whatever the builder takes is built ({refusal})")
+    if attention == "decomposable":
+        if not make_decomposable(trt, layers):
+            del layers, network, parser  # and the weights, before they come again
+            network, parser = _parsed(trt, log, builder, job, write_decomposable(Path(job.onnx)))
+        _serialise(trt, builder, network, config, Path(job.plan))
+    del parser  # not before: the network refers to its weights
     if job.timing_cache and timings is not None:
         write_cache(Path(job.timing_cache), bytes(timings.serialize()))
+    return PlanReport(attention=attention, score_bytes=score_bytes, warnings=tuple(warnings))
+
+
+def _parsed(trt: Any, log: Log, builder: Any, job: PlanJob, onnx: Path) -> tuple[Any, Any]:
+    """The network of a graph, whose plugins are ours, and the parser that owns its weights."""
+    flags = [trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED]  # in 11, what every network is
+    if job.plugin_nodes:
+        flags.append(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    network = builder.create_network(sum(1 << int(flag) for flag in flags))
+    parser = trt.OnnxParser(network, log.handle)
+    with log.collected() as errors:
+        if not parser.parse_from_file(str(onnx)):  # the log names the file or node, the parser what is wrong with it
+            words = dict.fromkeys((*errors[:1], str(parser.get_error(0))))
+            raise EngineError(first_error([" ".join(words)], "") + _plugins_words(job))
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+    _check_plugins(len(plugins), job.plugin_nodes, trt.__version__)
+    if job.plugin_nodes:
+        _compile_kernels(plugins)
+    return network, parser
 
 
 def _register_plugins(trt: Any) -> None:
@@ -105,6 +153,29 @@ def _register_plugins(trt: Any) -> None:
             f"the token plugin cannot be made here ({error}); pip install 'cat-pruning[tensorrt]', or --no-plugin"
         ) from error
     register_token_plugins(trt)
+
+
+def _compile_kernels(plugins: Sequence[Any]) -> None:
+    """What the plugins will be asked for, now: in the middle of a build an error is a line on standard error."""
+    from cat_pruning.plugins.tensorrt_plugin import compile_kernels
+
+    for layer in plugins:
+        compile_kernels(layer.get_input(0), layer.get_input(1))
+
+
+def _callback_errors(job: PlanJob) -> list[str]:
+    """What our plugins' own callbacks raised, which TensorRT does not pass on."""
+    if not job.plugin_nodes:
+        return []
+    from cat_pruning.plugins.tensorrt_plugin import callback_errors
+
+    return callback_errors
+
+
+def _plugins_words(job: PlanJob) -> str:
+    """What an error's text says besides where our plugins take part: what they raised, and what to do."""
+    said = "".join(f"; the token plugin said: {words}" for words in _callback_errors(job)[:1])
+    return f"{said}; --no-plugin builds without our kernels" if job.plugin_nodes else ""
 
 
 def _check_plugins(found: int, expected: Mapping[str, int], version: str) -> None:
@@ -168,23 +239,29 @@ def _serialise(trt: Any, builder: Any, network: Any, config: Any, plan: Path) ->
         raise RuntimeError("the builder refused the graph")
 
 
-def _inspect(trt: Any, log: Log, plan: Path) -> PlanReport:
-    """Load the plan, which nothing else here has run, and count its engine's layers."""
-    with plan.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    runtime = trt.Runtime(log.handle)
-    engine = runtime.deserialize_cuda_engine(data)
-    if engine is None:
-        raise RuntimeError("the plan was built and cannot be loaded")
-    inspector = engine.create_engine_inspector()
-    return count_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def count_layers(information: str) -> PlanReport:
-    """The layers of an engine, from what the inspector says of it in JSON."""
-    layers = json.loads(information)["Layers"]
-    kinds = [str(entry.get("LayerType")) for entry in layers if isinstance(entry, dict)]
-    return PlanReport(engine_layers=len(layers), engine_plugins=sum(kind.startswith("Plugin") for kind in kinds))
+def _inspect(trt: Any, log: Log, plan: Path, report: PlanReport) -> PlanReport:
+    """The report with what the engine itself says, which nothing here has run; without, if it says nothing."""
+    with log.collected() as errors:
+        try:
+            with plan.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            runtime = trt.Runtime(log.handle)
+            engine = runtime.deserialize_cuda_engine(data)
+            if engine is None:
+                raise RuntimeError("the plan was built and cannot be loaded")
+            scratch = int(engine.device_memory_size_v2)
+            inspector = engine.create_engine_inspector()
+            found = count_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        except (RuntimeError, TypeError, ValueError, AttributeError, OSError) as error:
+            words = f"the plan was built, and its engine could not be inspected: {first_error(errors, str(error))}"
+            return dataclasses.replace(report, warnings=(*report.warnings, words))
+    return dataclasses.replace(
+        report,
+        engine_layers=found.layers,
+        engine_plugins=found.plugins,
+        fused_attention=found.fused_attention,
+        scratch_bytes=scratch,
+    )
 
 
 def main() -> int:

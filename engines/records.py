@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveI
 from cat_pruning.step_io import Part, Shape, StepDims
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
+AttentionKernels = Literal["fused", "decomposable"]  # one kernel and no score matrix, or whatever the builder takes
 TokenOps = Literal["plugin", "function"]  # the token operators of a plan: our kernels, or TensorRT's from their bodies
 
 
@@ -153,6 +154,7 @@ class PlanSpec(Record):
 
     token_ops: what computes them, as the network had it when it was built. plugin_layers: how many plugin layers the
     engine's inspector counted after the build; None where there is no GPU to load it on.
+    attention, fused_attention, scratch_bytes, score_bytes: see `plan_builder.PlanReport`.
     """
 
     part: Annotated[Part, Strict(False)]
@@ -161,6 +163,10 @@ class PlanSpec(Record):
     architectures: Annotated[tuple[Architecture, ...], Strict(False), Field(min_length=1)]
     token_ops: TokenOps
     plugin_layers: NonNegativeInt | None = None
+    attention: AttentionKernels | None = None
+    fused_attention: NonNegativeInt | None = None
+    scratch_bytes: NonNegativeInt | None = None
+    score_bytes: NonNegativeInt | None = None
     file: BundlePath
 
     @model_validator(mode="after")

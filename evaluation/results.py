@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.evaluation.variants import Variant
+from cat_pruning.versions import versions_of
 
 RUN, RESULTS, REPORT, IMAGES, TOKENS = "run.json", "results.jsonl", "report.html", "images", "tokens"
 FORMAT = 1
@@ -209,7 +209,7 @@ def sha256(file: Path) -> str:
 
 def machine() -> dict[str, str]:
     """What the results were computed on and with."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "onnxruntime")}
+    versions = versions_of(("torch", "diffusers", "onnxruntime"))
     return {
         "processors": str(os.cpu_count()),
         "machine": platform.machine(),

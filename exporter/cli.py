@@ -22,7 +22,8 @@ from cat_pruning.settings import PruneSettings
 
 if TYPE_CHECKING:
     from cat_pruning.engines.bundle import Bundle
-    from cat_pruning.exporter.export import Advance, ExportConfig
+    from cat_pruning.exporter.export import ExportConfig
+    from cat_pruning.exporter.progress import Advance
 
 _DESCRIPTION = """\
 Turn a diffusers checkpoint into a bundle: step.onnx (one graph for full and pruned steps, with dynamic batch, height,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.metadata
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,11 +16,10 @@ from typing import Any
 from torch import nn
 
 from cat_pruning.dtype import DType
-from cat_pruning.engines.build import build_plan, can_build, plan_specs
-from cat_pruning.engines.build_caches import timing_cache_path
+from cat_pruning.engines.build import can_build, plan_specs
 from cat_pruning.engines.bundle import Bundle, new_bundle
 from cat_pruning.engines.manifest import Manifest
-from cat_pruning.engines.profiles import plan_profiles, profile_spec, step_dims
+from cat_pruning.engines.profiles import profile_spec, step_dims
 from cat_pruning.engines.records import (
     Flavour,
     Geometry,
@@ -35,12 +32,14 @@ from cat_pruning.engines.records import (
     TensorSpec,
     TokenOps,
 )
-from cat_pruning.engines.tensorrt_library import TARGETS, TITLES
+from cat_pruning.engines.tensorrt_library import TARGETS
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter.checkpoint import Checkpoint, find_checkpoint, load_transformer
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes
+from cat_pruning.exporter.plans import build_plans
+from cat_pruning.exporter.progress import Stage, logged_stage
 from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
@@ -48,11 +47,9 @@ from cat_pruning.exporter.variants import variant_of, without_other_variants
 from cat_pruning.exporter.verify import verify_step_graph
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
+from cat_pruning.versions import versions_of
 
 logger = logging.getLogger(__name__)
-
-Advance = Callable[[int, int], None]  # (done, total)
-Stage = Callable[[str], AbstractContextManager[Advance]]  # title -> a stage of the export, while it runs
 
 PIPELINE = "pipeline"
 _SLACK_BYTES = 64 << 20  # graphs, manifest, what a file system needs itself
@@ -116,15 +113,11 @@ class ExportConfig:
             )
 
 
-@contextmanager
-def logged_stage(title: str) -> Iterator[Advance]:
-    """Stages as lines of the log."""
-    logger.info(title)
-    yield lambda done, total: None
-
-
 def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Module | None = None) -> Bundle:
     """Write the bundle that `config` asks for: whole, or not at all.
+
+    But for plans: where one fails and nothing is at `config.out` yet, the bundle is written without that builder's
+    plans, whole and valid as one that was exported without them, and the error says so.
 
     Args:
         config: what to export.
@@ -158,18 +151,11 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         graphs = _write_graphs(config, checkpoint, transformer, writer.path, stage)
         with stage("Count MACs"):
             macs = tuple(profile_macs(writer.path, graphs, profile, geometry.patch_size) for profile in profiles)
-        built: list[PlanSpec] = []
-        for plan in plans:
-            graph = next(graph for graph in graphs if graph.part is plan.part)
-            shapes = plan_profiles(graph, profiles, geometry.patch_size)
-            files, timings = (writer.path / graph.file, writer.path / plan.file), timing_cache_path(writer.out, plan)
-            with stage(f"Build the {TITLES[plan.flavour]} engine of {graph.file}, profiles: {len(shapes)}"):
-                report = build_plan(plan, *files, shapes, timings)
-            built.append(plan.model_copy(update={"plugin_layers": report.engine_plugins}))
+        built, failure = build_plans(plans, graphs, profiles, geometry.patch_size, writer, stage)
         with stage("Copy the pipeline's other parts"):
             pipeline = _add_pipeline(checkpoint, writer.path / PIPELINE)
         with stage("Hash and move into place"):
-            return writer.commit(
+            bundle = writer.commit(
                 Manifest(
                     family=checkpoint.family.name,
                     source=checkpoint.source,
@@ -182,11 +168,17 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     graphs=graphs,
                     profiles=profiles,
                     macs=macs,
-                    plans=tuple(built),
+                    plans=built,
                     pipeline=pipeline,
-                    versions=_versions(plans),
+                    versions=_versions(built),
                 )
             )
+    if failure is not None:
+        raise EngineError(
+            f"{failure}; {bundle.path} was written without these plans and runs under ONNX Runtime or torch: to build "
+            "it anew, give --force"
+        ) from failure
+    return bundle
 
 
 def _plan_specs(config: ExportConfig) -> tuple[PlanSpec, ...]:
@@ -324,5 +316,5 @@ def _add_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineSpec | None:
 
 
 def _versions(plans: tuple[PlanSpec, ...]) -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return {"python": platform.python_version(), **versions} | {plan.flavour: plan.version for plan in plans}
+    plan_versions: dict[str, str] = {plan.flavour: plan.version for plan in plans}
+    return {"python": platform.python_version(), **versions_of(_VERSIONED), **plan_versions}

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
-from cat_pruning.step_io import SYMBOLIC, Part, Shape, StepDims
+from cat_pruning.step_io import SYMBOLIC, Part, Shape, StepDims, is_changed_in_place
 
 PartOf = Callable[[str], Part]  # input name -> the graph that it belongs to
 
@@ -167,10 +167,13 @@ def _drop_unused(graph: ir.Graph) -> None:
 
 
 def _read_sizes_from(graph: ir.Graph, shapes: Mapping[str, Shape]) -> None:
-    """Read every size off the first of the graph's own inputs that has it; the tracer took any input of the step."""
-    inputs = {value.name: value for value in graph.inputs}
+    """Read every size off the first of the graph's own inputs that has it; the tracer took any input of the step.
+
+    Never off one that is changed in place: the scatter is to be its only reader (`cat_pruning.exporter.cache_readers`).
+    """
+    inputs = {value.name: value for value in graph.inputs if not is_changed_in_place(value.name or "")}
     sources: dict[object, tuple[ir.Value, int]] = {}
-    data = {value: [node for node, _ in value.uses() if not _is_size(node)] for value in graph.inputs}
+    data = {value: [node for node, _ in value.uses() if not _is_size(node)] for value in inputs.values()}
     for name, value in inputs.items():
         for axis, dim in enumerate(shapes[name or ""] if data[value] else ()):
             sources.setdefault(dim, (value, axis))

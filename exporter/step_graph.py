@@ -23,6 +23,8 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 
 from cat_pruning import step_io
+from cat_pruning.exporter.attention_scale import scale_queries
+from cat_pruning.exporter.cache_readers import check_cache_readers, split_heads_without_sizes
 from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.split import Graph, split_graph
 from cat_pruning.plugins import onnx_ops
@@ -70,10 +72,12 @@ def export_step_graph(
         The graphs, without their weights.
 
     Raises:
+        EngineError: a cache has another reader than its scatter.
         OSError: a file cannot be written.
     """
     shapes = step.family.step_shapes(step.transformer.config, SYMBOLIC)
     graphs = split_graph(trace_step(step, weights), shapes, step.family.part_of)
+    check_cache_readers(graphs[Part.STEP].model)
     tensors = [value.const_value for graph in graphs.values() for value in graph.model.graph.initializers.values()]
     total = sum(tensor is not None and tensor.nbytes > _INLINE_BYTES for tensor in tensors)
     done = itertools.count(1)
@@ -187,6 +191,8 @@ def _finish(model: ir.Model, shapes: dict[str, step_io.Shape]) -> ir.Model:
     _simplify(model)
     _transpose_weights_lazily(model)
     _permute_without_einsum(model)
+    scale_queries(model)
+    split_heads_without_sizes(model, shapes)
     for value in model.graph.inputs:
         value.shape = ir.Shape(shapes[value.name or ""])
     for value in model.graph.outputs:

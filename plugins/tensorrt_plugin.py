@@ -17,6 +17,7 @@ no attributes of their own.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, Final
@@ -34,6 +35,8 @@ from cat_pruning.plugins.cuda_kernels import (
 )
 from cat_pruning.plugins.onnx_ops import DOMAIN
 
+# What callbacks raised in this process: TensorRT writes it to standard error and reports a build that failed.
+callback_errors: Final[list[str]] = []
 _ELEMENT_BYTES: Final = {"FLOAT": 4, "HALF": 2, "BF16": 2}  # by TensorRT's names
 _INDEX_BYTES: Final = {"INT32": 4, "INT64": 8}
 
@@ -41,8 +44,8 @@ _INDEX_BYTES: Final = {"INT32": 4, "INT64": 8}
 def register_token_plugins(trt: Any) -> None:
     """Make TensorRT's builder know both plugins; before it parses a graph that has their nodes. Again does nothing.
 
-    TensorRT calls the declarations later, while it builds. What they raise (a dtype that the kernels do not move, NVRTC
-    missing) it reports in its log, as a build that failed.
+    TensorRT calls the declarations later, while it builds. What they raise it does not pass on; `callback_errors` has
+    it, and `compile_kernels` raises before the build what the kernels' own part of it would be.
 
     Args:
         trt: the module `tensorrt`. Never TensorRT-RTX, whose parser ends the process where a node has a plugin.
@@ -105,9 +108,33 @@ def _declare(
     describe.__annotations__ = dict.fromkeys(describe.__annotations__, plugin.TensorDesc)
     formats.__annotations__ = {}
     kernel.__annotations__ = {"return": tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs]}
-    plugin.register(plugin_id)(describe)
-    plugin.autotune(plugin_id)(formats)
-    plugin.aot_impl(plugin_id)(kernel)
+    plugin.register(plugin_id)(_remembered(describe))
+    plugin.autotune(plugin_id)(_remembered(formats))
+    plugin.aot_impl(plugin_id)(_remembered(kernel))
+
+
+def _remembered(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A callback whose error is kept in `callback_errors` on its way."""
+
+    @functools.wraps(callback)  # its signature and annotations, which TensorRT reads
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return callback(*arguments, **keywords)
+        except Exception as error:
+            callback_errors.append(f"{type(error).__name__}: {error}")
+            raise
+
+    return called
+
+
+def compile_kernels(tokens: Any, indices: Any) -> None:
+    """Compile what a plugin with these inputs will be asked for: the network's tensors, (B, N, D) and (B, n).
+
+    Raises:
+        EngineError: a dtype that the kernels do not move, or NVRTC is missing or refuses the source.
+    """
+    element_bytes, index_bytes = _bytes(tokens.dtype, _ELEMENT_BYTES), _bytes(indices.dtype, _INDEX_BYTES)
+    compile_ptx(Variant.of(element_bytes, tokens.shape[2], index_bytes))
 
 
 def _formats(plugin: Any, *tensors: Any) -> list[Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.cuda_graphs import CudaGraphs
+from cat_pruning.runtime.finite_check import FiniteCheck
 from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
 
 
@@ -82,11 +83,13 @@ class StepSession(ABC):
         self._keep_indices: dict[int, Tensor] = {}  # (B, n) int32 by n
         self._last_kept: int | None = None  # n of the last step
         self._graphs = CudaGraphs()
+        self._finite = FiniteCheck()
 
     def reset(self) -> None:
         """Forget the image in progress; its memory is kept for the next one of its shape."""
         self._dims = None
         self._steps = 0
+        self._finite.forget()
 
     def begin(self, dims: StepDims, conditioning: Mapping[str, Tensor], timesteps: Sequence[float] = ()) -> None:
         """Begin an image.
@@ -137,8 +140,8 @@ class StepSession(ABC):
 
         Raises:
             ShapeError: the latents do not fit the image that was begun, or the engine was not built for n tokens.
-            EngineError: no image was begun, a pruned step before any full one, the engine failed, or its device has not
-                enough memory.
+            EngineError: no image was begun, a pruned step before any full one, the engine failed, its device has not
+                enough memory, or the image's first output was not finite in fp16: on a GPU a few steps later.
         """
         dims = self._dims
         if dims is None:
@@ -153,11 +156,14 @@ class StepSession(ABC):
             )
         try:
             with ordinary_tensors(), self._memory_for(dims):
+                self._finite.poll()
                 if num_kept:
                     self._inputs[LATENTS].copy_(latents)
                     self._load(timestep)
                     self._compute(tokens, num_kept)
                     self._steps += 1
+                    if self._steps == 1:
+                        self._finite.watch(self._noise)
                 else:
                     self._last_kept = 0
                     self._keep_indices[0] = self._noise.new_empty((self._noise.shape[0], 0), dtype=torch.int32)

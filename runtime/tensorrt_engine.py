@@ -4,10 +4,11 @@ One engine per graph, one context per profile, and so one set of weights for ful
 and every thread. All contexts of a session share their scratch memory, because they never run at once.
 
 Where the plugin scatters, it writes into its input: a cache's output is bound to the address of the input. TensorRT
-does not report a plugin's aliases; should it copy the input first, the result is the same. The noise's output too: in
-FLUX it is the scatter's own, in the other families it is made of what the scatter returns, after all of the input
-was read. Where the function body scatters, outputs are memory of their own, and two sets of caches, each with contexts
-of its own, are read and written in turn.
+does not report a plugin's aliases; should it copy the input first, the result is the same. So is the noise's in FLUX,
+whose output is the scatter's own. In the other families reshapes and transposes lie between the two, no alias is
+declared, and TensorRT may write the one before it has read the other: there the output is memory of its own, and is
+copied, a few hundred kB. Where the function body scatters, outputs are memory of their own, and two sets of caches,
+each with contexts of its own, are read and written in turn.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class TensorRTSession(StepSession):
             for part in (Part.PROMPT, Part.TIMESTEP)
             for tensor in engine.graphs[part].outputs
         }
-        self._result = self._noise if engine.in_place else torch.empty_like(self._noise)
+        in_place = engine.in_place and engine.family.noise_is_tokens
+        self._result = self._noise if in_place else torch.empty_like(self._noise)
 
     def _free(self) -> None:
         super()._free()

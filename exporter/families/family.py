@@ -47,6 +47,7 @@ class Family(ABC):
         lora_loader: diffusers' reader of its LoRA files; None where there is none.
         former_norm_type: the `norm_type` of its config under the former class, Transformer2DModel; None without one.
         batched_guidance: classifier-free guidance doubles the rows of a batch, [negative; positive].
+        noise_is_tokens: the output is what the last scatter returns, not a picture made of it.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class Family(ABC):
     lora_loader: ClassVar[Any] = None
     former_norm_type: ClassVar[str | None] = None
     batched_guidance: ClassVar[bool] = True
+    noise_is_tokens: ClassVar[bool] = False
 
     # The module: where it is intercepted, and how it is called.
 

@@ -40,6 +40,7 @@ class Flux(Family):
     max_timestep = 1.0
     lora_loader = FluxLoraLoaderMixin
     batched_guidance = False
+    noise_is_tokens = True
 
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
         """See `Family.intercept`."""

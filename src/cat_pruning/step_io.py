@@ -108,6 +108,11 @@ def cache_names(num_caches: int) -> list[str]:
     return [f"{part}_cache_{layer}" for layer in range(num_caches) for part in ("key", "value")]
 
 
+def is_changed_in_place(name: str) -> bool:
+    """Whether an input of the step is one that a scatter writes into: the last noise, or a cache."""
+    return name == NOISE or name.startswith(("key_cache_", "value_cache_"))
+
+
 def output_name(name: str) -> str:
     """The output that updates the input `name`."""
     return f"{name}_out"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_gpu
@@ -212,16 +213,41 @@ def test_an_engine_that_cannot_be_built_is_told_in_its_own_words(
         raise EngineError("TensorRT-RTX 1.7: no such card")
 
     monkeypatch.setattr(check_engine, "export", refuse)
+    monkeypatch.setattr(check_engine, "check_operators", lambda engine, result: None)
     assert check_engine.main(["tensorrt_rtx", "--out", str(out)]) == 1
     assert capsys.readouterr().err.endswith("EngineError: TensorRT-RTX 1.7: no such card\n")
-    assert json.loads(out.read_text()) == {}
+    error = {"error": "EngineError: TensorRT-RTX 1.7: no such card"}
+    assert json.loads(out.read_text()) == {"bf16": error, "fp16": error, "fp32": error}
+
+
+def test_no_model_is_run_where_an_operator_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    right = {"operator": "TokenGather", "dtype": "torch.float32", "size": [2, 3, 1, 6], "problems": []}
+    wrong = {**right, "problems": ["16 bytes around out were written to", "3 of 6 rows are not torch's"]}
+    specs = [SimpleNamespace()]
+    monkeypatch.setattr(check_engine, "plan_specs", lambda engine, token_ops: specs if token_ops == "plugin" else [])
+    monkeypatch.setattr(check_engine, "check_token_engines", lambda spec, folder, device: [right, wrong])
+    assert check_engine.main(["tensorrt", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.endswith(
+        "1 of 2 engines of one token operator are wrong; the first, TokenGather of torch.float32 at [2, 3, 1, 6]: "
+        "16 bytes around out were written to; 3 of 6 rows are not torch's\n"
+    )
+    assert json.loads(out.read_text()) == {"operators": [right, wrong]}
+
+
+def test_stages_of_engines_have_time_and_say_what_they_need() -> None:
+    by_name = {each.name: each for each in gpu_check.stages()}
+    assert all(by_name[name].seconds >= 600 for name in ("tensorrt", "tensorrt_rtx"))
+    assert "cuda.bindings" in by_name["tensorrt"].needs
 
 
 def test_an_engine_beside_the_torch_engine(tmp_path: Path) -> None:
     """ONNX Runtime on the CPU in the place of a GPU's plans."""
     out = tmp_path / "out.json"
     assert check_engine.main(["onnxruntime", "--out", str(out)]) == 0
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text())["fp32"]
     for name in ("unpruned", "pruned"):
         assert result[name]["largest_difference"] < 1e-3
         assert result[name]["tokens_that_differ"] == 0

@@ -69,7 +69,12 @@ def fake_builder(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
 def test_the_bundle_has_the_plans_that_its_manifest_lists(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle)
     plans = bundle.manifest.plans
-    assert plans == plan_specs("tensorrt_rtx")
+    step = {"attention": "decomposable", "score_bytes": plans[-1].score_bytes}  # in fp32
+    expected = plan_specs("tensorrt_rtx")
+    assert plans == (*expected[:-1], expected[-1].model_copy(update=step))
+    (profile,) = bundle.manifest.profiles
+    heads, rows = bundle.manifest.transformer_config["num_attention_heads"], profile.num_tokens + profile.text_length
+    assert plans[-1].score_bytes == profile.batch * heads * rows**2 * 2
     assert [plan.part for plan in plans] == list(Part)
     assert len({plan.file for plan in plans}) == 3
     for plan in plans:
@@ -240,6 +245,44 @@ def test_what_the_engine_runs_is_logged(
     assert built == PlanReport(engine_layers=612, engine_plugins=plugins)
     assert caplog.messages[0] == f"step.onnx: {plugins} of the engine's 612 layers are plugins"
     assert [record.levelname for record in caplog.records[1:]] == ([] if plugins else ["WARNING"])
+
+
+@pytest.mark.parametrize(
+    ("report", "level", "words"),
+    [
+        ({"attention": "fused", "fused_attention": 48, "scratch_bytes": 9000, "score_bytes": 50}, "INFO", "so: 48;"),
+        ({"attention": "fused", "fused_attention": 0, "scratch_bytes": 9, "score_bytes": 50}, "WARNING", "so: 0;"),
+        ({"attention": "fused", "scratch_bytes": 9000, "score_bytes": 50}, "WARNING", "memory 9,000 bytes"),
+        ({"attention": "fused", "scratch_bytes": 9, "score_bytes": 50}, "INFO", "score matrix 50"),
+        ({"attention": "fused", "score_bytes": 50}, "INFO", "memory not known bytes"),
+        ({"attention": "decomposable", "fused_attention": 0}, "INFO", "built as decomposable"),
+    ],
+)
+def test_attention_that_may_not_be_fused_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    mini_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    report: dict[str, Any],
+    level: str,
+    words: str,
+) -> None:
+    fake_builder(monkeypatch, f"print({json.dumps(report)!r})")
+    with caplog.at_level("INFO", logger="cat_pruning.engines.build"):
+        built = build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])
+    assert built.attention == report["attention"]
+    (record,) = [record for record in caplog.records if "attention was built" in record.message]
+    assert record.levelname == level
+    assert words in record.message
+
+
+def test_what_the_builder_warns_of_is_told(
+    monkeypatch: pytest.MonkeyPatch, mini_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_builder(monkeypatch, 'print(\'{"warnings": ["fused attention was refused"]}\')')
+    built = build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])
+    assert built == PlanReport(warnings=("fused attention was refused",))
+    assert caplog.messages == ["step.onnx: fused attention was refused"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")

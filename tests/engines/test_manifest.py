@@ -93,6 +93,10 @@ FIELDS: dict[str, Any] = {
             "architectures": ["sm80", "sm120"],
             "token_ops": "function",
             "plugin_layers": None,
+            "attention": "fused",
+            "fused_attention": 48,
+            "scratch_bytes": 1000,
+            "score_bytes": 2000,
             "file": "rtx.plan",
         }
     ],

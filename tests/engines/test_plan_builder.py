@@ -1,7 +1,6 @@
 """The building process from the inside.
 
-TensorRT's builder is not on PyPI. Its double here is the real TensorRT-RTX, the same API by another name, changed in
-what only TensorRT has: plugins, and a GPU to load the plan on.
+TensorRT's builder is not on PyPI; its double is the real TensorRT-RTX: see `builder_double.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
+from builder_double import Tensorrt
 
-from cat_pruning.engines import plan_builder
+from cat_pruning.engines import fused_attention, plan_builder
 from cat_pruning.engines.build import can_build, token_nodes
 from cat_pruning.engines.build_caches import read_cache, write_cache
-from cat_pruning.engines.plan_builder import PlanJob, PlanReport, build, count_layers
+from cat_pruning.engines.plan_builder import PlanJob, PlanReport, build
 from cat_pruning.engines.profiles import plan_profiles, profile_spec
 from cat_pruning.engines.records import Geometry
 from cat_pruning.engines.tensorrt_library import library_log, tensorrt_library
@@ -35,74 +35,8 @@ needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-R
 # "Timing cache operations are no-ops in TensorRT-RTX"; the double uses them all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX")
 
-LAYERS = {"Layers": [{"Name": "a", "LayerType": "gemm"}, {"Name": "b", "LayerType": "PluginV3"}, "c"], "Bindings": []}
-
 
 # ------------------------------------------------------------------ the path of TensorRT
-
-
-class Tensorrt(ModuleType):
-    """TensorRT-RTX as TensorRT; `asked` is what the builder asked of it, in order."""
-
-    def __init__(self, plugins: bool) -> None:
-        super().__init__("tensorrt")
-        rtx, asked = tensorrt_library("tensorrt_rtx"), []
-        vars(self).update({name: value for name, value in vars(rtx).items() if name != "__name__"})
-        self.__version__ = "11.4.0"
-        self.asked: list[str] = asked
-        self.loads = True
-        strongly_typed = rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-
-        def builder(log: Any) -> Any:
-            real = rtx.Builder(log)
-
-            def create_network(flags: int) -> Any:
-                asked.append(f"network {flags:b}")
-                return real.create_network(1 << int(strongly_typed))
-
-            def create_builder_config() -> Any:
-                asked.append("config")
-                return real.create_builder_config()
-
-            def build_serialized_network_to_stream(network: Any, config: Any, writer: Any) -> bool:
-                aliased = config.get_preview_feature(rtx.PreviewFeature.ALIASED_PLUGIN_IO_10_03)
-                asked.append(f"build, aliased {aliased}, {config.profiling_verbosity.name}")
-                asked.append(f"tf32 {config.get_flag(rtx.BuilderFlag.TF32)}")
-                return bool(real.build_serialized_network_to_stream(network, config, writer))
-
-            return SimpleNamespace(
-                create_network=create_network,
-                create_builder_config=create_builder_config,
-                create_optimization_profile=real.create_optimization_profile,
-                build_serialized_network_to_stream=build_serialized_network_to_stream,
-            )
-
-        def deserialize(plan: Any) -> Any:
-            asked.append(f"load {len(plan)} bytes")
-            information = SimpleNamespace(get_engine_information=lambda form: json.dumps(LAYERS))
-            return SimpleNamespace(create_engine_inspector=lambda: information) if self.loads else None
-
-        self.Builder = builder
-        self.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=deserialize)
-        self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1, PREFER_AOT_PYTHON_PLUGINS=3)
-        self.LayerType = SimpleNamespace(
-            ATTENTION_INPUT=rtx.LayerType.ATTENTION_INPUT,
-            # The node of a function body that stands for a plugin's: of the one token operator of `scatter_job`.
-            PLUGIN_V3=rtx.LayerType.SCATTER if plugins else rtx.LayerType.PLUGIN_V3,
-        )
-
-
-@pytest.fixture
-def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tensorrt:
-    """TensorRT's double; its parser takes plugins unless the test is parametrized with False."""
-    double = Tensorrt(getattr(request, "param", True))
-    log = library_log(tensorrt_library("tensorrt_rtx"))  # a process has one
-    monkeypatch.setattr(plan_builder, "tensorrt_library", lambda flavour: {"tensorrt": double}[flavour])
-    monkeypatch.setattr(plan_builder, "library_log", lambda module: log)
-    plugin = ModuleType("cat_pruning.plugins.tensorrt_plugin")
-    plugin.register_token_plugins = lambda trt: double.asked.append(f"register in {trt.__name__}")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
-    return double
 
 
 @pytest.fixture
@@ -130,16 +64,29 @@ def changed(job: PlanJob, **changes: Any) -> PlanJob:
 
 @needs_rtx
 def test_a_plan_with_plugins(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
-    assert build(scatter_job) == PlanReport(engine_layers=3, engine_plugins=1)
+    heads, rows = 4, 20 + 7  # of 80x64 pixels and the text
+    assert build(scatter_job) == PlanReport(
+        attention="decomposable",  # heads of 8 in fp32
+        score_bytes=2 * heads * rows**2 * 2,
+        engine_layers=3,
+        engine_plugins=1,
+        fused_attention=0,
+        scratch_bytes=4096,
+    )
     size = Path(scatter_job.plan).stat().st_size
-    assert tensorrt.asked == [
+    compiled = [words for words in tensorrt.asked if words.startswith("compile")]
+    assert len(compiled) == scatter_job.plugin_nodes["TokenScatter"]
+    assert set(compiled) == {"compile for FLOAT (-1, -1, 32)", "compile for FLOAT (-1, -1, 16)"}
+    assert [words for words in tensorrt.asked if words not in compiled] == [
         "register in tensorrt",
         "network 1010",
         "config",
         "build, aliased True, DETAILED",
         "tf32 False",
+        "decomposable [True]",
         f"load {size} bytes",
     ]
+    assert tensorrt.asked.index("config") > tensorrt.asked.index(compiled[-1])  # before the long build
 
 
 @needs_rtx
@@ -174,10 +121,50 @@ def test_a_plugin_that_cannot_be_made(
 
 
 @needs_rtx
-def test_a_plan_that_cannot_be_loaded(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
-    tensorrt.loads = False
-    with pytest.raises(EngineError):
+@pytest.mark.parametrize("problem", ["not loaded", "no inspector", "no JSON"])
+def test_a_built_plan_is_not_lost_to_what_cannot_be_asked(
+    tensorrt: Tensorrt, scatter_job: PlanJob, problem: str
+) -> None:
+    tensorrt.loads = problem != "not loaded"
+    tensorrt.information = "{ no JSON" if problem == "no JSON" else json.dumps({"Layers": []})
+    if problem == "no inspector":
+        vars(tensorrt)["Runtime"] = lambda log: SimpleNamespace(
+            deserialize_cuda_engine=lambda plan: SimpleNamespace(device_memory_size_v2=1)
+        )
+    report = build(scatter_job)
+    assert Path(scatter_job.plan).stat().st_size > 0
+    assert report.engine_layers is report.engine_plugins is report.fused_attention is None
+    assert report.attention == "decomposable"
+    if problem == "no JSON":
+        assert report.scratch_bytes == 4096
+    else:
+        (warning,) = report.warnings
+        assert warning.startswith("the plan was built, and its engine could not be inspected: ")
+
+
+@needs_rtx
+def test_what_a_callback_said_is_part_of_the_error(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    tensorrt.refusals = 1
+    tensorrt.callback_errors.append("EngineError: a token plugin got FP8")
+    with pytest.raises(EngineError) as caught:
         build(scatter_job)
+    assert str(caught.value) == (
+        "Could not find any implementation for node {ForeignNode}; the token plugin said: EngineError: a token plugin "
+        "got FP8; --no-plugin builds without our kernels"
+    )
+
+
+@needs_rtx
+def test_kernels_that_cannot_be_compiled_are_told_before_the_build(
+    tensorrt: Tensorrt, scatter_job: PlanJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(tokens: Any, indices: Any) -> None:
+        raise EngineError("NVRTC cannot be loaded")
+
+    monkeypatch.setattr(sys.modules["cat_pruning.plugins.tensorrt_plugin"], "compile_kernels", refuse)
+    with pytest.raises(EngineError, match="NVRTC cannot be loaded"):
+        build(scatter_job)
+    assert "config" not in tensorrt.asked
 
 
 @needs_rtx
@@ -221,11 +208,6 @@ def test_a_builder_that_is_null(tensorrt: Tensorrt, scatter_job: PlanJob) -> Non
         build(scatter_job)
 
 
-def test_layers_are_counted() -> None:
-    assert count_layers(json.dumps(LAYERS)) == PlanReport(engine_layers=3, engine_plugins=1)
-    assert count_layers('{"Layers": []}') == PlanReport(engine_layers=0, engine_plugins=0)
-
-
 # ------------------------------------------------------------------ the API
 
 # The names of the builder's variables that are TensorRT's, and their classes; all others are ours or Python's.
@@ -240,14 +222,19 @@ VARIABLES = {
     "runtime": "Runtime",
     "engine": "ICudaEngine",
     "inspector": "EngineInspector",
+    "query": "ITensor",
 }
 OURS = {
     "Path", "built", "data", "dataclasses", "dict", "entry", "errors", "error", "expected", "file", "flags", "job",
     "json", "kind", "log", "logging", "logger", "mmap", "os", "output", "plan", "report", "self", "shapes", "sys",
+    "callback_errors", "copy", "found", "graph", "model", "name", "node", "onnx", "re", "warnings", "_OUT_OF_MEMORY",
 }  # fmt: skip
 # What a class inherits from, or becomes: a layer whose type is ATTENTION_INPUT.
 BECOMES = {"ILayer.attention": "IAttentionInputLayer.attention"}
-OF_A_PROPERTY = {"IAttentionInputLayer.attention.decomposable": "IAttention.decomposable"}
+OF_A_PROPERTY = {
+    "IAttentionInputLayer.attention.decomposable": "IAttention.decomposable",
+    "ITensor.dtype.name": "DataType.name",
+}
 ONLY_TENSORRT = {"NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS"}
 ONLY_TENSORRT_RTX = {"BuilderFlag.REQUIRE_USER_ALLOCATION"}
 
@@ -268,7 +255,10 @@ print(json.dumps([name for name in {names!r} if not has(name)]))
 def used_names() -> set[str]:
     """The attributes of the API that the builder uses, by class: "Builder.create_network"."""
     names = set()
-    for node in ast.walk(ast.parse(inspect.getsource(plan_builder))):
+    nodes = [
+        node for module in (plan_builder, fused_attention) for node in ast.walk(ast.parse(inspect.getsource(module)))
+    ]
+    for node in nodes:
         attributes: list[str] = []
         place: ast.AST = node
         while isinstance(place, ast.Attribute):

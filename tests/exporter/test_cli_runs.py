@@ -16,7 +16,9 @@ import pytest
 from cat_pruning.engines import build
 from cat_pruning.engines.build import can_build
 from cat_pruning.engines.bundle import Bundle
-from cat_pruning.errors import BundleError
+from cat_pruning.engines.plan_builder import PlanReport
+from cat_pruning.engines.records import PlanSpec
+from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.exporter import cli
 from cat_pruning.exporter.export import Target, default_targets
 from cat_pruning.step_io import Part
@@ -189,3 +191,71 @@ def test_what_is_built_by_default(monkeypatch: Any, gpu: str | None) -> None:
     monkeypatch.setattr(build, "tensorrt_library", lambda flavour: SimpleNamespace(__version__="11.4.0.106"))
     monkeypatch.setattr(build, "gpu_architecture", lambda: gpu)
     assert default_targets() == ((Target.ONNX, Target.TENSORRT) if gpu else (Target.ONNX,))
+
+
+# ------------------------------------------------------------------ plans that fail
+
+
+@pytest.fixture
+def failing_builder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """TensorRT-RTX builds the first graph's plan and refuses the second's; the plans that were asked for."""
+    asked: list[str] = []
+
+    def build_plan(spec: Any, onnx: Path, plan: Path, *arguments: Any) -> PlanReport:
+        asked.append(onnx.name)
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        plan.write_bytes(b"a plan")
+        if len(asked) == 2:
+            raise EngineError(f"TensorRT-RTX cannot build {onnx.name}: no")
+        return PlanReport()
+
+    spec = PlanSpec(
+        part=Part.PROMPT,
+        flavour="tensorrt_rtx",
+        version="1.7",
+        architectures=("sm80",),
+        token_ops="function",
+        file="plans/rtx/prompt.plan",
+    )
+    specs = tuple(spec.model_copy(update={"part": part, "file": f"plans/rtx/{part}.plan"}) for part in Part)
+    monkeypatch.setattr("cat_pruning.exporter.plans.build_plan", build_plan)
+    monkeypatch.setattr("cat_pruning.exporter.export.plan_specs", lambda flavour, token_ops: specs)
+    return asked
+
+
+def test_the_graphs_outlive_a_plan_that_fails(
+    cat_export: CatExport,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    failing_builder: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("cat_pruning.exporter.plans.importer_findings", lambda path: ["TopK: K is 5000"])
+    out = tmp_path / "bundle"
+    code, printed, errors = cat_export("--model", tiny_checkpoint, "--target", "rtx", "--out", out)
+    assert (code, printed) == (2, "")
+    assert errors[-1] == (
+        f"cat-export: TensorRT-RTX cannot build timestep.onnx: no; {out} was written without these plans and runs "
+        "under ONNX Runtime or torch: to build it anew, give --force"
+    )
+    assert failing_builder == ["prompt.onnx", "timestep.onnx"]  # a plan of the step's alone would be of no use
+    bundle = Bundle.open(out)
+    assert bundle.manifest.plans == ()
+    assert not [name for name in bundle.manifest.files if name.startswith("plans/")]
+    assert not (out / "plans" / "rtx").exists()
+    for name in bundle.manifest.files:
+        bundle.verified(name)
+
+    # What the importer may refuse is told before each build.
+    assert [words for words in caplog.messages if "refused" in words] == [
+        "prompt.onnx may be refused by TensorRT-RTX: TopK: K is 5000",
+        "timestep.onnx may be refused by TensorRT-RTX: TopK: K is 5000",
+    ]
+
+    # With a bundle there, which may have plans, a failure changes nothing.
+    failing_builder.clear()
+    before = (out / "manifest.json").stat().st_mtime_ns
+    code, printed, errors = cat_export("--model", tiny_checkpoint, "--target", "rtx", "--out", out, "--force")
+    assert (code, errors[-1]) == (2, "cat-export: TensorRT-RTX cannot build timestep.onnx: no")
+    assert (out / "manifest.json").stat().st_mtime_ns == before

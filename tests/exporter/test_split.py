@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter.cache_readers import check_cache_readers
 from cat_pruning.step_io import SYMBOLIC, Part, output_names
 
 Dims = tuple[int | str, ...]
@@ -148,3 +151,24 @@ def test_every_parameter_lies_where_its_results_are_needed(tiny_export: Any) -> 
 def test_the_graphs_hold_no_attention_but_the_step(tiny_export: Any) -> None:
     for part in (Part.PROMPT, Part.TIMESTEP):
         assert "Attention" not in {node.op_type for node in load(tiny_export, part).node}
+
+
+def test_a_cache_is_read_by_its_scatter_alone(tiny_export: Any) -> None:
+    """Not even its shape is read: TensorRT may copy what a plugin changes in place for the sake of another reader."""
+    graph = load(tiny_export, "step")
+    caches = [value.name for value in graph.input if "_cache_" in value.name]
+    assert len(caches) == 2 * len(tiny_export.step.family.caches(tiny_export.step.transformer.config))
+    readers = {name: [node.op_type for node in graph.node if name in node.input] for name in (*caches, "noise")}
+    assert all(readers[name] == ["TokenScatter"] for name in caches)
+    # In FLUX the noise is tokens already, elsewhere the scatter's input is made of it.
+    assert readers["noise"] == (["TokenScatter"] if tiny_export.step.family.name == "flux" else ["Reshape"])
+
+
+@pytest.mark.parametrize("kind", ["sd3"])
+def test_a_cache_with_another_reader_is_refused(tiny_export: Any) -> None:
+    model = ir.load(tiny_export.directory / "step.onnx")
+    check_cache_readers(model)
+    cache = next(value for value in model.graph.inputs if value.name == "value_cache_1")
+    model.graph.append(ir.node("Shape", [cache]))
+    with pytest.raises(EngineError, match=r"reads value_cache_1 in TokenScatter, Shape, expected its scatter alone"):
+        check_cache_readers(model)

@@ -24,7 +24,7 @@ sys.path.insert(0, sys.argv[1])  # where the package tensorrt is, whose plugins 
 import tensorrt as trt  # noqa: E402
 from tensorrt_bindings.plugin import _tensor  # noqa: E402
 
-from cat_pruning.plugins.tensorrt_plugin import register_token_plugins  # noqa: E402
+from cat_pruning.plugins.tensorrt_plugin import callback_errors, register_token_plugins  # noqa: E402
 
 
 class Expression(trt.IDimensionExpr):  # type: ignore[misc]
@@ -145,7 +145,7 @@ def main() -> None:
             answers.append(ask(**question))
         except Exception as error:  # noqa: BLE001  # as TensorRT does
             answers.append({"error": f"{type(error).__name__}: {error}"})
-    answer = {"registered": registered, "answers": answers}
+    answer = {"registered": registered, "answers": answers, "callback_errors": callback_errors}
     Path(sys.argv[2]).write_text(json.dumps(answer))  # TensorRT itself writes to stdout
 
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from cat_pruning.errors import EngineError
-from cat_pruning.plugins import onnx_ops
+from cat_pruning.plugins import onnx_ops, tensorrt_plugin
 from cat_pruning.plugins.cuda_kernels import GATHER, LANES, ROWS_PER_BLOCK, SCATTER, Variant, compile_ptx
 from cat_pruning.plugins.cuda_launch import Launch
-from cat_pruning.plugins.tensorrt_plugin import register_token_plugins
+from cat_pruning.plugins.tensorrt_plugin import compile_kernels, register_token_plugins
 
 DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
 INDEX_DTYPES = {"INT32": torch.int32, "INT64": torch.int64}
@@ -152,6 +152,28 @@ def test_other_dtypes_are_refused_by_name(probed: dict[str, Any]) -> None:
     tokens, indices = [answer["error"] for answer in probed["answers"][-2:]]
     assert tokens.startswith("EngineError: a token plugin got FP8, expected one of FLOAT, HALF, BF16")
     assert indices.startswith("EngineError: a token plugin got UINT8, expected one of INT32, INT64")
+
+
+def test_what_callbacks_raise_is_kept(probed: dict[str, Any]) -> None:
+    """TensorRT passes none of it on."""
+    assert [words.partition(",")[0] for words in probed["callback_errors"]] == [
+        "EngineError: a token plugin got FP8",
+        "EngineError: a token plugin got UINT8",
+    ]
+
+
+def tensor(dtype: str, *shape: int) -> Any:
+    return SimpleNamespace(dtype=SimpleNamespace(name=dtype), shape=shape)
+
+
+def test_kernels_are_compiled_before_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Variant] = []
+    monkeypatch.setattr(tensorrt_plugin, "compile_ptx", compiled.append)
+    compile_kernels(tensor("BF16", -1, -1, 1536), tensor("INT32", -1, -1))
+    compile_kernels(tensor("FLOAT", -1, -1, 3), tensor("INT64", -1, -1))
+    assert compiled == [Variant.of(2, 1536, 4), Variant.of(4, 3, 8)]
+    with pytest.raises(EngineError, match="a token plugin got FP8"):
+        compile_kernels(tensor("FP8", -1, -1, 1536), tensor("INT32", -1, -1))
 
 
 @pytest.mark.parametrize(

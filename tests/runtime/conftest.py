@@ -33,7 +33,7 @@ from cat_pruning.runtime.step_engine import StepEngine, StepSession, TokenChoice
 from cat_pruning.runtime.tensorrt_engine import TensorRTStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import NOISE, TIMESTEP, Part, cache_names, output_name
+from cat_pruning.step_io import TIMESTEP, Part, cache_names, output_name
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 ENGINES = ("onnxruntime", "torch")
@@ -239,7 +239,7 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
         ]
         plans = {}
         for graph in manifest.graphs:
-            shared = [NOISE, *cache_names(len(family.caches(config)))] if graph.part is Part.STEP and in_place else []
+            shared = cache_names(len(family.caches(config))) if graph.part is Part.STEP and in_place else []
             file = tmp_path / f"{graph.part}.plan"
             profiles: Any = plan_profiles(graph, specs, manifest.geometry.patch_size)
             if any_shape:

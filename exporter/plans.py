@@ -1,0 +1,58 @@
+"""The plans of a bundle: what the importer may refuse is told first, and what was exported outlives a failure."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+
+from cat_pruning.engines.build import build_plan, with_report
+from cat_pruning.engines.build_caches import timing_cache_path
+from cat_pruning.engines.bundle import BundleWriter
+from cat_pruning.engines.profiles import plan_profiles
+from cat_pruning.engines.records import Flavour, GraphSpec, PlanSpec, ProfileSpec
+from cat_pruning.engines.tensorrt_library import TITLES
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter.importer_rules import importer_findings
+from cat_pruning.exporter.progress import Stage
+
+logger = logging.getLogger(__name__)
+
+
+def build_plans(
+    plans: Sequence[PlanSpec],
+    graphs: Sequence[GraphSpec],
+    profiles: Sequence[ProfileSpec],
+    patch_size: int,
+    writer: BundleWriter,
+    stage: Stage,
+) -> tuple[tuple[PlanSpec, ...], EngineError | None]:
+    """Build the plans into the bundle, and return those that are whole, and what failed.
+
+    Where a plan fails, its flavour has none, and the export goes on: the graphs took long to write and run without
+    plans. Unless a bundle is there already: one with plans is not replaced by one without.
+    """
+    built: list[PlanSpec] = []
+    failure: EngineError | None = None
+    failed: set[Flavour] = set()
+    for plan in plans:
+        if plan.flavour in failed:
+            continue
+        graph = next(graph for graph in graphs if graph.part is plan.part)
+        shapes = plan_profiles(graph, profiles, patch_size)
+        files, timings = (writer.path / graph.file, writer.path / plan.file), timing_cache_path(writer.out, plan)
+        for finding in importer_findings(files[0]):
+            logger.warning("%s may be refused by %s: %s", graph.file, TITLES[plan.flavour], finding)
+        try:
+            with stage(f"Build the {TITLES[plan.flavour]} engine of {graph.file}, profiles: {len(shapes)}"):
+                report = build_plan(plan, *files, shapes, timings)
+        except EngineError as error:
+            if writer.out.exists():
+                raise
+            failure = failure or error
+            failed.add(plan.flavour)
+            shutil.rmtree(files[1].parent, ignore_errors=True)
+            built = [each for each in built if each.flavour != plan.flavour]
+        else:
+            built.append(with_report(plan, report))
+    return tuple(built), failure

@@ -1,0 +1,65 @@
+"""Whether a model overflows in fp16, told in words and not by a black picture.
+
+SD3 does, at some prompts: an activation beyond 65504 becomes an infinity, and every later step is NaN. The first step
+of an image is a full one and sees every token, so its output is looked at, once per image: a reduction that a GPU does
+in microseconds, whose answer is copied to the host while the next steps are launched, and read when it is there.
+Nothing waits for it; a loop that launches without end is told a few steps later than it happened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cat_pruning.errors import EngineError
+
+
+class FiniteCheck:
+    """The check of one session. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._flag: Tensor | None = None  # on the host
+        self._event: Any = None  # when the flag is there
+
+    def forget(self) -> None:
+        """The image is another one; nobody needs the answer about the last one."""
+        self._event = None
+
+    def watch(self, output: Tensor) -> None:
+        """Begin to look at the first output of an image. Does not synchronise with a GPU.
+
+        Raises:
+            EngineError: it is on the host and not finite.
+        """
+        if output.dtype is not torch.float16 or output.device.type not in ("cpu", "cuda"):
+            return
+        finite = output.isfinite().all()
+        if output.device.type == "cpu":
+            _check(finite)
+            return
+        if self._flag is None:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._flag.copy_(finite, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(output.device))
+
+    def poll(self) -> None:
+        """Read the answer if it is there. Does not synchronise.
+
+        Raises:
+            EngineError: the output was not finite.
+        """
+        if self._event is not None and self._event.query():
+            self._event = None
+            assert self._flag is not None
+            _check(self._flag)
+
+
+def _check(finite: Tensor) -> None:
+    if not finite:
+        raise EngineError(
+            "the first step of this image has values that are not finite: the model overflows in fp16; export it with "
+            "--dtype bf16, whose range is fp32's"
+        )
