@@ -152,7 +152,8 @@ class PlanSpec(Record):
     """A built engine of one graph: the builder and its version, and the GPU architectures that it was built for.
 
     token_ops: what computes them, as the network had it when it was built. plugin_layers: how many plugin layers the
-    engine's inspector counted after the build; None where there is no GPU to load it on.
+    engine's inspector counted after the build; None where there is no GPU to load it on. refittable: whether it takes
+    other weights without being built again.
     """
 
     part: Annotated[Part, Strict(False)]
@@ -161,6 +162,7 @@ class PlanSpec(Record):
     architectures: Annotated[tuple[Architecture, ...], Strict(False), Field(min_length=1)]
     token_ops: TokenOps
     plugin_layers: NonNegativeInt | None = None
+    refittable: bool = False
     file: BundlePath
 
     @model_validator(mode="after")

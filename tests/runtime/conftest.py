@@ -195,9 +195,11 @@ def small_graph_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Part, int]]:
     runs: list[tuple[Part, int]] = []
     original = OnnxRuntimeStepEngine.run
 
-    def run(engine: OnnxRuntimeStepEngine, part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def run(
+        engine: OnnxRuntimeStepEngine, part: Part, inputs: dict[str, Tensor], graphs: Any = None
+    ) -> dict[str, Tensor]:
         runs.append((part, inputs[TIMESTEP].unique().numel() if part is Part.TIMESTEP else 0))
-        return original(engine, part, inputs)
+        return original(engine, part, inputs, graphs)
 
     monkeypatch.setattr(OnnxRuntimeStepEngine, "run", run)
     return runs
