@@ -131,7 +131,7 @@ def check_adapter(weights: Mapping[str, Tensor], transformer: nn.Module) -> None
     Raises:
         ValueError: the first that is not; by name.
     """
-    modules = {name.replace(".base_layer", "") for name, _ in transformer.named_modules()}
+    modules = {name.replace(".base_layer", ""): module for name, module in transformer.named_modules()}
     for name, weight in weights.items():
         if _ADAPTED.split(name)[0] not in modules:
             raise ValueError(f"its {name} belongs to no module of the model")
@@ -141,8 +141,17 @@ def check_adapter(weights: Mapping[str, Tensor], transformer: nn.Module) -> None
             raise ValueError(f"its {name} is of no kind that can be loaded")
         if (other := _other_half(name)) is not None and other not in weights:
             raise ValueError(f"its {name} has no {other.rpartition(_ADAPTED.split(name)[0])[2].removeprefix('.')}")
+        _check_shape(name, weight, getattr(modules[_ADAPTED.split(name)[0]], "weight", None))
     if not weights:
         raise ValueError("it has no weights for the transformer")
+
+
+def _check_shape(name: str, weight: Tensor, base: Any) -> None:
+    if not isinstance(base, Tensor) or base.dim() != 2 or weight.dim() != 2:
+        return
+    for ends, axis in (((".lora_A.weight", "down.weight"), 1), ((".lora_B.weight", "up.weight"), 0)):
+        if name.endswith(ends) and weight.shape[axis] != base.shape[axis]:
+            raise ValueError(f"its {name} has shape {tuple(weight.shape)}, of a weight of {tuple(base.shape)}")
 
 
 def _other_half(name: str) -> str | None:

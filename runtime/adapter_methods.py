@@ -117,8 +117,10 @@ class AdapterMethods:
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """Every module, the layers of PEFT that hold adapters among them: pipelines read off them what is active."""
-        yield from (own := list(super().modules(remove_duplicate)))  # type: ignore[misc]  # of nn.Module
-        yield from (layer for layer in self.adapters.layers if not any(layer is module for module in own))
+        own = list(super().modules(remove_duplicate))  # type: ignore[misc]  # of nn.Module
+        known = set(map(id, own))
+        yield from own
+        yield from (layer for layer in self.adapters.layers if id(layer) not in known)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Save nothing: an engine's weights are in its bundle, or are the user's own transformer."""

@@ -80,6 +80,11 @@ class Adapters:
         with self._lock:
             module, before = self.module, set(self.loaded)
             active = self.active
+            if not hasattr(module, "load_lora_adapter"):
+                raise SettingsError(
+                    f"diffusers loads no adapters into a {type(module).__name__}; "
+                    "fuse a PEFT directory with cat-export --lora"
+                )
             if (name := options.get("adapter_name")) in before and not options.get("hotswap"):
                 raise SettingsError(f"an adapter {name!r} is loaded already; give another adapter_name, or unload it")
             try:
