@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cat_pruning.engines.records import LoraSpec
@@ -100,6 +100,9 @@ def _fuse(transformer: Any, family: Family, lora: LoraSpec) -> nn.Module:
 
 def _read(path: Path, loader: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any] | None]:
     """An adapter's weights and alphas by name, beginning with "transformer.", and its metadata."""
+    with safe_open(path, "pt") as file:
+        if dropped := [name for name in file.keys() if "dora_scale" in name]:  # noqa: SIM118  # it is no dict
+            raise ValueError(f"it has {dropped[0]}: a DoRA's dora_scale, which diffusers leaves out")
     read = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
     weights, *more = loader.lora_state_dict(str(path.parent), **read, return_alphas=True, return_lora_metadata=True)
     metadata, alphas = more[-1], dict(more[0] or {}) if len(more) == 2 else {}  # only FLUX's loader returns alphas

@@ -68,6 +68,9 @@ class Tensorrt(ModuleType):
                 aliased = config.get_preview_feature(rtx.PreviewFeature.ALIASED_PLUGIN_IO_10_03)
                 asked.append(f"build, aliased {aliased}, {config.profiling_verbosity.name}")
                 asked.append(f"tf32 {config.get_flag(rtx.BuilderFlag.TF32)}")
+                if config.get_flag(rtx.BuilderFlag.REFIT):
+                    asked.append("refit")
+                    config.clear_flag(rtx.BuilderFlag.REFIT)  # which the real one builds with a GPU only
                 return bool(real.build_serialized_network_to_stream(network, config, writer))
 
             return SimpleNamespace(
@@ -147,6 +150,27 @@ def test_a_plan_with_plugins(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
 def test_a_plan_without_plugins_registers_none(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
     build(changed(scatter_job, plugin_nodes={}))
     assert tensorrt.asked[:3] == ["network 10", "config", "build, aliased False, DETAILED"]
+
+
+@needs_rtx
+def test_a_refittable_plan(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    build(changed(scatter_job, refittable=True))
+    assert tensorrt.asked[4:6] == ["tf32 False", "refit"]
+
+
+@needs_rtx
+def test_the_parser_names_weights_as_the_graph_does(scatter_job: PlanJob) -> None:
+    """By these names they are given to a refit."""
+    trt = tensorrt_library("tensorrt_rtx")
+    log = library_log(trt)
+    network = trt.Builder(log.handle).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log.handle)
+    assert parser.parse_from_file(scatter_job.onnx)
+    graph = onnx.load(scatter_job.onnx, load_external_data=False).graph
+    weights = [tensor.name for tensor in graph.initializer if tensor.name.endswith((".weight", ".weight.T"))]
+    assert len(weights) > 10
+    assert [name for name in weights if not network.mark_weights_refittable(name)] == []
+    assert not network.mark_weights_refittable("transformer.nothing.weight")
 
 
 @needs_rtx
