@@ -9,6 +9,7 @@ whatever was loaded before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -214,9 +215,8 @@ class AdaptedWeights(Mapping[str, Tensor]):
         """The changed initializer, new memory on the CPU."""
         layer = self._layers[name]
         with torch.inference_mode(False), torch.no_grad():
-            change = sum(layer.get_delta_weight(adapter).float() for adapter in _active(layer))
-            assert isinstance(change, Tensor)
-            return self._base.changed(name, change)
+            changes = (layer.get_delta_weight(adapter).float() for adapter in _active(layer))
+            return self._base.changed(name, functools.reduce(torch.add, changes))
 
     def __iter__(self) -> Iterator[str]:
         """The names."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
@@ -89,25 +90,20 @@ class GraphWeights:
         return tuple(self._of_parameter.get(parameter, ()))
 
     def read(self, name: str) -> Tensor:
-        """An initializer as the export wrote it; new memory on the CPU.
+        """An initializer as the export wrote it, on the CPU: a copy-on-write view of its file.
 
         Raises:
             BundleError: its file cannot be read.
         """
         stored = self._stored[name]
-        content, size = stored.content, math.prod(stored.shape) * stored.dtype.itemsize
+        if stored.content is not None:
+            return torch.frombuffer(bytearray(stored.content), dtype=stored.dtype).reshape(stored.shape)
+        size = math.prod(stored.shape) * stored.dtype.itemsize
         try:
-            if content is None:
-                with stored.file.open("rb") as file:
-                    file.seek(stored.offset)
-                    content = file.read(size)
-        except OSError as error:
-            raise BundleError(f"{stored.file} cannot be read ({error}); run cat-export again") from error
-        if len(content) != size:
-            raise BundleError(
-                f"{stored.file} has {len(content)} bytes of {name}, expected {size}; run cat-export again"
-            )
-        return torch.frombuffer(bytearray(content), dtype=stored.dtype).reshape(stored.shape)
+            content = np.memmap(stored.file, mode="c", offset=stored.offset, shape=(size,))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{stored.file}: {name} cannot be read ({error}); run cat-export again") from error
+        return torch.from_numpy(content).view(stored.dtype).reshape(stored.shape)
 
     def changed(self, name: str, change: Tensor) -> Tensor:
         """An initializer whose parameter is changed by `change`: added in fp32, rounded once to its dtype.
@@ -117,9 +113,9 @@ class GraphWeights:
             change: what is added to the parameter, in the parameter's own shape.
         """
         stored = self._stored[name]
-        change = change.float() * self._factors.get(stored.parameter, 1.0)
-        change = change.t() if stored.transposed else change
-        return (self.read(name).float() + change).to(stored.dtype).contiguous()
+        change = change.t().float() if stored.transposed else change.float()
+        factor = self._factors.get(stored.parameter, 1.0)
+        return torch.add(self.read(name).float(), change, alpha=factor).to(stored.dtype).contiguous()
 
 
 def _inline_bytes(tensor: TensorProto) -> bytes:

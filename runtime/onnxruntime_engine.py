@@ -224,8 +224,10 @@ class OnnxRuntimeSession(StepSession):
         self._binding: Any = None
         self._sessions = engine.graphs  # of the image in progress
 
-    def _check(self, dims: StepDims) -> None:
-        if self._sessions is not self.engine.graphs:  # what is bound belongs to a graph with other weights
+    def reset(self) -> None:
+        """See `StepSession.reset`. Lets go of graphs whose weights are not the engine's any more, and what is bound."""
+        super().reset()
+        if self._sessions is not self.engine.graphs:
             self._free()
             self._sessions = self.engine.graphs
 
