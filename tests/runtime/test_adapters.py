@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,17 @@ def test_only_graphs_that_change_are_loaded_anew(mini_bundle: Path, one: dict[st
     assert {part for part in before if engine.graphs[part] is not before[part]} == {"step"}
     pipe.unload_lora_weights()
     assert engine.graphs["step"].replaced == {}
+
+
+def test_graphs_that_are_replaced_are_let_go_of(mini_bundle: Path, one: dict[str, Tensor], sample: Make) -> None:
+    """By the thread that loads, whose last image's memory was bound to them; not when its next image begins."""
+    pipe = load_pipeline(mini_bundle, "onnxruntime")
+    pipe.set_progress_bar_config(disable=True)
+    final(sample, pipe)
+    old = weakref.ref(pipe.transformer.engine.graphs["step"])
+    pipe.load_lora_weights(one)
+    gc.collect()
+    assert old() is None
 
 
 def test_a_bundle_that_was_changed_is_not_read(mini_bundle: Path, one: dict[str, Tensor], tmp_path: Path) -> None:
