@@ -251,6 +251,7 @@ class OnnxRuntimeSession(StepSession):
     def _free(self) -> None:
         super()._free()
         self._binding, self._caches, self._states, self._result = None, {}, {}, torch.empty(0)
+        self._timestep_states = None
 
     def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
         engine = self.engine
