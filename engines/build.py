@@ -50,17 +50,31 @@ def can_build(flavour: Flavour) -> bool:
     return True
 
 
-def plan_specs(flavour: Flavour, token_ops: TokenOps = "function") -> tuple[PlanSpec, ...]:
+def can_build_refittable(flavour: Flavour) -> bool:
+    """Whether refittable plans can be built here.
+
+    Not by TensorRT-RTX 1.7 without a GPU: its compiler asks the driver, whatever the graph, dtype or kind of refit.
+    """
+    return can_build(flavour) and gpu_architecture() is not None
+
+
+def plan_specs(flavour: Flavour, token_ops: TokenOps = "function", *, refittable: bool = False) -> tuple[PlanSpec, ...]:
     """What is built here, one plan for every graph, and where in the bundle the plans go.
 
     Raises:
-        EngineError: the flavour is not installed or too old, or there is no GPU for TensorRT to build for.
+        EngineError: the flavour is not installed or too old, or there is no GPU that it needs to build.
     """
     target = f"--target {TARGETS[flavour]}"
     try:
         version = tensorrt_library(flavour).__version__
     except EngineError as error:
         raise EngineError(f"{target}: {error}") from error
+    if refittable and flavour == "tensorrt_rtx" and gpu_architecture() is None:
+        raise EngineError(
+            f"--refittable {target}: TensorRT-RTX builds no refittable plans without a GPU, and torch can use none "
+            f"here ({missing_gpu()}); build on a machine with one, or fuse the adapter with --lora; ONNX Runtime takes "
+            "adapters from any bundle"
+        )
     architectures, built_for = _RTX_ARCHITECTURES, f"{_RTX_ARCHITECTURES[0]}-and-later"
     if flavour == "tensorrt":
         if (architecture := gpu_architecture()) is None:
@@ -77,6 +91,7 @@ def plan_specs(flavour: Flavour, token_ops: TokenOps = "function") -> tuple[Plan
             version=version,
             architectures=architectures,
             token_ops=token_ops,
+            refittable=refittable,
             file=f"{folder}/{part}.plan",
         )
         for part in Part
@@ -108,6 +123,7 @@ def build_plan(
         plugin_nodes=token_nodes(onnx) if spec.token_ops == "plugin" else {},
         timing_cache=str(timing_cache) if timing_cache and spec.flavour == "tensorrt" else None,
         architectures=spec.architectures,
+        refittable=spec.refittable,
     )
     result = subprocess.run(
         [sys.executable, "-m", "cat_pruning.engines.plan_builder"],

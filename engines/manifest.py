@@ -166,6 +166,7 @@ class Manifest(Record):
             words += ["--target", TARGETS[flavour]]
         if any(plan.flavour == "tensorrt" and plan.token_ops == "function" for plan in self.plans):
             words += ["--no-plugin"]
+        words += ["--refittable"] if any(plan.refittable for plan in self.plans) else []
         return shlex.join([*words, "--out", str(out), "--force"])
 
 

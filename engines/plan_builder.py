@@ -46,6 +46,7 @@ class PlanJob:
     plugin_nodes: how many nodes of each operator our plugins serve; nothing is registered where there are none.
     timing_cache: a file to read and write, of TensorRT; TensorRT-RTX measures nothing.
     architectures: of the GPUs that are to run the plan.
+    refittable: weights can be replaced in the engine, by their initializers' names.
     """
 
     flavour: Flavour
@@ -55,6 +56,7 @@ class PlanJob:
     plugin_nodes: Mapping[str, int]
     timing_cache: str | None
     architectures: Sequence[str] = ()
+    refittable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +197,8 @@ def _config(trt: Any, builder: Any, job: PlanJob) -> Any:
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what was asked for, and what torch computes
     if job.flavour == "tensorrt_rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a step may not be captured as a CUDA graph
+    if job.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
     if job.plugin_nodes:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)  # scattered in place
     for shapes in job.profiles:

@@ -153,8 +153,9 @@ class PlanSpec(Record):
     """A built engine of one graph: the builder and its version, and the GPU architectures that it was built for.
 
     token_ops: what computes them, as the network had it when it was built. plugin_layers: how many plugin layers the
-    engine's inspector counted after the build; None where there is no GPU to load it on.
-    attention, fused_attention, scratch_bytes, score_bytes: see `plan_builder.PlanReport`.
+    engine's inspector counted after the build; None where there is no GPU to load it on. attention, fused_attention,
+    scratch_bytes, score_bytes: see `plan_builder.PlanReport`. refittable: whether it takes other weights without being
+    built again.
     """
 
     part: Annotated[Part, Strict(False)]
@@ -167,6 +168,7 @@ class PlanSpec(Record):
     fused_attention: NonNegativeInt | None = None
     scratch_bytes: NonNegativeInt | None = None
     score_bytes: NonNegativeInt | None = None
+    refittable: bool = False
     file: BundlePath
 
     @model_validator(mode="after")

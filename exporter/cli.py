@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         help="TensorRT's own kernels for the token operators instead of ours",
     )
     output.add_argument(
+        "--refittable",
+        action="store_true",
+        help="plans that take adapters at run time (pipe.load_lora_weights); TensorRT-RTX builds them with a GPU only. "
+        "ONNX Runtime takes adapters from any bundle",
+    )
+    output.add_argument(
         "--verify",
         action="store_true",
         help="compare the graphs under ONNX Runtime with torch before the plans are built",
@@ -160,8 +166,9 @@ def _export(arguments: argparse.Namespace) -> None:
         text_length=arguments.text_length,
         guidance=not arguments.no_guidance,
         settings=settings,
-        targets=tuple(map(Target, arguments.target)) if arguments.target else default_targets(),
+        targets=tuple(map(Target, arguments.target or ())) or default_targets(refittable=arguments.refittable),
         plugin=not arguments.no_plugin,
+        refittable=arguments.refittable,
         verify=arguments.verify,
         force=arguments.force,
     )
@@ -200,7 +207,7 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
     for plan in manifest.plans[:: len(manifest.graphs)]:  # the plans of one flavour differ in their graphs only
         terminal.print(
             f"{TITLES[plan.flavour]} {plan.version} plans for {', '.join(plan.architectures)}; token operators: "
-            f"{plan.token_ops}",
+            f"{plan.token_ops}{'; refittable' if plan.refittable else ''}",
             highlight=False,
         )
     costs = Table(title="MACs of a step", title_justify="left", title_style="bold")

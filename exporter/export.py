@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from cat_pruning.dtype import DType
-from cat_pruning.engines.build import can_build, plan_specs
+from cat_pruning.engines.build import can_build, can_build_refittable, plan_specs
 from cat_pruning.engines.bundle import Bundle, new_bundle
 from cat_pruning.engines.manifest import Manifest
 from cat_pruning.engines.profiles import profile_spec, step_dims
@@ -66,9 +66,10 @@ class Target(StrEnum):
     TENSORRT = "tensorrt"
 
 
-def default_targets() -> tuple[Target, ...]:
-    """What this machine can build."""
-    return (Target.ONNX, *(Target(target) for flavour, target in TARGETS.items() if can_build(flavour)))
+def default_targets(*, refittable: bool = False) -> tuple[Target, ...]:
+    """What this machine can build, refittable or not."""
+    can = can_build_refittable if refittable else can_build
+    return (Target.ONNX, *(Target(target) for flavour, target in TARGETS.items() if can(flavour)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class ExportConfig:
     text_length: text rows of the profiles; None for what the pipeline passes at its defaults.
     guidance: classifier-free guidance doubles the rows of a batch. verify: compare ONNX Runtime with torch.
     plugin: our kernels for the token operators of TensorRT's plans; without, TensorRT compiles their function bodies.
+    refittable: plans take adapters at run time; ONNX Runtime does from any bundle.
     """
 
     model: str
@@ -95,6 +97,7 @@ class ExportConfig:
     settings: PruneSettings = field(default_factory=PruneSettings)
     targets: tuple[Target, ...] = field(default_factory=default_targets)
     plugin: bool = True
+    refittable: bool = False
     verify: bool = False
     force: bool = False
 
@@ -106,6 +109,11 @@ class ExportConfig:
         if not self.plugin and Target.TENSORRT not in self.targets:
             raise SettingsError(
                 "--no-plugin: only TensorRT's plans have the plugin, and none are built; give --target tensorrt too"
+            )
+        if self.refittable and set(self.targets) <= {Target.ONNX}:
+            raise SettingsError(
+                "--refittable: only plans need it, and none are built; ONNX Runtime takes adapters from any bundle; "
+                "give --target tensorrt, or leave it out"
             )
         if self.verify and self.dtype is DType.BF16:
             raise EngineError(
@@ -187,7 +195,7 @@ def _plan_specs(config: ExportConfig) -> tuple[PlanSpec, ...]:
         plan
         for flavour, target in TARGETS.items()
         if target in config.targets
-        for plan in plan_specs(flavour, token_ops.get(flavour, "function"))
+        for plan in plan_specs(flavour, token_ops.get(flavour, "function"), refittable=config.refittable)
     )
 
 

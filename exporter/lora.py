@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cat_pruning.engines.records import LoraSpec
@@ -21,7 +21,15 @@ from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
 logger = logging.getLogger(__name__)
 
 _PREFIX = "transformer."
-_ADAPTED = re.compile(r"\.(lora_|lora\.|lokr_)")  # what follows a module's name
+_ADAPTED = re.compile(r"\.(?:lora_|lora\.|lokr_)")  # what follows a module's name
+_KINDS = re.compile(
+    r"\.(lora_A\.weight|lora_B\.(weight|bias)|lora_(down|up)\.weight|lora\.(down|up)\.weight|lokr_\w+|"
+    r"lora_magnitude_vector(\.weight)?)$"
+)
+_HALVES = [("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")]
+_HALVES += [(other, one) for one, other in _HALVES]
+_PEFT_PREFIX = "base_model.model."
+_NOT_OF_AN_ADAPTER = ("task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "peft_version")
 
 
 def parse_lora(text: str) -> LoraSpec:
@@ -70,6 +78,7 @@ def _fuse(transformer: Any, family: Family, lora: LoraSpec) -> nn.Module:
 
     path = Path(lora.path)
     if (path / "adapter_config.json").is_file():
+        check_adapter(read_peft_directory(path)[0], transformer)
         adapted = peft.PeftModel.from_pretrained(transformer, str(path))
         for module in adapted.modules():
             if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -91,6 +100,9 @@ def _fuse(transformer: Any, family: Family, lora: LoraSpec) -> nn.Module:
 
 def _read(path: Path, loader: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any] | None]:
     """An adapter's weights and alphas by name, beginning with "transformer.", and its metadata."""
+    with safe_open(path, "pt") as file:
+        if dropped := [name for name in file.keys() if "dora_scale" in name]:  # noqa: SIM118  # it is no dict
+            raise ValueError(f"it has {dropped[0]}: a DoRA's dora_scale, which diffusers leaves out")
     read = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
     weights, *more = loader.lora_state_dict(str(path.parent), **read, return_alphas=True, return_lora_metadata=True)
     metadata, alphas = more[-1], dict(more[0] or {}) if len(more) == 2 else {}  # only FLUX's loader returns alphas
@@ -105,12 +117,65 @@ def _read(path: Path, loader: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 
 def _check(weights: dict[str, Tensor], transformer: nn.Module) -> None:
-    """That every weight is of a module of `transformer`; diffusers leaves out what does not fit."""
-    modules = {name for name, _ in transformer.named_modules()}
+    """That every weight is the transformer's, and what `check_adapter` says."""
+    for name in weights:
+        if not name.startswith(_PREFIX):
+            raise ValueError(f"its {name} belongs to no module of the model")
+    check_adapter({name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, transformer)
+
+
+def check_adapter(weights: Mapping[str, Tensor], transformer: nn.Module) -> None:
+    """That every weight is of a module of `transformer`, finite, and has its other half; diffusers leaves out the rest.
+
+    Args:
+        weights: by the names of their modules in `transformer`.
+        transformer: with adapters in it or none.
+
+    Raises:
+        ValueError: the first that is not; by name.
+    """
+    modules = {name.replace(".base_layer", ""): module for name, module in transformer.named_modules()}
     for name, weight in weights.items():
-        if _ADAPTED.split(name.removeprefix(_PREFIX))[0] not in modules or not name.startswith(_PREFIX):
+        if _ADAPTED.split(name)[0] not in modules:
             raise ValueError(f"its {name} belongs to no module of the model")
         if not torch.isfinite(weight).all():
             raise ValueError(f"its {name} is not finite")
+        if _KINDS.search(name) is None:
+            raise ValueError(f"its {name} is of no kind that can be loaded")
+        if (other := _other_half(name)) is not None and other not in weights:
+            raise ValueError(f"its {name} has no {other.rpartition(_ADAPTED.split(name)[0])[2].removeprefix('.')}")
+        _check_shape(name, weight, getattr(modules[_ADAPTED.split(name)[0]], "weight", None))
     if not weights:
         raise ValueError("it has no weights for the transformer")
+
+
+def _check_shape(name: str, weight: Tensor, base: Any) -> None:
+    if not isinstance(base, Tensor) or base.dim() != 2 or weight.dim() != 2:
+        return
+    for ends, axis in (((".lora_A.weight", "down.weight"), 1), ((".lora_B.weight", "up.weight"), 0)):
+        if name.endswith(ends) and weight.shape[axis] != base.shape[axis]:
+            raise ValueError(f"its {name} has shape {tuple(weight.shape)}, of a weight of {tuple(base.shape)}")
+
+
+def _other_half(name: str) -> str | None:
+    """The weight without which this one says nothing: of A it is B, of B and its bias it is A."""
+    for one, other in _HALVES:
+        if f".{one}." in name:
+            return name.replace(f".{one}.", f".{other}.").replace(".bias", ".weight")
+    return None
+
+
+def read_peft_directory(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights by the names of their modules, and the configuration, of a directory that PEFT wrote.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is none of a LoRA.
+    """
+    import peft
+
+    weights = peft.load_peft_weights(str(path), device="cpu")
+    config = peft.PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"it is a {type(config).__name__}, not a LoraConfig")
+    metadata = {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_AN_ADAPTER}
+    return {name.removeprefix(_PEFT_PREFIX): weight for name, weight in weights.items()}, metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import get_args
 
@@ -16,6 +17,7 @@ from cat_pruning.engines.tensorrt_library import TITLES, tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.checkpoint import load_transformer
 from cat_pruning.exporter.families import family_named
+from cat_pruning.runtime.graph_weights import GraphWeights
 from cat_pruning.runtime.step_engine import StepEngine, enough_memory
 from cat_pruning.step_io import Part
 
@@ -93,6 +95,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine
         device=_device(),
         rebuild=bundle.export_command(flavour),
         cuda_graphs=cuda_graphs,
+        weights=functools.partial(_weights, bundle) if all(spec.refittable for spec in specs.values()) else None,
     )
 
 
@@ -108,7 +111,14 @@ def _onnxruntime(bundle: Bundle) -> StepEngine:
         )
     bundle.verify_graphs()
     family, dtype = family_named(manifest.family), manifest.dtype.torch
-    return OnnxRuntimeStepEngine(bundle.path, family, manifest.transformer_config, dtype, device)
+    weights = functools.partial(_weights, bundle)
+    return OnnxRuntimeStepEngine(bundle.path, family, manifest.transformer_config, dtype, device, weights)
+
+
+def _weights(bundle: Bundle) -> GraphWeights:
+    """What the export wrote, verified."""
+    bundle.verify_graphs()
+    return GraphWeights(bundle.path)
 
 
 def onnxruntime_device() -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,46 @@ class Plan:
             if not config.set_runtime_cache(self._kernel_cache):
                 raise self._error("refuses a runtime cache", errors)
         return config
+
+    @property
+    def refittable(self) -> bool:
+        """Whether it was built so that `refit` can change its weights."""
+        return bool(self._engine.refittable)
+
+    def refit(self, weights: Mapping[str, Tensor], others: Callable[[str], Tensor]) -> None:
+        """Replace weights in the engine. Waits for the device; nothing may run on the engine meanwhile.
+
+        Contexts stay valid; captured launches are not promised to.
+
+        Args:
+            weights: by name; each is asked for once.
+            others: the current values of weights that are not changed, where TensorRT has to know them too.
+
+        Raises:
+            EngineError: the library refuses. Some weights may have been replaced by then.
+        """
+        with capturing, self._log.collected() as errors, _current(self._device):
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            refitter = self._library.Refitter(self._engine, self._log.handle)
+            known = set(refitter.get_all_weights())
+            given = [self._give(refitter, name, weights[name], known, errors) for name in weights]
+            given += [
+                self._give(refitter, name, others(name), known, errors) for name in refitter.get_missing_weights()
+            ]
+            if not refitter.refit_cuda_engine():
+                raise self._error("cannot be refitted", errors)
+            del given  # the weights had to live as long
+
+    def _give(self, refitter: Any, name: str, weight: Tensor, known: set[str], errors: list[str]) -> Tensor:
+        if name not in known:
+            raise self._error(f"has no refittable weights {name}", errors)
+        weight = weight.detach().contiguous().cpu()
+        (dtype,) = (kind for kind, torch_dtype in _DTYPES.items() if torch_dtype is weight.dtype)
+        view = self._library.Weights(getattr(self._library.DataType, dtype), weight.data_ptr(), weight.numel())
+        if not refitter.set_named_weights(name, view):
+            raise self._error(f"refuses the weights {name}", errors)
+        return weight
 
     def keep_kernels(self) -> None:
         """Write the kernels that were compiled in this process to their file, if there is anything new."""

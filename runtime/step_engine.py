@@ -27,6 +27,7 @@ from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.cuda_graphs import CudaGraphs
 from cat_pruning.runtime.finite_check import FiniteCheck
+from cat_pruning.runtime.graph_weights import GraphWeights
 from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
 
 
@@ -63,6 +64,27 @@ class StepEngine(ABC):
     @abstractmethod
     def session(self) -> StepSession:
         """New memory over the same weights, for one thread."""
+
+    def base_weights(self) -> GraphWeights:
+        """The weights of the export, which `set_weights` changes.
+
+        Raises:
+            EngineError: this engine's weights cannot be changed; what to do.
+        """
+        raise EngineError(f"the engine {self.name} takes no other weights; export with the adapter: cat-export --lora")
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take these weights, and for all others those of the export. Waits for a GPU.
+
+        An image in progress ends with the weights that it began with, or with an EngineError.
+
+        Args:
+            weights: by their initializers' names in the exported graphs, in their dtypes and shapes.
+
+        Raises:
+            EngineError: the engine refuses.
+        """
+        raise EngineError(f"the engine {self.name} takes no other weights")
 
 
 class StepSession(ABC):

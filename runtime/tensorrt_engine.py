@@ -14,7 +14,8 @@ each with contexts of its own, are read and written in turn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from torch import Tensor
 
 from cat_pruning import step_io
 from cat_pruning.engines.records import Flavour, GraphSpec, TokenOps
+from cat_pruning.engines.tensorrt_library import TITLES
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.exporter.families.family import Family
+from cat_pruning.runtime.graph_weights import GraphWeights
 from cat_pruning.runtime.plan import Plan, PlanContext
 from cat_pruning.runtime.side_stream import SideStream
-from cat_pruning.runtime.step_engine import StepEngine, StepSession, zeros
+from cat_pruning.runtime.step_engine import StepEngine, StepSession, TokenChoice, zeros
 from cat_pruning.runtime.timestep_states import TimestepStates
+from cat_pruning.runtime.turns import Turns
 from cat_pruning.step_io import KEEP_INDICES, NOISE, Part, Shape, StepDims
 
 
@@ -43,6 +47,7 @@ class TensorRTStepEngine(StepEngine):
         device: where the plans were loaded.
         rebuild: the command that builds plans for other shapes; for messages.
         cuda_graphs: capture every kind of step, selection included, and replay it.
+        weights: those of the graphs, asked for when an adapter is loaded; None where the plans are not refittable.
 
     Raises:
         EngineError: a plan is none of its graph's.
@@ -61,8 +66,9 @@ class TensorRTStepEngine(StepEngine):
         device: torch.device,
         rebuild: str,
         cuda_graphs: bool = True,
+        weights: Callable[[], GraphWeights] | None = None,
     ) -> None:
-        self.name = flavour
+        self.name, self.flavour = flavour, flavour
         self.plans, self.graphs = plans, {graph.part: graph for graph in graphs}
         self.family, self.config, self.dtype, self.device = family, config, dtype, device
         self.rebuild, self.cuda_graphs = rebuild, cuda_graphs
@@ -71,10 +77,40 @@ class TensorRTStepEngine(StepEngine):
             if (set(plans[part].inputs), set(plans[part].outputs)) != expected:
                 raise EngineError(f"the plan of {graph.file} has other inputs or outputs than the graph; {rebuild}")
         self.in_place = token_ops == "plugin"
+        self._read_weights = functools.cache(weights) if weights else None
+        self._changed: frozenset[str] = frozenset()  # initializers that are not, or may not be, the export's
+        self.turns = Turns()
+        self.times_refitted = 0
+        self.is_half_refitted = False
 
     def session(self) -> TensorRTSession:
         """See `StepEngine.session`."""
         return TensorRTSession(self)
+
+    def base_weights(self) -> GraphWeights:
+        """See `StepEngine.base_weights`."""
+        if self._read_weights is None:
+            raise EngineError(
+                f"the plans of {TITLES[self.flavour]} were not built to take adapters; build some that do "
+                f"({self.rebuild} --refittable), or with the adapter in them (--lora)"
+            )
+        return self._read_weights()
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """See `StepEngine.set_weights`. Refits the plans that it concerns, between two steps of other threads.
+
+        If it fails half done, nothing runs until a call succeeds.
+        """
+        base = self.base_weights()
+        concerned = self._changed | set(weights)
+        with self.turns.alone():
+            self.times_refitted += 1
+            self._changed, self.is_half_refitted = frozenset(concerned), True
+            for part, plan in self.plans.items():
+                if names := [name for name in sorted(concerned) if part in base.parts[name]]:
+                    new = {name: weights[name] if name in weights else base.read(name) for name in names}
+                    plan.refit(new, base.read)
+            self._changed, self.is_half_refitted = frozenset(weights), False
 
 
 class TensorRTSession(StepSession):
@@ -92,8 +128,31 @@ class TensorRTSession(StepSession):
         self._states: dict[str, Tensor] = {}  # of the prompt and of the timestep of the step
         self._result = torch.empty(0)
         self._timestep_states: TimestepStates | None = None
+        self._weights = 0  # how often the engine was refitted when the image in progress began
+
+    def begin(self, dims: StepDims, conditioning: Mapping[str, Tensor], timesteps: Sequence[float] = ()) -> None:
+        """See `StepSession.begin`. Waits until a refit is done."""
+        with self.engine.turns.together():
+            super().begin(dims, conditioning, timesteps)
+
+    def step(self, latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
+        """See `StepSession.step`. Waits until a refit is done.
+
+        Raises:
+            EngineError: also where the engine was refitted since the image was begun.
+        """
+        with self.engine.turns.together():
+            if self._dims is not None and self._weights != self.engine.times_refitted:
+                self.reset()
+                raise EngineError("adapters were changed while this image was in progress; generate it again")
+            return super().step(latents, timestep, tokens)
 
     def _check(self, dims: StepDims) -> None:
+        if self.engine.is_half_refitted:
+            raise EngineError("a refit of the engine's weights failed half done; unload the adapters, or load it anew")
+        if self._weights != self.engine.times_refitted:
+            self._graphs.clear()  # contexts stay valid; what was captured of them is not promised to
+            self._weights = self.engine.times_refitted
         graph = self.engine.graphs[Part.STEP]
         for num_kept in (dims.num_tokens, dims.num_kept or dims.num_tokens):
             self._profile(Part.STEP, graph.input_shapes(dataclasses.replace(dims, num_kept=num_kept)))

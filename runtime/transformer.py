@@ -11,10 +11,13 @@ from typing import Any, Self
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.runtime.adapter_methods import AdapterMethods
+from cat_pruning.runtime.adapters import Adapters
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
@@ -25,7 +28,7 @@ from cat_pruning.settings import PruneSettings
 MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt
 
 
-class CatTransformer(nn.Module):
+class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipelines ask models of this class only
     """A diffusers transformer that computes only the tokens worth computing (Cheng, Chen, Jia 2025).
 
     Put it in the place of `pipe.transformer`; the pipeline and its scheduler stay as they are. Every thread that
@@ -36,12 +39,14 @@ class CatTransformer(nn.Module):
     Attributes:
         engine: the step engine.
         settings: what to compute on which step; may be replaced between two images.
+        adapters: those that are loaded, of this and every copy of it.
     """
 
     def __init__(self, engine: StepEngine, settings: PruneSettings | None = None) -> None:
         super().__init__()
         self.engine = engine
         self.settings = settings or PruneSettings()
+        self.adapters = Adapters(engine)
         self.config = FrozenDict(engine.config)
         self._threads = threading.local()
         if isinstance(engine, TorchStepEngine):
@@ -191,7 +196,9 @@ class CatTransformer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CatTransformer:
         """A transformer with an image of its own in progress, over the same weights."""
-        return type(self)(self.engine, self.settings)
+        copy = type(self)(self.engine, self.settings)
+        copy.adapters = self.adapters
+        return copy
 
     def extra_repr(self) -> str:
         """What `print(pipe.transformer)` says."""

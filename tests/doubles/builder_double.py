@@ -46,6 +46,9 @@ class Tensorrt(ModuleType):
                 aliased = config.get_preview_feature(rtx.PreviewFeature.ALIASED_PLUGIN_IO_10_03)
                 asked.append(f"build, aliased {aliased}, {config.profiling_verbosity.name}")
                 asked.append(f"tf32 {config.get_flag(rtx.BuilderFlag.TF32)}")
+                if config.get_flag(rtx.BuilderFlag.REFIT):
+                    asked.append("refit")
+                    config.clear_flag(rtx.BuilderFlag.REFIT)  # which the real one builds with a GPU only
                 asked.append(f"decomposable {decomposable(network)}")
                 if self.refusals:
                     self.refusals -= 1

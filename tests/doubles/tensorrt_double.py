@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 SCRATCH_BYTES = 4096  # of every profile
@@ -71,12 +72,20 @@ class Misuse(Exception):
     """What the real API would answer with wrong results or a crash."""
 
 
-def write_plan(file: Path, onnx: Path, profiles: Sequence[dict[str, Any]], aliases: dict[str, str]) -> None:
+def write_plan(
+    file: Path,
+    onnx: Path,
+    profiles: Sequence[dict[str, Any]],
+    aliases: dict[str, str],
+    combined: Sequence[Sequence[str]] | None = None,
+) -> None:
     """A plan of the double: which graph it computes, at which shapes, and which outputs must have an input's address.
 
     Which ones that are, nobody is told: TensorRT does not report the aliases of plugins.
+    combined: not None for a refittable plan: groups of weights that can only be given together.
     """
-    file.write_text(json.dumps({"onnx": str(onnx), "profiles": profiles, "aliases": aliases}))
+    content = {"onnx": str(onnx), "profiles": profiles, "aliases": aliases, "combined": combined}
+    file.write_text(json.dumps(content))
 
 
 class TensorRTDouble:
@@ -85,6 +94,7 @@ class TensorRTDouble:
     ILogger = ILogger
     TensorIOMode = TensorIOMode
     DataType = DataType
+    Weights: Any = None
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 
@@ -97,6 +107,9 @@ class TensorRTDouble:
 
     def Runtime(self, logger: ILogger) -> Runtime:
         return Runtime(self, logger)
+
+    def Refitter(self, engine: ICudaEngine, logger: ILogger) -> Refitter:
+        return Refitter(engine, logger)
 
 
 class Runtime:
@@ -146,13 +159,24 @@ class IRuntimeConfig:
 class ICudaEngine:
     def __init__(self, library: TensorRTDouble, logger: ILogger, plan: dict[str, Any]) -> None:
         self._library, self._logger = library, logger
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        self._session = onnxruntime.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
+        self._onnx, self._combined = plan["onnx"], plan.get("combined")
+        self._weights: dict[str, Any] = {}  # those that were replaced
+        self._load()
         self._inputs = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
         self._outputs = {value.name: _TYPES[value.type] for value in self._session.get_outputs()}
         self._profiles = plan["profiles"]
         self._aliases = plan["aliases"]
+
+    def _load(self) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        for name, value in self._weights.items():
+            options.add_initializer(name, value)
+        self._session = onnxruntime.InferenceSession(self._onnx, options, providers=["CPUExecutionProvider"])
+
+    @property
+    def refittable(self) -> bool:
+        return self._combined is not None
 
     @property
     def num_io_tensors(self) -> int:
@@ -241,17 +265,17 @@ class IExecutionContext:
             return False
         if self._scratch is None:
             raise Misuse("no scratch memory was set")
-        # A capture keeps the addresses and shapes of now, whatever is set later.
-        launch = functools.partial(self._compute, dict(self._shapes), dict(self._addresses))
+        # A capture keeps the addresses, shapes and weights of now, whatever is set later.
+        launch = functools.partial(self._compute, self._engine._session, dict(self._shapes), dict(self._addresses))
         launch()
         if self._library.on_launch is not None:
             self._library.on_launch(launch)
         return True
 
-    def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+    def _compute(self, session: Any, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         engine = self._engine
         inputs = {name: _memory(addresses, name, shapes[name], kind).copy() for name, kind in engine._inputs.items()}
-        results = dict(zip(engine._outputs, engine._session.run(None, inputs), strict=True))
+        results = dict(zip(engine._outputs, session.run(None, inputs), strict=True))
         spans = {name: (addresses[name], value.nbytes) for name, value in inputs.items()}
         for name, result in results.items():
             address = addresses[name]
@@ -262,6 +286,57 @@ class IExecutionContext:
                 if other != shared and address < start + size and start < address + result.nbytes:
                     raise Misuse(f"{name} lies over {other}")
             _memory(addresses, name, result.shape, engine._outputs[name])[...] = result
+
+
+class Weights:
+    """A view of somebody else's memory, in fp32."""
+
+    def __init__(self, type: DataType, ptr: int, count: int) -> None:
+        if type is not DataType.FLOAT:
+            raise Misuse(f"weights of {type}")
+        self._values = np.frombuffer((ctypes.c_char * (4 * count)).from_address(ptr), np.float32)
+
+
+TensorRTDouble.Weights = Weights
+
+
+class Refitter:
+    """Weights go into the engine on `refit_cuda_engine`, from where they lie then."""
+
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        if not engine.refittable:
+            raise Misuse("the engine is not refittable")
+        self._engine, self._logger = engine, logger
+        graph = onnx.load(engine._onnx, load_external_data=False).graph
+        self._shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        self._given: dict[str, Weights] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._shapes)
+
+    def get_missing_weights(self) -> list[str]:
+        groups = [set(group) for group in self._engine._combined or ()]
+        return sorted({name for group in groups if group & set(self._given) for name in group} - set(self._given))
+
+    def set_named_weights(self, name: str, weights: Weights) -> bool:
+        if "set_named_weights" in self._engine._library.fail:
+            self._logger.log(Severity.ERROR, "count mismatch")
+            return False
+        if weights._values.size != int(np.prod(self._shapes[name])):
+            return False
+        self._given[name] = weights
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        self._engine._library.calls.append("refit_cuda_engine")
+        if self.get_missing_weights() or "refit_cuda_engine" in self._engine._library.fail:
+            self._logger.log(Severity.ERROR, "refit failed: out of memory")
+            return False
+        for name, weights in self._given.items():
+            copy = weights._values.reshape(self._shapes[name]).copy()
+            self._engine._weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(copy)
+        self._engine._load()
+        return True
 
 
 def _memory(addresses: dict[str, int], name: str, shape: tuple[int, ...], kind: DataType) -> Any:
@@ -275,7 +350,7 @@ def _memory(addresses: dict[str, int], name: str, shape: tuple[int, ...], kind: 
 def public_names() -> dict[str, list[str]]:
     """The double's classes, and what of the real ones of these names it stands for."""
     classes: tuple[type[Any], ...] = (
-        ILogger, Runtime, ICudaEngine, IExecutionContext, IRuntimeConfig, IRuntimeCache,
+        ILogger, Runtime, ICudaEngine, IExecutionContext, IRuntimeConfig, IRuntimeCache, Refitter, Weights,
         TensorIOMode, DataType, ExecutionContextAllocationStrategy, DynamicShapesKernelSpecializationStrategy,
     )  # fmt: skip
     return {cls.__name__: [name for name in _names(cls) if not name.startswith("_")] for cls in classes}

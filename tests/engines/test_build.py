@@ -11,9 +11,10 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from cat_pruning.engines import build
-from cat_pruning.engines.build import build_plan, can_build, plan_specs
+from cat_pruning.engines.build import build_plan, can_build, can_build_refittable, plan_specs
 from cat_pruning.engines.bundle import Bundle
 from cat_pruning.engines.plan_builder import PlanReport
 from cat_pruning.engines.profiles import PlanProfile, plan_profiles, profile_spec
@@ -197,6 +198,31 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_refittable_plans_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, architecture=None)
+    assert not can_build_refittable("tensorrt_rtx")
+    with pytest.raises(
+        EngineError, match=r"--refittable --target rtx: .*no NVIDIA driver.*ONNX Runtime takes adapters"
+    ):
+        plan_specs("tensorrt_rtx", refittable=True)
+    installed(monkeypatch, architecture="sm89")
+    assert can_build_refittable("tensorrt_rtx")
+    for flavour in ("tensorrt", "tensorrt_rtx"):
+        assert all(spec.refittable for spec in plan_specs(flavour, refittable=True))  # type: ignore[arg-type]
+        assert not any(spec.refittable for spec in plan_specs(flavour))  # type: ignore[arg-type]
+
+
+@needs_rtx
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_real_tensorrt_rtx_builds_none_without_a_gpu(mini_bundle: Path, tmp_path: Path) -> None:
+    """What `can_build_refittable` says of it. Whatever the graph: this one has no attention."""
+    manifest = Bundle.open(mini_bundle).manifest
+    spec = plan_specs("tensorrt_rtx")[0].model_copy(update={"refittable": True})
+    shapes = plan_profiles(manifest.graph(Part.PROMPT), manifest.profiles, manifest.geometry.patch_size)
+    with pytest.raises(EngineError, match=r"cannot build prompt\.onnx: .*CUDA_SUCCESS"):
+        build_plan(spec, mini_bundle / "prompt.onnx", tmp_path / "prompt.plan", shapes)
+
+
 @pytest.mark.parametrize(("flavour", "target"), [("tensorrt", "tensorrt"), ("tensorrt_rtx", "rtx")])
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, flavour: Flavour, target: str) -> None:
     installed(monkeypatch, architecture="sm90")
@@ -219,7 +245,11 @@ TENSORRT = RTX.model_copy(update={"flavour": "tensorrt", "architectures": ("sm90
 
 @pytest.mark.parametrize(
     ("spec", "timings"),
-    [(TENSORRT, True), (TENSORRT.model_copy(update={"token_ops": "function"}), True), (RTX, False)],
+    [
+        (TENSORRT, True),
+        (TENSORRT.model_copy(update={"token_ops": "function", "refittable": True}), True),
+        (RTX, False),
+    ],
 )
 def test_the_job(
     monkeypatch: pytest.MonkeyPatch, mini_bundle: Path, tmp_path: Path, spec: PlanSpec, timings: bool
@@ -233,6 +263,7 @@ def test_the_job(
     assert job["profiles"] == [{"noise": [[1, 2]] * 3}]
     assert sorted(job["plugin_nodes"]) == (["TokenGather", "TokenScatter"] if spec.token_ops == "plugin" else [])
     assert job["timing_cache"] == (str(tmp_path / "timings") if timings else None)
+    assert job["refittable"] == spec.refittable
 
 
 @pytest.mark.parametrize("plugins", [98, 0])

@@ -97,6 +97,7 @@ FIELDS: dict[str, Any] = {
             "fused_attention": 48,
             "scratch_bytes": 1000,
             "score_bytes": 2000,
+            "refittable": False,
             "file": "rtx.plan",
         }
     ],
@@ -345,6 +346,9 @@ def test_export_command_tells_the_token_operators_of_tensorrt(token_ops: str) ->
     words = shlex.split(manifest.export_command(Path("/b"), "tensorrt_rtx"))
     assert words[words.index("--target") :][:4] == ["--target", "tensorrt", "--target", "rtx"]
     assert ("--no-plugin" in words) == (token_ops == "function")
+    assert "--refittable" not in words
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"plans": [plan | {"refittable": True}]}))
+    assert "--refittable" in shlex.split(manifest.export_command(Path("/b")))
 
 
 def test_export_command_tells_what_is_not_the_default() -> None:

@@ -97,6 +97,27 @@ def test_a_plan_without_plugins_registers_none(tensorrt: Tensorrt, scatter_job: 
 
 
 @needs_rtx
+def test_a_refittable_plan(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
+    build(changed(scatter_job, refittable=True))
+    assert tensorrt.asked[4:6] == ["tf32 False", "refit"]
+
+
+@needs_rtx
+def test_the_parser_names_weights_as_the_graph_does(scatter_job: PlanJob) -> None:
+    """By these names they are given to a refit."""
+    trt = tensorrt_library("tensorrt_rtx")
+    log = library_log(trt)
+    network = trt.Builder(log.handle).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log.handle)
+    assert parser.parse_from_file(scatter_job.onnx)
+    graph = onnx.load(scatter_job.onnx, load_external_data=False).graph
+    weights = [tensor.name for tensor in graph.initializer if tensor.name.endswith((".weight", ".weight.T"))]
+    assert len(weights) > 10
+    assert [name for name in weights if not network.mark_weights_refittable(name)] == []
+    assert not network.mark_weights_refittable("transformer.nothing.weight")
+
+
+@needs_rtx
 @pytest.mark.parametrize("tensorrt", [False], indirect=True)
 def test_a_parser_that_takes_the_function_bodies(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
     """The real parser, for which nothing is registered, does."""

@@ -69,6 +69,7 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--text-length", "-3"], "--text-length -3: expected"),
         (["--dtype", "fp8"], r"--dtype: .*fp8"),
         (["--target", "onnx", "--no-plugin"], "--no-plugin: only TensorRT's plans .*; give --target tensorrt too"),
+        (["--target", "onnx", "--refittable"], "--refittable: only plans need it.* takes adapters from any bundle"),
         (["--target", "coreml"], r"--target: invalid choice: 'coreml' .*onnx.*rtx"),
         (["--verify", "--dtype", "bf16"], "--verify: .*bf16; verify with --dtype fp32"),
         (["--random-weights"], rf"--random-weights needs a published architecture \({PUBLISHED}\), got"),

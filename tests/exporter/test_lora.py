@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cat_pruning.dtype import DType
@@ -238,3 +238,40 @@ def test_a_module_must_be_of_the_checkpoint(base: Any, tiny_checkpoint: Path, tm
             ExportConfig(model="sd3", out=tmp_path / "out", random_weights=True, loras=(parse_lora("a"),)),
         )
     assert Source(kind="packaged", location="sd3-mini").loras == ()
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [("lora_A", r"lora_B\.weight has no lora_A\.weight"), ("lora_B", r"lora_A\.weight has no lora_B\.weight")],
+)
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_half_an_adapter_is_refused(
+    base: Any, request: pytest.FixtureRequest, kind: str, gone: str, message: str
+) -> None:
+    path = request.getfixturevalue(f"lora_{kind}")
+    file = path if kind == "file" else path / "adapter_model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if gone in name)]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"--lora {path} cannot be fused .*{message}"):
+        fuse_loras(base(), FAMILIES[0], (parse_lora(str(path)),))
+
+
+def test_a_directory_for_another_model_is_refused(make_tiny_sd3: Any, lora_directory: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.1\..* belongs to no module of the model"):
+        fuse_loras(make_tiny_sd3(num_layers=1), FAMILIES[0], (parse_lora(str(lora_directory)),))
+
+
+def test_shapes_of_another_model_are_told(make_tiny_sd3: Any, lora_file: Path) -> None:
+    other = make_tiny_sd3(num_attention_heads=2, caption_projection_dim=16)
+    with pytest.raises(CheckpointError, match=r"has shape \(\d+, \d+\), of a weight of \(\d+, 16\)"):
+        fuse_loras(other, FAMILIES[0], (parse_lora(str(lora_file)),))
+
+
+def test_what_diffusers_would_leave_out_of_a_dora_is_told(base: Any, tmp_path: Path) -> None:
+    weights = adapter(base())
+    name = next(iter(weights)).removesuffix(".lora_A.weight")
+    path = tmp_path / "dora.safetensors"
+    save_file(weights | {f"{name}.dora_scale": torch.ones(32)}, path)
+    with pytest.raises(CheckpointError, match=r"dora_scale, which diffusers leaves out"):
+        fuse_loras(base(), FAMILIES[0], (parse_lora(str(path)),))

@@ -26,6 +26,7 @@ from cat_pruning.exporter.families import family_named
 from cat_pruning.models import miniatures
 from cat_pruning.runtime import plan as plan_module
 from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.graph_weights import GraphWeights
 from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
 from cat_pruning.runtime.plan import Plan
 from cat_pruning.runtime.record import StepRecord
@@ -195,9 +196,11 @@ def small_graph_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Part, int]]:
     runs: list[tuple[Part, int]] = []
     original = OnnxRuntimeStepEngine.run
 
-    def run(engine: OnnxRuntimeStepEngine, part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def run(
+        engine: OnnxRuntimeStepEngine, part: Part, inputs: dict[str, Tensor], graphs: Any = None
+    ) -> dict[str, Tensor]:
         runs.append((part, inputs[TIMESTEP].unique().numel() if part is Part.TIMESTEP else 0))
-        return original(engine, part, inputs)
+        return original(engine, part, inputs, graphs)
 
     monkeypatch.setattr(OnnxRuntimeStepEngine, "run", run)
     return runs
@@ -218,7 +221,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> TensorRTDouble:
 
 @pytest.fixture
 def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) -> Callable[..., TensorRTStepEngine]:
-    """Makes an engine of sd3-mini's graphs; as the plugin's, whose caches share memory, or without it."""
+    """Makes an engine of sd3-mini's graphs; as the plugin's, whose caches share memory, or without it.
+
+    combined: not None for refittable plans; see `write_plan`.
+    """
 
     def engine(
         kind: str = "in place",
@@ -227,6 +233,7 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
         kernels: Path | None = None,
         cuda_graphs: bool = False,
         any_shape: bool = False,
+        combined: list[list[str]] | None = None,
     ) -> TensorRTStepEngine:
         cpu = torch.device("cpu")
         flavour, in_place = TENSORRT_KINDS[kind]
@@ -245,7 +252,7 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
             if any_shape:
                 ranks = {tensor.name: len(tensor.shape) for tensor in graph.inputs}
                 profiles = [{name: ((1,) * rank, (1,) * rank, (4096,) * rank) for name, rank in ranks.items()}]
-            write_plan(file, mini_bundle / graph.file, profiles, {output_name(name): name for name in shared})
+            write_plan(file, mini_bundle / graph.file, profiles, {output_name(name): name for name in shared}, combined)
             plans[graph.part] = Plan(flavour, file, cpu, kernels)  # type: ignore[arg-type]
         return TensorRTStepEngine(
             flavour,  # type: ignore[arg-type]
@@ -258,6 +265,7 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
             device=cpu,
             rebuild="cat-export …",
             cuda_graphs=cuda_graphs,
+            weights=None if combined is None else lambda: GraphWeights(mini_bundle),
         )
 
     return engine
