@@ -27,7 +27,9 @@ FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 ENGINES = ("auto", *FLAVOURS, "onnxruntime", "torch")
 
 
-def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: bool = True) -> StepEngine:
+def engine_from_bundle(
+    bundle: Bundle, engine: str = "auto", *, cuda_graphs: bool = True, compiled: bool = False
+) -> StepEngine:
     """Load the engine called `engine` on this machine's GPU, or on the CPU where it has none.
 
     "auto" takes TensorRT's plans if the bundle has some for this GPU, else TensorRT-RTX's, else ONNX Runtime.
@@ -36,6 +38,7 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: boo
         bundle: what to load.
         engine: one of `ENGINES`.
         cuda_graphs: capture steps and replay them as one launch, where the engine can.
+        compiled: of the torch engine: see `TorchStepEngine`.
 
     Raises:
         EngineError: no engine of this name, or one that cannot run here; what is missing, and what to do.
@@ -46,6 +49,8 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: boo
         raise EngineError(f"engine {engine!r} is not known; known are {', '.join(ENGINES)}")
     if engine == "auto":
         engine = best_engine(bundle)
+    if compiled and engine != "torch":
+        raise EngineError(f"compiled: torch.compile has no use for the engine {engine}; leave it out, or take torch")
     for flavour in FLAVOURS:
         if engine == flavour:
             return _tensorrt(bundle, flavour, cuda_graphs)
@@ -55,7 +60,7 @@ def engine_from_bundle(bundle: Bundle, engine: str = "auto", *, cuda_graphs: boo
 
     transformer, device = load_transformer(bundle.manifest.source, bundle.manifest.dtype), _device()
     with enough_memory(device, "the transformer", "free memory on it, or export with a smaller --dtype"):
-        return TorchStepEngine(transformer.to(device), cuda_graphs=cuda_graphs)
+        return TorchStepEngine(transformer.to(device), cuda_graphs=cuda_graphs, compiled=compiled)
 
 
 def best_engine(bundle: Bundle) -> str:

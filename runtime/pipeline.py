@@ -26,6 +26,7 @@ def load_pipeline(
     settings: PruneSettings | None = None,
     dtype: torch.dtype | None = None,
     cuda_graphs: bool = True,
+    compiled: bool = False,
 ) -> Any:
     """Load a bundle that `cat-export` wrote as the pipeline that it was exported from, on its engine's device.
 
@@ -38,6 +39,7 @@ def load_pipeline(
         settings: instead of those that the bundle was exported with.
         dtype: of the pipeline's other parts; by default the engine's.
         cuda_graphs: see `CatTransformer.from_bundle`.
+        compiled: see `CatTransformer.from_bundle`.
 
     Raises:
         BundleError: no bundle, one that is truncated, edited or of another version, or one without a pipeline that can
@@ -47,7 +49,7 @@ def load_pipeline(
     """
     bundle = Bundle.open(path)
     parts = pipeline_directory(bundle)
-    step_engine = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs)
+    step_engine = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs, compiled=compiled)
     transformer = CatTransformer(step_engine, settings or bundle.manifest.settings)
     variant = bundle.manifest.pipeline.variant if bundle.manifest.pipeline else None
     try:

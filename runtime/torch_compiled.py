@@ -21,9 +21,7 @@ from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.timestep_states import TimestepStates
 from cat_pruning.step_io import LATENTS, SYMBOLIC, Shape
 
-MOST_GRAPHS: Final = (
-    64  # of one kind of block: one for each number of rows, text rows and kept tokens; torch's own is 8
-)
+MOST_GRAPHS: Final = 64  # of one kind of block, one for each shape of a step; torch's own limit is 8
 
 
 class ModulationStates:
@@ -166,7 +164,9 @@ def _same(rows: Tensor) -> Tensor:
 
 
 def _is_plain(layer: object) -> bool:
-    return type(layer) is nn.Linear and layer.bias is not None and not layer._forward_hooks
+    if type(layer) is not nn.Linear:
+        return False
+    return layer.bias is not None and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -60,6 +60,7 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
         *,
         settings: PruneSettings | None = None,
         cuda_graphs: bool = True,
+        compiled: bool = False,
     ) -> Self:
         """Load a bundle that `cat-export` wrote, on this machine's GPU if it has one.
 
@@ -69,13 +70,15 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
                 there are some for the GPU, else ONNX Runtime.
             settings: instead of those the bundle was exported with.
             cuda_graphs: on a GPU, capture steps and replay them as one launch each; ONNX Runtime does not.
+            compiled: of the torch engine, compile the blocks: see `from_model`.
 
         Raises:
             BundleError: no bundle, or one that is truncated, edited or of another version.
             EngineError: the engine cannot run here.
         """
         bundle = Bundle.open(path)
-        return cls(engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs), settings or bundle.manifest.settings)
+        loaded = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs, compiled=compiled)
+        return cls(loaded, settings or bundle.manifest.settings)
 
     @classmethod
     def from_model(

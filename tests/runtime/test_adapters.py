@@ -30,6 +30,7 @@ from cat_pruning.settings import PruneSettings
 
 Make = Callable[..., Any]
 STEPS = 5
+ROUNDING = 1e-3  # of two libraries over an image, as in test_parity
 SETTINGS = {"full_steps": 3}
 # Of prompt.onnx, timestep.onnx and step.onnx.
 TARGETS = ("context_embedder", "transformer_blocks.1.norm1.linear", "transformer_blocks.0.attn.to_q")
@@ -80,10 +81,10 @@ def test_the_pipeline_of_a_bundle_takes_adapters(
     pipe.set_progress_bar_config(disable=True)
     base = final(sample, pipe)
     pipe.load_lora_weights(one, adapter_name="one")
-    torch.testing.assert_close(final(sample, pipe), expected["one"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(final(sample, pipe), expected["one"], rtol=0, atol=ROUNDING)
     pipe.unload_lora_weights()
     assert torch.equal(final(sample, pipe), base)
-    torch.testing.assert_close(base, expected["base"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(base, expected["base"], rtol=0, atol=ROUNDING)
 
 
 def test_only_graphs_that_change_are_loaded_anew(mini_bundle: Path, one: dict[str, Tensor]) -> None:
@@ -141,10 +142,10 @@ def test_plans_are_refitted(
     engine = make_tensorrt(kind, combined=COMBINED, cuda_graphs=captures)
     pipe = drop_in(engine, keep_ratio=1.0)
     base = final(sample, pipe)
-    torch.testing.assert_close(base, expected["base"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(base, expected["base"], rtol=0, atol=ROUNDING)
     pipe.load_lora_weights(one, adapter_name="one")
     with_one = final(sample, pipe)
-    torch.testing.assert_close(with_one, expected["one"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(with_one, expected["one"], rtol=0, atol=ROUNDING)
     if captures:
         assert pipe.transformer._sampling().session._graphs.num_captured
     pipe.load_lora_weights(two, adapter_name="two")
@@ -254,12 +255,11 @@ def test_every_weight_of_a_layer_is_in_a_graph(tiny_export: Any) -> None:
     assert found > 10
 
 
-def test_a_change_is_rounded_once_and_scaled_as_the_export_scaled(export_tiny: Any) -> None:
-    parameter = "transformer_blocks.0.attn.to_q.weight"
-    weights = GraphWeights(export_tiny("sd3").directory, {parameter: 0.25})
-    (name,) = weights.initializers(parameter)
+def test_a_change_is_added_as_the_weight_lies(export_tiny: Any) -> None:
+    weights = GraphWeights(export_tiny("sd3").directory)
+    (name,) = weights.initializers("transformer_blocks.0.attn.to_q.weight")
     change = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).half()
-    expected = weights.read(name) + 0.25 * change.float().t()
+    expected = weights.read(name) + change.float().t()
     assert name.endswith(".T")
     assert torch.equal(weights.changed(name, change), expected)
 

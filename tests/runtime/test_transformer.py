@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cat_pruning.errors import BundleError, CheckpointError, EngineError, SettingsError, ShapeError
 from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -214,6 +215,11 @@ def test_from_bundle(mini_bundle: Path) -> None:
     assert transformer.settings == PruneSettings()
     assert "engine=onnxruntime" in repr(transformer)
     assert transformer.config.in_channels == 4
+    torch_engine = CatTransformer.from_bundle(mini_bundle, "torch", compiled=True).engine
+    assert isinstance(torch_engine, TorchStepEngine)
+    assert torch_engine.compiled
+    with pytest.raises(EngineError, match="no use for the engine onnxruntime; leave it out, or take torch"):
+        CatTransformer.from_bundle(mini_bundle, compiled=True)
     assert CatTransformer.from_bundle(mini_bundle, settings=SETTINGS).settings == SETTINGS
     with pytest.raises(
         EngineError, match="'nonsense' is not known; known are auto, tensorrt, tensorrt_rtx, onnxruntime, torch"
