@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,9 +356,26 @@ def test_what_only_a_gpu_does_fits_what_it_calls(monkeypatch: pytest.MonkeyPatch
     cuda, runs = torch.device("cuda"), []
     replay = timing.graph_of(lambda: runs.append(1), cuda)
     capture.call_args.args[0]()
-    assert replay is capture.return_value.replay
     assert timing.timed(replay, cuda, repeats=4) == 2.0
-    assert (len(runs), replay.call_count) == (1, 4)
+    assert (len(runs), capture.return_value.replay.call_count) == (1, 4)
+
+
+def test_the_memory_that_a_graph_reads_lives_as_long_as_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph keeps addresses, not tensors."""
+
+    def capture(body: Callable[[], None], device: torch.device, others: Any) -> Any:
+        body()
+        return SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    read = torch.ones(3)
+    seen = weakref.ref(read)
+    replay = timing.graph_of(functools.partial(torch.neg, read), torch.device("cuda"))
+    del read
+    replay()
+    assert seen() is not None
+    del replay
+    assert seen() is None
 
 
 def test_the_peak_of_memory_is_over_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
