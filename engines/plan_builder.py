@@ -105,7 +105,7 @@ def _build_plan(trt: Any, log: Log, job: PlanJob) -> PlanReport:
     timings = _timing_cache(config, Path(job.timing_cache)) if job.timing_cache else None
     attention: AttentionKernels | None = "fused" if layers else None
     warnings: list[str] = []
-    if why_not_fused(layers, job.architectures) is not None:
+    if layers and why_not_fused(layers, job.architectures) is not None:
         attention = "decomposable"
     else:
         with log.collected() as errors:

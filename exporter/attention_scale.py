@@ -6,7 +6,7 @@ the graph's dtype and multiplies queries and keys by it. In bf16 every score is 
 say `scale = 1`, whose root is exact, and the queries are multiplied by H^-1/2 before.
 
 Why the queries and not the weights of their projections: weights stay what the checkpoint has, so they are mapped and
-streamed as before, and whoever replaces some in a plan need not know of the scale. A folded weight in bf16 is rounded
+streamed as before, and a refit gives them as they are. A folded weight in bf16 is rounded
 once more, as the product is here, unless H is a power of four, where both are exact. What is paid is a product per
 query, which the importer's own two took before.
 

@@ -22,7 +22,7 @@ class AdapterMethods:
     """`pipe.load_lora_weights`, `set_adapters`, `unload_lora_weights` and the like, on an engine's weights.
 
     Every change holds from the next image on; of an image in progress in this thread, from its next step, which is
-    a full one.
+    a full one. The torch engine's adapters are its module's own: do not change them while other threads generate.
     """
 
     adapters: Adapters

@@ -97,6 +97,8 @@ class Adapters:
                     self._check_kind(new)
                 self._apply()
             except ImportError as error:
+                with contextlib.suppress(ImportError):  # PEFT's own absence
+                    self._restore(before, active)
                 raise CheckpointError(f"load_lora_weights: {_INSTALL}") from error
             except BaseException as error:
                 self._restore(before, active)
@@ -164,6 +166,8 @@ class Adapters:
             EngineError: the engine's weights cannot be changed, or not to these.
         """
         with self._lock:
+            if method == "unload_lora":
+                self._has_others = False
             if self._module is None:  # nothing was ever loaded
                 return
             getattr(self._module, method)(*arguments, **options)

@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from cat_pruning.errors import BundleError
+from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.step_io import Part
 
 _PREFIX, _TRANSPOSED = "transformer.", ".T"
@@ -41,7 +41,7 @@ class _Stored:
 
 
 class GraphWeights:
-    """The floating-point weights of `{part}.onnx` by their initializers' names. Read when they are asked for.
+    """The floating-point initializers of `{part}.onnx` by name, constants too. Read when they are asked for.
 
     Args:
         directory: where the graphs are, with their external data beside them.
@@ -51,7 +51,7 @@ class GraphWeights:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, _Stored] = {}  # the graphs are parts of one, so a name means the same in each
         self.parts: dict[str, set[Part]] = {}  # the graphs that have an initializer, by its name
         self._of_parameter: dict[str, list[str]] = {}
         for part in Part:
@@ -61,7 +61,7 @@ class GraphWeights:
             except (OSError, ValueError) as error:
                 raise BundleError(f"{path} cannot be read ({error}); run cat-export again") from error
             for tensor in graph.initializer:
-                if tensor.name.startswith(_PREFIX) and tensor.data_type in _DTYPES:
+                if tensor.data_type in _DTYPES:
                     self._add(part, tensor, directory)
 
     def _add(self, part: Part, tensor: TensorProto, directory: Path) -> None:
@@ -69,7 +69,6 @@ class GraphWeights:
         if tensor.name in self._stored:
             return
         external = {entry.key: entry.value for entry in tensor.external_data}
-        parameter = tensor.name.removeprefix(_PREFIX).removesuffix(_TRANSPOSED)
         self._stored[tensor.name] = _Stored(
             transposed=tensor.name.endswith(_TRANSPOSED),
             dtype=_DTYPES[tensor.data_type],
@@ -78,7 +77,9 @@ class GraphWeights:
             offset=int(external.get("offset", 0)),
             content=None if external else _inline_bytes(tensor),
         )
-        self._of_parameter.setdefault(parameter, []).append(tensor.name)
+        if tensor.name.startswith(_PREFIX):
+            parameter = tensor.name.removeprefix(_PREFIX).removesuffix(_TRANSPOSED)
+            self._of_parameter.setdefault(parameter, []).append(tensor.name)
 
     def initializers(self, parameter: str) -> tuple[str, ...]:
         """The initializers that hold a parameter of the transformer; none if no graph has it."""
@@ -89,7 +90,10 @@ class GraphWeights:
 
         Raises:
             BundleError: its file cannot be read.
+            EngineError: the graphs have none of this name.
         """
+        if name not in self._stored:
+            raise EngineError(f"the graphs have no weights {name}")
         stored = self._stored[name]
         if stored.content is not None:
             return torch.frombuffer(bytearray(stored.content), dtype=stored.dtype).reshape(stored.shape)

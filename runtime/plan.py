@@ -168,9 +168,8 @@ class Plan:
             refitter = self._library.Refitter(self._engine, self._log.handle)
             known = set(refitter.get_all_weights())
             given = [self._give(refitter, name, weights[name], known, errors) for name in weights]
-            given += [
-                self._give(refitter, name, others(name), known, errors) for name in refitter.get_missing_weights()
-            ]
+            while missing := refitter.get_missing_weights():  # those that it has combined with the given ones
+                given += [self._give(refitter, name, others(name), known, errors) for name in missing]
             if not refitter.refit_cuda_engine():
                 raise self._error("cannot be refitted", errors)
             del given  # the weights had to live as long

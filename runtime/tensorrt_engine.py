@@ -99,7 +99,8 @@ class TensorRTStepEngine(StepEngine):
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """See `StepEngine.set_weights`. Refits the plans that it concerns, between two steps of other threads.
 
-        If it fails half done, nothing runs until a call succeeds.
+        Holds the changed weights of one graph in the host's memory. If it fails half done, nothing runs until a call
+        succeeds.
         """
         base = self.base_weights()
         concerned = self._changed | set(weights)

@@ -21,28 +21,28 @@ from cat_pruning.exporter.families.family import Family
 from cat_pruning.runtime.timestep_states import TimestepStates
 from cat_pruning.step_io import LATENTS, SYMBOLIC, Shape
 
-MOST_GRAPHS: Final = 64  # of one kind of block, one for each shape of a step; torch's own limit is 8
+MOST_GRAPHS: Final = 512  # of one kind of block: for each shape of a step, and scale of an adapter; torch has 8
 
 
 class ModulationStates:
     """The results of a model's `Modulation`s, computed for many steps at once and put where its norms read them.
 
-    The given copy's adaptive norms are changed in place: what was their linear layer is memory.
+    The given copy's adaptive norms are changed in place: where their linear layer was, memory is.
 
     Args:
-        transformer: the user's module, whose layers compute the results.
-        copy: the module whose norms are to read them; shares its weights.
-        family, config: of both.
+        copy: the module whose norms are to read them, and whose layers compute them.
+        family, config: of it.
     """
 
-    def __init__(self, transformer: Any, copy: Any, family: Family, config: Mapping[str, Any]) -> None:
-        self._transformer, self._family, self._config = transformer, family, config
-        self._modulations = family.modulations(transformer)
+    def __init__(self, copy: Any, family: Family, config: Mapping[str, Any]) -> None:
+        self._family, self._config = family, config
+        self._modulations = family.modulations(copy)
         self._linears = [modulation.norm.linear for modulation in self._modulations]
         self._places = [_Given() for _ in self._modulations]
-        for modulation, place in zip(family.modulations(copy), self._places, strict=True):
+        for modulation, place in zip(self._modulations, self._places, strict=True):
             modulation.norm.silu, modulation.norm.linear = nn.Identity(), place
         if self._modulations:
+            self._embed = copy.time_text_embed
             copy.time_text_embed = _NoEmbedding()  # nothing reads it any more
         self._memory: dict[str, Tensor] = {}  # (L, B, width) by name: L layers whose results are as wide
         self._states: TimestepStates | None = None
@@ -92,7 +92,7 @@ class ModulationStates:
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All modulations for the rows of many steps."""
-        embedding = F.silu(self._family.timestep_embedding(self._transformer, inputs))
+        embedding = F.silu(self._family.timestep_embedding(self._embed, inputs))
         return {
             name: torch.stack([self._modulated(layer, embedding, inputs) for layer in layers])
             for name, layers in self._widths().items()
@@ -170,7 +170,7 @@ def _is_plain(layer: object) -> bool:
 
 
 def compile_blocks(transformer: Any, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile the blocks, which are the items of the transformer's own module lists, and the patches' embedding.
+    """Compile the blocks, which are the items of the transformer's own module lists, and its `pos_embed`.
 
     In place, and at the first call of each. No shape is left open: a step's are few, and kernels made for one shape
     are the faster ones. Torch's limits on how many graphs a function may have are raised for the whole process.
@@ -200,6 +200,11 @@ def compiler_errors() -> Iterator[None]:
     """What torch.compile cannot do as an EngineError."""
     try:
         yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise EngineError(
+            f"torch.compile keeps {torch._dynamo.config.recompile_limit} graphs of a block, and this process has had "
+            "more shapes and scales of adapters; begin a new process, or pass compiled=False"
+        ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).strip().splitlines()[:2])  # who failed, and why
         raise EngineError(f"torch.compile failed ({reason}); pass compiled=False for steps that are not") from error

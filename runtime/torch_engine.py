@@ -21,12 +21,15 @@ class TorchStepEngine(StepEngine):
 
     Args:
         transformer: the module.
-        cuda_graphs: on a GPU, capture every kind of step, selection included, and replay it. A new image sees that
-            parameters were moved or replaced and adapters loaded, switched or scaled since the last one; of other
-            changes to the module's own attributes it sees nothing, and with such pass False.
+        cuda_graphs: on a GPU, capture every kind of step, selection included, and replay it.
         compiled: the faster steps of `cat_pruning.runtime.torch_compiled`; what they compute equals the module to
-            rounding, not to the bit. torch.compile needs a compiler (on a CPU, C++), and tens of seconds at the
-            first image of each shape. None: if the user had the module or blocks of it compiled.
+            rounding, not to the bit. torch.compile needs a compiler (on a CPU, C++), and seconds to tens of them at the
+            first image of each shape and of each scale of an adapter. None: if the user had the module or blocks of it
+            compiled.
+
+    Where steps are captured or compiled, a new image sees that parameters were moved or replaced and adapters loaded,
+    switched, scaled or fused since the last one. It sees no other change to the module's own attributes; with such,
+    pass False for both. Adapters must not change while another thread generates with the module.
 
     Raises:
         CheckpointError: a transformer of no supported class.
@@ -105,7 +108,7 @@ class TorchSession(StepSession):
         engine = self.engine
         step = StepModule(engine.transformer, engine.family, in_place=True, modulated_ahead=engine.compiled)
         if engine.compiled:
-            self._modulations = ModulationStates(engine.transformer, step.transformer, engine.family, engine.config)
+            self._modulations = ModulationStates(step.transformer, engine.family, engine.config)
             fuse_gelu(step.transformer)
             compile_blocks(step.transformer)
         return step
@@ -135,7 +138,8 @@ def _state_of(module: nn.Module) -> list[object]:
         state += [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors if tensor is not None]
         layer: Any = part
         if isinstance(adapters := getattr(layer, "active_adapters", None), list):  # a layer of PEFT's
-            state += [list(adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {}))]
+            merged = list(getattr(layer, "merged_adapters", ()))  # into the very memory of the weights
+            state += [list(adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {})), merged]
     return state
 
 

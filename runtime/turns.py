@@ -34,8 +34,9 @@ class Turns:
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
             self._alone = True
-            self._changed.wait_for(lambda: not self._together)
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._together)
             yield
         finally:
             with self._changed:

@@ -83,8 +83,8 @@ class Family(ABC):
         """
         return []
 
-    def timestep_embedding(self, transformer: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the modulations are made from, (B, D), of the family's `timestep_inputs`."""
+    def timestep_embedding(self, embed: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the modulations are made from, (B, D), by the module's `time_text_embed`, of `timestep_inputs`."""
         raise NotImplementedError
 
     # Shapes.

@@ -56,13 +56,11 @@ class Flux(Family):
         single = [block.norm for block in transformer.single_transformer_blocks]
         return [Modulation(norm) for norm in (*double, *single, transformer.norm_out)]
 
-    def timestep_embedding(self, transformer: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
+    def timestep_embedding(self, embed: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
         """See `Family.timestep_embedding`: as FluxTransformer2DModel scales its timestep and guidance."""
         pooled = model_inputs["pooled_projections"]
         names = [name for name in (TIMESTEP, "guidance") if name in model_inputs]
-        embedding: Tensor = transformer.time_text_embed(
-            *(model_inputs[name].to(pooled) * 1000 for name in names), pooled
-        )
+        embedding: Tensor = embed(*(model_inputs[name].to(pooled) * 1000 for name in names), pooled)
         return embedding
 
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:

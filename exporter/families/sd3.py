@@ -56,9 +56,9 @@ class StableDiffusion3(PatchFamily):
             found += [Modulation(block.norm1, factor), Modulation(block.norm1_context, factor if has_gates else None)]
         return [*found, Modulation(transformer.norm_out)]
 
-    def timestep_embedding(self, transformer: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
+    def timestep_embedding(self, embed: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
         """See `Family.timestep_embedding`."""
-        embedding: Tensor = transformer.time_text_embed(model_inputs[TIMESTEP], model_inputs["pooled_projections"])
+        embedding: Tensor = embed(model_inputs[TIMESTEP], model_inputs["pooled_projections"])
         return embedding
 
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -34,7 +34,11 @@ ROUNDING = 1e-3  # of two libraries over an image, as in test_parity
 SETTINGS = {"full_steps": 3}
 # Of prompt.onnx, timestep.onnx and step.onnx.
 TARGETS = ("context_embedder", "transformer_blocks.1.norm1.linear", "transformer_blocks.0.attn.to_q")
-COMBINED = [[f"transformer.transformer_blocks.0.attn.to_{name}.weight.T" for name in "qkv"]]
+# Weights that TensorRT is asked for together: of a fused projection, and of a query and the constant that scales it.
+COMBINED = [
+    [f"transformer.transformer_blocks.0.attn.to_{name}.weight.T" for name in "qkv"],
+    ["transformer.transformer_blocks.0.attn.to_q.weight.T", "query_scale_0.176776695_float"],
+]
 
 
 def adapter(config: Any, seed: int) -> dict[str, Tensor]:
@@ -278,6 +282,23 @@ def test_files_that_cannot_be_read(mini_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.onnx.data").write_bytes(b"short")
     with pytest.raises(BundleError, match=r"prompt\.onnx\.data: transformer\.context_embedder.* cannot be read"):
         weights.read(name)
+
+
+def test_an_interrupt_while_waiting_to_go_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+
+    def interrupted(predicate: Callable[[], bool]) -> None:
+        if not predicate():
+            raise KeyboardInterrupt
+
+    with turns.together(), monkeypatch.context() as patch:
+        patch.setattr(turns._changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt), turns.alone():
+            raise AssertionError("it goes alone beside another")
+    with turns.together():
+        pass
+    with turns.alone():
+        pass
 
 
 def test_one_goes_alone() -> None:
