@@ -153,8 +153,8 @@ class StepSession(ABC):
         Args:
             latents: the model's `hidden_states`, on the engine's device and in its dtype.
             timestep: the same for every row of the batch.
-            tokens: (B, n) int32, distinct within a row, or the choice of them; all N, in ascending order, on the first
-                step after `begin`.
+            tokens: (B, n) int32, distinct within a row, or the choice of them; all N on the first step after `begin`.
+                Where all N are given, they ascend.
 
         Returns:
             The noise prediction before guidance, in the layout of the transformer's output; new memory. Does not

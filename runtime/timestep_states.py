@@ -9,17 +9,17 @@ from torch import Tensor
 
 from cat_pruning.step_io import LATENTS, MAX_TIMESTEPS, SYMBOLIC, TIMESTEP, Shape
 
-Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # inputs of timestep.onnx by name -> its outputs by name
+Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # inputs by name -> outputs by name
 
 
 class TimestepStates:
-    """The results of `timestep.onnx` for the steps of one image, in batches of at most `MAX_TIMESTEPS` steps.
+    """What depends on the timestep only, for the steps of one image, in batches of at most `MAX_TIMESTEPS` steps.
 
     Args:
-        run: runs the graph.
+        run: computes it: `timestep.onnx`, or the module's own layers.
         reads, writes: the shapes of its inputs and outputs by name, with dynamic dimensions by name; `batch` counts
             rows of all steps.
-        inputs: the model's inputs for one step; those that the graph does not read are not kept.
+        inputs: the model's inputs for one step; those that are not read are not kept.
         timesteps: those that are expected, in order.
     """
 
@@ -38,7 +38,7 @@ class TimestepStates:
         self._states: dict[float, dict[str, Tensor]] = {}
 
     def at(self, timestep: float) -> dict[str, Tensor]:
-        """The results for one step by name, each contiguous. Runs the graph when they are not there yet."""
+        """The results for one step by name, each contiguous. Computes them when they are not there yet."""
         if timestep not in self._states:
             expected = list(dict.fromkeys(self._timesteps))
             start = expected.index(timestep) if timestep in expected else len(expected)

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cat_pruning.schedule import StepKind, schedule
+from cat_pruning.settings import PruneSettings
+
 if TYPE_CHECKING:
     from cat_pruning.exporter.macs import ImageMacs
-    from cat_pruning.settings import PruneSettings
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -40,9 +42,10 @@ def step_bound(model: str) -> float:
 
 
 def loop_bound(model: str, num_steps: int, settings: PruneSettings) -> float:
-    """The most that an image of so many steps can gain at the default keep ratio."""
-    image = _image_macs(model)
-    return image.unpruned(num_steps) / image.pruned_image(num_steps, settings)
+    """The most that an image of so many steps can gain in the torch engine, at the default keep ratio."""
+    macs = step_macs(model)
+    kinds = [schedule(step, settings) for step in range(num_steps)]
+    return num_steps * macs["full"] / sum(macs["full" if kind is StepKind.FULL else "pruned"] for kind in kinds)
 
 
 def fewer_steps(model: str, num_steps: int, settings: PruneSettings) -> int:

@@ -212,9 +212,10 @@ def a_setting(model: str) -> Setting:
 
 def test_the_bounds_are_the_macs() -> None:
     settings = PruneSettings()
-    assert bounds.loop_bound("sd3", 28, settings) == pytest.approx(1.864, abs=1e-3)
-    assert bounds.loop_bound("sd3", 50, settings) == pytest.approx(2.198, abs=1e-3)
-    assert bounds.loop_bound("sd3", 28, settings.replace(full_steps=28)) == pytest.approx(1, abs=2e-3)
+    assert bounds.loop_bound("sd3", 28, settings) == pytest.approx(1.862, abs=1e-3)
+    assert bounds.loop_bound("sd3", 50, settings) == pytest.approx(2.195, abs=1e-3)
+    assert bounds.loop_bound("pixart-sigma", 28, settings) == pytest.approx(1.986, abs=1e-3)
+    assert bounds.loop_bound("sd3", 28, settings.replace(full_steps=28)) == 1
     assert bounds.step_bound("pixart-sigma") == pytest.approx(3.28, abs=1e-2)
     assert bounds.fewer_steps("sd3", 28, settings) == 15
     assert bounds.fewer_steps("sd3", 28, settings.replace(full_steps=28)) == 28
