@@ -1,7 +1,7 @@
 """What TensorRT's ONNX importer takes, as rules over our graphs: told before a build of twenty minutes, not by it.
 
-Pinned to TensorRT 10.15, the oldest that we build with: its support matrix and the importer's own checks. An operator
-that is not listed here may well be taken; nobody has looked it up, which is a finding too.
+Pinned to TensorRT 10.15, the oldest that we build with: its support matrix and the importer's own checks. The importer
+may take an operator that is not listed here; it is reported, because nobody has looked it up.
 """
 
 from __future__ import annotations
