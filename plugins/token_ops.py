@@ -108,6 +108,7 @@ def _in_words(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     size = WORD.itemsize
     fits = all(
         (tensor.shape[-1] * tensor.itemsize) % size == 0
+        and (tensor.storage_offset() * tensor.itemsize) % size == 0
         and tensor.data_ptr() % size == 0
         and tensor.stride(-1) == 1
         and all((stride * tensor.itemsize) % size == 0 for stride in tensor.stride()[:-1])

@@ -64,8 +64,8 @@ def disturbed(monkeypatch: pytest.MonkeyPatch, after: Callable[[IExecutionContex
     """A kernel that does `after` to the addresses that it got besides its work."""
     compute = IExecutionContext._compute
 
-    def wrong(self: IExecutionContext, shapes: Any, addresses: dict[str, int]) -> None:
-        compute(self, shapes, addresses)
+    def wrong(self: IExecutionContext, session: Any, shapes: Any, addresses: dict[str, int]) -> None:
+        compute(self, session, shapes, addresses)
         after(self, addresses)
 
     monkeypatch.setattr(IExecutionContext, "_compute", wrong)

@@ -58,10 +58,12 @@ def test_operators_are_registered_properly(size: tuple[int, int, int, int]) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [3, 8, 12])  # not, always, and with some dtypes a multiple of the words that move
 @pytest.mark.parametrize("strided", [False, True])
-def test_rows_and_slices_are_written_in_place(dtype: torch.dtype, width: int, strided: bool) -> None:
-    """To the bit, NaN and all, from rows that lie apart in a wider tensor too, as those of a fused projection do."""
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_rows_and_slices_are_written_in_place(dtype: torch.dtype, width: int, strided: bool, shift: int) -> None:
+    """To the bit, NaN and all: from rows of a wider tensor too, as a fused projection's, and amid other memory."""
     tokens, indices, rows = _case((2, 16, 5, width), dtype, torch.int64)
     rows[0, 0, 0] = float("nan")
+    tokens = torch.cat([torch.zeros(shift, dtype=dtype), tokens.flatten()])[shift:].view_as(tokens)
     given = torch.cat([torch.zeros_like(rows), rows], dim=-1)[..., width:] if strided else rows
     expected = tokens.clone()
     for b in range(2):
