@@ -149,12 +149,14 @@ def test_adapters_that_are_scaled_and_fused_between_images(make_tiny: Any) -> No
 def test_more_shapes_than_torch_keeps_graphs_of(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_with_room_for_one(transformer: Any) -> None:
         compile_blocks(transformer, backend="eager")
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+        torch._dynamo.config.recompile_limit = 1
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch_engine, "compile_blocks", compile_with_room_for_one)
-    with pytest.raises(EngineError, match=r"torch\.compile keeps 1 graphs of a block.*; begin a new process, or pass"):
+    told = r"torch\.compile keeps 1 graphs of a block.*; begin a new process, or pass"
+    with torch._dynamo.config.patch(recompile_limit=8), pytest.raises(EngineError, match=told):
         three_steps(TorchStepEngine(make_tiny("pixart"), compiled=True))
+    assert torch._dynamo.config.recompile_limit > 1
 
 
 @pytest.mark.filterwarnings(IGNORED)
