@@ -23,9 +23,9 @@ from machine import write_result
 from rich.console import Console
 from safetensors.torch import save_file
 
+from cat_pruning.checkpoints.published import published_models
+from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.dtype import DType
-from cat_pruning.exporter.published import published_models
-from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer
 
 _STAGE = re.compile(r"✓ (.+?) ([\d.]+) s$")
 _SHARD_BYTES = 4 << 30

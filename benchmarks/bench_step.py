@@ -26,19 +26,19 @@ from rich.table import Table
 from torch import Tensor
 
 from cat_pruning import step_io
+from cat_pruning.checkpoints.random_weights import random_transformer
 from cat_pruning.dtype import DType
-from cat_pruning.exporter.families import family_named
-from cat_pruning.exporter.families.family import Family
-from cat_pruning.exporter.interception import StepModule
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.exporter.macs import count_macs
-from cat_pruning.exporter.random_weights import random_transformer
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import example_inputs, export_step_graph, trace_step
+from cat_pruning.families import family_named
+from cat_pruning.families.family import Family
+from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins import onnx_ops
-from cat_pruning.runtime import kmeans, selection
-from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
+from cat_pruning.runtime.selection import kmeans, selection
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import KEEP_INDICES, LATENTS, TIMESTEP, Part, StepDims
 

@@ -20,10 +20,10 @@ import torch
 from token_engines import check_token_engines
 
 from cat_pruning import load_pipeline
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schema import Flavour
 from cat_pruning.dtype import DType
-from cat_pruning.engines.build import plan_specs
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.records import Flavour
+from cat_pruning.engines.builder.build import plan_specs
 from cat_pruning.engines.tensorrt_library import TARGETS
 from cat_pruning.errors import CatError, EngineError
 from cat_pruning.exporter.export import ExportConfig, Target, export

@@ -18,13 +18,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from cat_pruning.engines.build import build_plan
-from cat_pruning.engines.records import Flavour, PlanSpec
+from cat_pruning.bundle.schema import Flavour, PlanSpec
+from cat_pruning.engines.builder.build import build_plan
+from cat_pruning.engines.plan import Plan
+from cat_pruning.engines.side_stream import SideStream
 from cat_pruning.errors import EngineError
 from cat_pruning.plugins import onnx_ops
 from cat_pruning.plugins.token_ops import token_gather, token_scatter
-from cat_pruning.runtime.plan import Plan
-from cat_pruning.runtime.side_stream import SideStream
 
 GUARD_BYTES, GUARD = 4096, 0xA5
 KINDS = {torch.float32: onnx.TensorProto.FLOAT, torch.bfloat16: onnx.TensorProto.BFLOAT16}  # fp16 moves as bf16 does

@@ -26,9 +26,9 @@ from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt, load_prompts
 from cat_pruning.evaluation.statistics import Interval, mean_interval
-from cat_pruning.runtime.generate import GenerateConfig, generate, never_pruned
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
+from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 
 STEPS, BATCH, GUIDANCE, TEXT_TOKENS = 28, 8, 3.0, 24
 FEWER = "16 full steps"  # as many MACs as the paper's settings, to 0.1 %

@@ -30,11 +30,11 @@ from machine import write_result
 from torch import Tensor
 from try_settings import FORECAST, STEPS, Trials
 
-from cat_pruning.exporter import interception
+from cat_pruning.families import interception
 from cat_pruning.runtime import sampling
 from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.pipeline import load_pipeline
-from cat_pruning.runtime.policies import SELECTORS, CatSelector
+from cat_pruning.runtime.selection.policies import SELECTORS, CatSelector
 from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.settings import Policy, PruneSettings
 

@@ -1,1 +1,1 @@
-"""Profiles, engine builds and the bundle on disk."""
+"""Step engines: one sampling step in torch, ONNX Runtime, TensorRT or TensorRT-RTX."""

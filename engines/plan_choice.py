@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.records import Flavour, PlanSpec
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schema import Flavour, PlanSpec
 from cat_pruning.engines.tensorrt_library import TITLES
 from cat_pruning.errors import EngineError
 from cat_pruning.step_io import Part

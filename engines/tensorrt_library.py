@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from cat_pruning.engines.records import Flavour
+from cat_pruning.bundle.schema import Flavour
 from cat_pruning.errors import EngineError
 
 logger = logging.getLogger(__name__)

@@ -23,14 +23,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from cat_pruning.engines.torch_engine import TorchSession, TorchStepEngine
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.families.attention import split_heads
-from cat_pruning.exporter.families.family import Family, PatchFamily
-from cat_pruning.exporter.families.sd3 import LAYER_GATES
-from cat_pruning.exporter.interception import share_parameters
+from cat_pruning.families.attention import split_heads
+from cat_pruning.families.family import Family, PatchFamily
+from cat_pruning.families.interception import share_parameters
+from cat_pruning.families.sd3 import LAYER_GATES
 from cat_pruning.plugins.token_ops import token_gather
-from cat_pruning.runtime.selector import guiding_rows
-from cat_pruning.runtime.torch_engine import TorchSession, TorchStepEngine
+from cat_pruning.runtime.selection.selector import guiding_rows
 from cat_pruning.step_io import LATENTS, StepDims
 
 # Of Zero-TPrune in its first layers (Wang et al. 2023, arXiv 2305.17328), whose weighted page rank AT-EDM generalizes.

@@ -13,7 +13,7 @@ from cat_pruning import console
 from cat_pruning.errors import EngineError, OutputError, SettingsError
 
 if TYPE_CHECKING:
-    from cat_pruning.engines.bundle import Bundle
+    from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.evaluation.evaluate import Generator
     from cat_pruning.evaluation.metrics import Metric
     from cat_pruning.evaluation.results import ResultStore, RunSpec
@@ -118,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _check(arguments)
     from rich.console import Console
 
-    from cat_pruning.engines.bundle import Bundle
+    from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.evaluation.clip_score import DEFAULT_CLIP_MODEL
     from cat_pruning.evaluation.evaluate import evaluate
     from cat_pruning.evaluation.metrics import Metrics
@@ -180,7 +180,7 @@ def _methods(arguments: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
     """
     from cat_pruning.evaluation.at_edm import AtEdmStepEngine
     from cat_pruning.evaluation.methods import AT_EDM, METHODS, check_method
-    from cat_pruning.exporter.families import family_named
+    from cat_pruning.families import family_named
 
     possible = arguments.engine in ("auto", "torch") and AtEdmStepEngine.supports(family_named(bundle.manifest.family))
     if arguments.policies is None:
@@ -200,12 +200,12 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
     """The pipeline, and what makes AT-EDM's engine when it is needed."""
     import functools
 
+    from cat_pruning.engines.torch_engine import TorchStepEngine
     from cat_pruning.evaluation.at_edm import AtEdmStepEngine
     from cat_pruning.evaluation.evaluate import Generator
-    from cat_pruning.exporter.families import family_named
+    from cat_pruning.families import family_named
     from cat_pruning.runtime.engine_choice import engine_from_bundle
     from cat_pruning.runtime.pipeline import load_pipeline
-    from cat_pruning.runtime.torch_engine import TorchStepEngine
     from cat_pruning.runtime.transformer import CatTransformer
     from cat_pruning.settings import Reuse
 
@@ -233,7 +233,7 @@ def _spec(
 ) -> RunSpec:
     import inspect
 
-    from cat_pruning.engines.manifest import MANIFEST_NAME
+    from cat_pruning.bundle.manifest import MANIFEST_NAME
     from cat_pruning.evaluation.plan import Plan
     from cat_pruning.evaluation.results import RunSpec, machine, sha256
 

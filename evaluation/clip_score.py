@@ -19,9 +19,9 @@ from huggingface_hub import errors as hub_errors
 from PIL import Image
 from torch import Tensor
 
+from cat_pruning.checkpoints.hub import is_hub_id
+from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.errors import SettingsError
-from cat_pruning.exporter.hub import is_hub_id
-from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
 
 DEFAULT_CLIP_MODEL = "openai/clip-vit-base-patch16"
 

@@ -16,11 +16,11 @@ from cat_pruning.evaluation.metrics import Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore
 from cat_pruning.evaluation.variants import FULL, Variant
-from cat_pruning.runtime.generate import GenerateConfig, Run, generate
-from cat_pruning.runtime.pictures import draw_token_map
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
+from cat_pruning.tools.generate import GenerateConfig, Run, generate
+from cat_pruning.tools.pictures import draw_token_map
 
 Advance = Callable[[Variant, int], None]  # a variant, and how many more of its images are done
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.runtime.policies import ras_dense_steps
+from cat_pruning.runtime.selection.policies import ras_dense_steps
 from cat_pruning.settings import Policy, PruneSettings, Reuse
 
 AT_EDM = "at-edm"  # an engine of its own: `cat_pruning.evaluation.at_edm`

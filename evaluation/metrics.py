@@ -17,7 +17,7 @@ from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.evaluation.clip_score import ClipScorer
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.scene_score import coverage_score
-from cat_pruning.runtime.pictures import psnr_db
+from cat_pruning.tools.pictures import psnr_db
 
 
 class Metric(StrEnum):

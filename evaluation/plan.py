@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.profiles import profile_spec
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.profiles import profile_spec
 from cat_pruning.evaluation.at_edm import at_edm_step_macs
 from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, settings_of
 from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 from cat_pruning.exporter.export import profile_macs
-from cat_pruning.exporter.families import family_named
 from cat_pruning.exporter.macs import ImageMacs
-from cat_pruning.runtime.generate import never_pruned
+from cat_pruning.families import family_named
 from cat_pruning.schedule import StepKind, step_kinds
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import CacheRows
+from cat_pruning.tools.generate import never_pruned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

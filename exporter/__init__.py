@@ -1,1 +1,1 @@
-"""From a diffusers checkpoint to `step.onnx`: interception, tracing, MACs, and the CLI `cat-export`."""
+"""From a checkpoint to a bundle: one traced step, split into three graphs, counted, verified; and `cat-export`."""

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cat_pruning import console
+from cat_pruning.checkpoints.published import published_models
 from cat_pruning.dtype import DType
 from cat_pruning.errors import SettingsError
-from cat_pruning.exporter.published import published_models
 from cat_pruning.models import miniatures
 from cat_pruning.settings import PruneSettings
 
 if TYPE_CHECKING:
-    from cat_pruning.engines.bundle import Bundle
+    from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.exporter.export import ExportConfig
     from cat_pruning.exporter.progress import Advance
 
@@ -150,8 +150,8 @@ def _export(arguments: argparse.Namespace) -> None:
             "--keep-ratio 0: expected a share of the tokens, > 0; to compute none on pruned steps needs no bundle of "
             "its own: any runs with PruneSettings().forecast()"
         )
+    from cat_pruning.checkpoints.lora import parse_lora
     from cat_pruning.exporter.export import ExportConfig, Target, default_targets, export
-    from cat_pruning.exporter.lora import parse_lora
 
     console.quiet_libraries()
     config = ExportConfig(

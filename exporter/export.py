@@ -15,12 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from cat_pruning.dtype import DType
-from cat_pruning.engines.build import can_build, can_build_refittable, plan_specs
-from cat_pruning.engines.bundle import Bundle, new_bundle
-from cat_pruning.engines.manifest import Manifest
-from cat_pruning.engines.profiles import profile_spec, step_dims
-from cat_pruning.engines.records import (
+from cat_pruning.bundle.bundle import Bundle, new_bundle
+from cat_pruning.bundle.manifest import Manifest
+from cat_pruning.bundle.profiles import profile_spec, step_dims
+from cat_pruning.bundle.schema import (
     Flavour,
     Geometry,
     GraphSpec,
@@ -32,19 +30,21 @@ from cat_pruning.engines.records import (
     TensorSpec,
     TokenOps,
 )
+from cat_pruning.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_transformer
+from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer
+from cat_pruning.checkpoints.variants import variant_of, without_other_variants
+from cat_pruning.dtype import DType
+from cat_pruning.engines.builder.build import can_build, can_build_refittable, plan_specs
 from cat_pruning.engines.tensorrt_library import TARGETS
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
-from cat_pruning.exporter.checkpoint import Checkpoint, find_checkpoint, load_transformer
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes
 from cat_pruning.exporter.plans import build_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
-from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
-from cat_pruning.exporter.variants import variant_of, without_other_variants
 from cat_pruning.exporter.verify import verify_step_graph
+from cat_pruning.families.interception import StepModule
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
 from cat_pruning.versions import versions_of

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from cat_pruning.checkpoints.checkpoint import Checkpoint
+from cat_pruning.checkpoints.variants import without_other_variants
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.checkpoint import Checkpoint
-from cat_pruning.exporter.variants import without_other_variants
 
 # Of all weights' size, beside what Python and the libraries take. The builder holds 1.5 times the weights of one graph
 # (benchmarks/RESULTS.md), and the largest, step.onnx, has 67 to 85 % of them. That is TensorRT-RTX's; TensorRT's, which

@@ -25,8 +25,8 @@ from torch import Tensor
 from cat_pruning import step_io
 from cat_pruning.exporter.attention_scale import scale_queries
 from cat_pruning.exporter.cache_readers import check_cache_readers, split_heads_without_sizes
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.split import Graph, split_graph
+from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins import onnx_ops
 from cat_pruning.step_io import SYMBOLIC, Part, StepDims
 

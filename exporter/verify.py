@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from cat_pruning.dtype import DType
 from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import example_inputs, run_step
+from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import Part
 
 Array = NDArray[np.generic]

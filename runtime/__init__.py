@@ -1,1 +1,1 @@
-"""Selection, schedule, step engines, the drop-in for diffusers pipelines, and the CLI `cat-generate`."""
+"""The drop-in for diffusers pipelines: it tells images and steps apart, and drives pruned sampling on any engine."""

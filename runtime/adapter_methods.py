@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import SettingsError
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 
 if TYPE_CHECKING:
     from cat_pruning.runtime.adapters import Adapters

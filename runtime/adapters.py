@@ -20,12 +20,12 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.checkpoints.lora import check_adapter, read_peft_directory
+from cat_pruning.engines.graph_weights import GraphWeights
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import CatError, CheckpointError, EngineError, SettingsError
-from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
-from cat_pruning.exporter.lora import check_adapter, read_peft_directory
-from cat_pruning.runtime.graph_weights import GraphWeights
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 
 _INSTALL = "PEFT is not installed here; pip install 'cat-pruning[lora]'"
 

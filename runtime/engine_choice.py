@@ -8,17 +8,17 @@ from typing import get_args
 
 import torch
 
-from cat_pruning.engines.build_caches import runtime_cache_path
-from cat_pruning.engines.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schema import Flavour
+from cat_pruning.checkpoints.checkpoint import load_transformer
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
+from cat_pruning.engines.graph_weights import GraphWeights
+from cat_pruning.engines.plan_caches import runtime_cache_path
 from cat_pruning.engines.plan_choice import plans_for
-from cat_pruning.engines.records import Flavour
+from cat_pruning.engines.step_engine import StepEngine, enough_memory
 from cat_pruning.engines.tensorrt_library import TITLES, tensorrt_library
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.checkpoint import load_transformer
-from cat_pruning.exporter.families import family_named
-from cat_pruning.runtime.graph_weights import GraphWeights
-from cat_pruning.runtime.step_engine import StepEngine, enough_memory
+from cat_pruning.families import family_named
 from cat_pruning.step_io import Part
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def engine_from_bundle(
             return _tensorrt(bundle, flavour, cuda_graphs)
     if engine == "onnxruntime":
         return _onnxruntime(bundle)
-    from cat_pruning.runtime.torch_engine import TorchStepEngine
+    from cat_pruning.engines.torch_engine import TorchStepEngine
 
     transformer, device = load_transformer(bundle.manifest.source, bundle.manifest.dtype), _device()
     with enough_memory(device, "the transformer", "free memory on it, or export with a smaller --dtype"):
@@ -78,8 +78,8 @@ def best_engine(bundle: Bundle) -> str:
 
 
 def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine:
-    from cat_pruning.runtime.plan import Plan
-    from cat_pruning.runtime.tensorrt_engine import TensorRTStepEngine
+    from cat_pruning.engines.plan import Plan
+    from cat_pruning.engines.tensorrt_engine import TensorRTStepEngine
 
     manifest, version = bundle.manifest, tensorrt_library(flavour).__version__
     if not torch.cuda.is_available():
@@ -105,7 +105,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine
 
 
 def _onnxruntime(bundle: Bundle) -> StepEngine:
-    from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
+    from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
 
     manifest, device = bundle.manifest, onnxruntime_device()
     if device != _device():

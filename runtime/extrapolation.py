@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_pruning.exporter.families.family import Family
+from cat_pruning.families.family import Family
 
 
 class Extrapolation:

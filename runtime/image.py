@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cat_pruning.runtime.step_engine import StepSession
+from cat_pruning.engines.step_engine import StepSession
 from cat_pruning.runtime.timesteps import version_of
 
 

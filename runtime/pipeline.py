@@ -9,12 +9,12 @@ from typing import Any
 import diffusers
 import torch
 
-from cat_pruning.engines.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.checkpoints.hub import pipeline_snapshot
+from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError
-from cat_pruning.exporter.hub import pipeline_snapshot
-from cat_pruning.exporter.library_logs import first_line, quiet_diffusers
 from cat_pruning.runtime.engine_choice import engine_from_bundle
-from cat_pruning.runtime.step_engine import enough_memory
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 

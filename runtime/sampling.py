@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from cat_pruning.engines.step_engine import StepSession, ordinary_tensors
 from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.image import Image, every_token
-from cat_pruning.runtime.policies import SELECTORS
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.runtime.selector import Selector
+from cat_pruning.runtime.selection.policies import SELECTORS
+from cat_pruning.runtime.selection.selector import Selector
 from cat_pruning.runtime.side_branch import SideBranch
-from cat_pruning.runtime.step_engine import StepSession, ordinary_tensors
 from cat_pruning.runtime.timesteps import TimestepReader
 from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.settings import PruneSettings, Reuse

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from cat_pruning.engines.step_engine import StepSession
 from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.image import Image, every_token
-from cat_pruning.runtime.step_engine import StepSession
 from cat_pruning.settings import Reuse
 from cat_pruning.step_io import LATENTS
 

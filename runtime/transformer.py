@@ -14,15 +14,15 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from cat_pruning.engines.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.runtime.adapter_methods import AdapterMethods
 from cat_pruning.runtime.adapters import Adapters
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.settings import PruneSettings
 
 MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt

@@ -27,12 +27,12 @@ from diffusers import (
 )
 from tensorrt_stubs import build_stubs
 
+from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.exporter import step_graph
 from cat_pruning.exporter.export import ExportConfig, export
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.interception import StepModule
-from cat_pruning.exporter.library_logs import quiet_diffusers
 from cat_pruning.exporter.split import Graph
+from cat_pruning.families import family_of_class
+from cat_pruning.families.interception import StepModule
 from cat_pruning.models import miniatures
 from cat_pruning.plugins import onnx_ops
 from cat_pruning.step_io import Part

@@ -4,20 +4,21 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDERS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy: a build in the tree would take along what earlier builds left.
     source = tmp_path_factory.mktemp("source")
-    folders = ("src", "exporter", "plugins", "engines", "runtime", "evaluation", "models")
-    for name in (*folders, "pyproject.toml", "README.md"):
+    for name in (*FOLDERS.values(), "pyproject.toml", "README.md"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
@@ -38,21 +39,20 @@ def test_wheel_has_one_top_level_name(wheel: Path) -> None:
 def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    folders = {"src/cat_pruning": "cat_pruning", **{name: f"cat_pruning/{name}" for name in ("exporter", "plugins")}}
-    folders |= {name: f"cat_pruning/{name}" for name in ("engines", "runtime", "evaluation", "models")}
-    for folder, package in folders.items():
+    for package, folder in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".cu", ".j2", ".json", ".safetensors", ".typed"}:
-                assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
+                place = package.replace(".", "/")
+                assert f"{place}/{path.relative_to(ROOT / folder).as_posix()}" in names
 
 
 def test_miniature_is_found_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (
-        "from cat_pruning.exporter.checkpoint import find_checkpoint;"
+        "from cat_pruning.checkpoints.checkpoint import find_checkpoint;"
         "c = find_checkpoint('sd3-mini'); print(c.directory, c.num_parameters);"
-        "from cat_pruning.exporter.published import published_models; print(*published_models());"
+        "from cat_pruning.checkpoints.published import published_models; print(*published_models());"
         "print(find_checkpoint('sd3', random_weights=True).num_parameters)"
     )
     result = subprocess.run(

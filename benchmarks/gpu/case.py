@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from gpu.setting import LARGE_MODEL, TINY, TINY_TEXT, Setting
 
 if TYPE_CHECKING:
-    from cat_pruning.exporter.published import Published
-    from cat_pruning.runtime.step_engine import StepSession
-    from cat_pruning.runtime.torch_engine import TorchStepEngine
+    from cat_pruning.checkpoints.published import Published
+    from cat_pruning.engines.step_engine import StepSession
+    from cat_pruning.engines.torch_engine import TorchStepEngine
 
 GUIDANCE = {"sd3": 7.0, "pixart-sigma": 4.5, LARGE_MODEL: 3.5}  # of the pipelines, at their defaults
 TIMESTEPS = (999.0, 900.0, 500.0)  # of the steps that are measured alone; of a thousand
@@ -30,7 +30,7 @@ class Case:
     """
 
     def __init__(self, setting: Setting, transformer: Any = None) -> None:
-        from cat_pruning.exporter.published import published_models
+        from cat_pruning.checkpoints.published import published_models
 
         self.setting = setting
         published = published_models()[setting.model]
@@ -126,7 +126,7 @@ class Case:
 
     def engine(self, captured: bool = True, *, fused: bool = False, **options: bool) -> TorchStepEngine:
         """Our engine over the module; `options` in the place of the setting's. fused: with diffusers' fused QKV."""
-        from cat_pruning.runtime.torch_engine import TorchStepEngine
+        from cat_pruning.engines.torch_engine import TorchStepEngine
 
         transformer = self._fused if fused else self.transformer
         return TorchStepEngine(transformer, cuda_graphs=captured, **{**self.setting.engine_options, **options})
@@ -134,7 +134,7 @@ class Case:
     @functools.cached_property
     def _fused(self) -> Any:
         """A copy that shares the weights, but for those of queries, keys and values, which it has as one."""
-        from cat_pruning.exporter.interception import share_parameters
+        from cat_pruning.families.interception import share_parameters
 
         fused = share_parameters(self.transformer)
         with torch.no_grad():
@@ -164,7 +164,7 @@ def forget_shared() -> None:
 
 
 def _random_transformer(model: str, device: torch.device, dtype: torch.dtype, tiny: bool) -> Any:
-    from cat_pruning.exporter.published import published_models
+    from cat_pruning.checkpoints.published import published_models
 
     return random_on(device, dtype, published_models()[model], TINY[model] if tiny else {})
 
@@ -174,8 +174,8 @@ _shared_transformer = functools.lru_cache(maxsize=2)(_random_transformer)
 
 def random_on(device: torch.device, dtype: torch.dtype, published: Published, changes: dict[str, Any]) -> nn.Module:
     """The architecture with random weights made where they will be; seconds for two billion on a GPU."""
+    from cat_pruning.checkpoints.random_weights import hollow_transformer
     from cat_pruning.dtype import DType
-    from cat_pruning.exporter.random_weights import hollow_transformer
 
     name = next(each for each in DType if each.torch is dtype)
     config = {**published.transformer, **changes}

@@ -86,8 +86,8 @@ def _steps(case: Case) -> dict[str, Any]:
 
 
 def _images(case: Case, num_steps: int) -> dict[str, Any]:
-    from cat_pruning.runtime.generate import never_pruned
     from cat_pruning.runtime.transformer import CatTransformer
+    from cat_pruning.tools.generate import never_pruned
 
     prune = case.setting.prune
     transformers = {

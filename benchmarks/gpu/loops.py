@@ -43,8 +43,8 @@ def loops(setting: Setting) -> Results:
 
 def loop_times(case: Case, captured: bool, schedules: tuple[int, ...], rounds: int) -> Iterator[tuple[int, Any]]:
     """Full and CAT by the number of steps."""
-    from cat_pruning.runtime.generate import never_pruned
     from cat_pruning.runtime.transformer import CatTransformer
+    from cat_pruning.tools.generate import never_pruned
 
     setting = case.setting
     engine = case.engine(captured)
@@ -74,8 +74,8 @@ def loop_times(case: Case, captured: bool, schedules: tuple[int, ...], rounds: i
 
 def presets(setting: Setting) -> Results:
     """Images by the presets of the settings, by all full steps, and by fewer of them for CAT's MACs; CUDA graphs."""
-    from cat_pruning.runtime.generate import never_pruned
     from cat_pruning.runtime.transformer import CatTransformer
+    from cat_pruning.tools.generate import never_pruned
 
     case, prune = shared_case(setting), setting.prune
     engine, rounds = case.engine(), min(3, setting.rounds)

@@ -20,8 +20,8 @@ def memory(setting: Setting) -> Results:
 
     The peaks are of two images, broken off once everything has been captured; of a CPU there are none.
     """
-    from cat_pruning.runtime.generate import never_pruned
     from cat_pruning.runtime.transformer import CatTransformer
+    from cat_pruning.tools.generate import never_pruned
 
     case = shared_case(setting)
     yield "weights_gb", _bytes(case.transformer.parameters()) / 1e9

@@ -42,8 +42,8 @@ def regional(setting: Setting) -> Results:
 
 def peer_loops(setting: Setting) -> Results:
     """Images by diffusers, eager and as it was compiled before in this process, and by our engine, all full and CAT."""
-    from cat_pruning.runtime.generate import never_pruned
     from cat_pruning.runtime.transformer import CatTransformer
+    from cat_pruning.tools.generate import never_pruned
 
     case, num_steps = shared_case(setting), min(setting.steps)
     engine = case.engine()
@@ -107,7 +107,7 @@ _MADE: dict[int, tuple[Any, dict[str, Any]]] = {}
 
 def _regional(module: Any) -> Any:
     """Its blocks compiled, in a copy that shares the weights; as diffusers does it where it knows the blocks."""
-    from cat_pruning.exporter.interception import share_parameters
+    from cat_pruning.families.interception import share_parameters
 
     peer = share_parameters(module)
     if getattr(peer, "_repeated_blocks", None):

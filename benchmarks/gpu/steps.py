@@ -47,9 +47,9 @@ def step_times(case: Case, captured: bool, rate: float) -> dict[str, Any]:
 
 def step_contestants(case: Case, captured: bool, **options: bool) -> dict[str, Run]:
     """Steps in the middle of an image; each has run often enough to be captured. options: of the engine."""
+    from cat_pruning.engines.step_engine import ordinary_tensors
     from cat_pruning.runtime.image import every_token
-    from cat_pruning.runtime.policies import CatSelector
-    from cat_pruning.runtime.step_engine import ordinary_tensors
+    from cat_pruning.runtime.selection.policies import CatSelector
 
     setting = case.setting
     engine = case.engine(captured, **options)
@@ -134,7 +134,7 @@ def kept(setting: Setting) -> Results:
 
 def select_alone(setting: Setting) -> Results:
     """Algorithm 2 alone, at SD3's 4096 tokens: KMeans once per image, the selection on every pruned step."""
-    from cat_pruning.runtime import kmeans, selection
+    from cat_pruning.runtime.selection import kmeans, selection
 
     prune, device, channels = setting.prune, setting.device, 64
     noise = torch.randn(2, setting.num_tokens, channels, generator=torch.Generator().manual_seed(0)).to(device)

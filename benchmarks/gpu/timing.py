@@ -73,7 +73,7 @@ def graph_of(run: Run, device: torch.device) -> Run:
     """`run`, which has run before, as a captured graph, on a GPU; the memory that it works on lives as long."""
     if device.type != "cuda":
         return run
-    from cat_pruning.runtime import cuda_graphs
+    from cat_pruning.engines import cuda_graphs
 
     return functools.partial(_replay, cuda_graphs.capture(lambda: _ignore(run()), device, []), run)
 

@@ -13,7 +13,7 @@ from cat_pruning.errors import SettingsError, ShapeError
 
 
 class Policy(StrEnum):
-    """How the tokens of a pruned step are chosen, as many by each. See `cat_pruning.runtime.policies`."""
+    """How the tokens of a pruned step are chosen, as many by each. See `cat_pruning.runtime.selection.policies`."""
 
     CAT = "cat"  # clusters by relative noise, then stale tokens: the paper's algorithm 2
     NOISE = "noise"  # highest relative noise

@@ -21,7 +21,7 @@ from gpu import bounds, fast, kernels, memory, peers, profiles, setting, steps, 
 from gpu.case import Case, forget_shared, shared_case
 from gpu.setting import LARGE_MODEL, MODELS, Setting
 
-from cat_pruning.runtime import cuda_graphs, torch_engine
+from cat_pruning.engines import cuda_graphs, torch_engine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -228,7 +228,7 @@ def test_published_sizes_where_nothing_is_tiny() -> None:
 
 
 def test_the_sizes_of_attention_are_the_models() -> None:
-    from cat_pruning.exporter.published import published_models
+    from cat_pruning.checkpoints.published import published_models
 
     for model, sizes in kernels.ATTENTIONS.items():
         published = published_models()[model]

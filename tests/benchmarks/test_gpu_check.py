@@ -261,9 +261,9 @@ def test_a_bare_checkout(tmp_path: Path) -> None:
     assert [path.name for path in tree.iterdir()] == ["cat_pruning"]
     code = (
         "import cat_pruning; print(cat_pruning.__file__);"
-        "from cat_pruning.exporter.published import published_models; print(*published_models());"
+        "from cat_pruning.checkpoints.published import published_models; print(*published_models());"
         "from cat_pruning.models import miniatures; print(*miniatures());"
-        "import cat_pruning.runtime.selection, cat_pruning.plugins.cuda_launch"
+        "import cat_pruning.runtime.selection.selection, cat_pruning.plugins.cuda_launch"
     )
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

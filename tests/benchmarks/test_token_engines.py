@@ -14,11 +14,11 @@ import torch
 from tensorrt_double import IExecutionContext, TensorRTDouble, write_plan
 from token_engines import GATHER, GUARD_BYTES, SCATTER, Guarded, OneNode, check_token_engines, one_nodes
 
-from cat_pruning.engines.build import build_plan, can_build, plan_specs
-from cat_pruning.engines.records import PlanSpec
+from cat_pruning.bundle.schema import PlanSpec
+from cat_pruning.engines import plan as plan_module
+from cat_pruning.engines.builder.build import build_plan, can_build, plan_specs
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.importer_rules import importer_findings
-from cat_pruning.runtime import plan as plan_module
 from cat_pruning.step_io import Part
 
 CPU = torch.device("cpu")

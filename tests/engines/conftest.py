@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from builder_double import Tensorrt
 
-from cat_pruning.engines import plan_builder
+from cat_pruning.engines.builder import plan_builder
 from cat_pruning.engines.tensorrt_library import library_log, tensorrt_library
 
 

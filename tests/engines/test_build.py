@@ -13,12 +13,12 @@ import onnx
 import pytest
 import torch
 
-from cat_pruning.engines import build
-from cat_pruning.engines.build import build_plan, can_build, can_build_refittable, plan_specs
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.plan_builder import PlanReport
-from cat_pruning.engines.profiles import PlanProfile, plan_profiles, profile_spec
-from cat_pruning.engines.records import Flavour, Geometry, PlanSpec, TokenOps
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.profiles import PlanProfile, plan_profiles, profile_spec
+from cat_pruning.bundle.schema import Flavour, Geometry, PlanSpec, TokenOps
+from cat_pruning.engines.builder import build
+from cat_pruning.engines.builder.build import build_plan, can_build, can_build_refittable, plan_specs
+from cat_pruning.engines.builder.plan_builder import PlanReport
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.export import graph_spec
 from cat_pruning.settings import PruneSettings
@@ -39,8 +39,8 @@ RTX = PlanSpec(
 SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from cat_pruning.engines.build import build_plan, plan_specs
-from cat_pruning.engines.bundle import new_bundle
+from cat_pruning.engines.builder.build import build_plan, plan_specs
+from cat_pruning.bundle.bundle import new_bundle
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -60,7 +60,7 @@ def fake_builder(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     real = subprocess.run
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        assert command[1:] == ["-m", "cat_pruning.engines.plan_builder"]
+        assert command[1:] == ["-m", "cat_pruning.engines.builder.plan_builder"]
         return real([sys.executable, "-c", program], **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(build.subprocess, "run", run)
@@ -271,7 +271,7 @@ def test_what_the_engine_runs_is_logged(
     monkeypatch: pytest.MonkeyPatch, mini_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, plugins: int
 ) -> None:
     fake_builder(monkeypatch, f'print(\'{{"engine_layers": 612, "engine_plugins": {plugins}}}\')')
-    with caplog.at_level("INFO", logger="cat_pruning.engines.build"):
+    with caplog.at_level("INFO", logger="cat_pruning.engines.builder.build"):
         built = build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])
     assert built == PlanReport(engine_layers=612, engine_plugins=plugins)
     assert caplog.messages[0] == f"step.onnx: {plugins} of the engine's 612 layers are plugins"
@@ -299,7 +299,7 @@ def test_attention_that_may_not_be_fused_is_told(
     words: str,
 ) -> None:
     fake_builder(monkeypatch, f"print({json.dumps(report)!r})")
-    with caplog.at_level("INFO", logger="cat_pruning.engines.build"):
+    with caplog.at_level("INFO", logger="cat_pruning.engines.builder.build"):
         built = build_plan(TENSORRT, mini_bundle / "step.onnx", tmp_path / "step.plan", [])
     assert built.attention == report["attention"]
     (record,) = [record for record in caplog.records if "attention was built" in record.message]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cat_pruning.engines.build_caches import read_cache, runtime_cache_path, timing_cache_path, write_cache
-from cat_pruning.engines.records import PlanSpec
+from cat_pruning.bundle.schema import PlanSpec
+from cat_pruning.engines.plan_caches import read_cache, runtime_cache_path, timing_cache_path, write_cache
 from cat_pruning.step_io import Part
 
 PLAN = PlanSpec(
@@ -26,11 +26,11 @@ RTX = PLAN.model_copy(
 def test_caches_lie_beside_the_bundle_and_carry_flavour_version_and_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cat_pruning.engines.build_caches.gpu_file_name", lambda: None)
+    monkeypatch.setattr("cat_pruning.engines.plan_caches.gpu_file_name", lambda: None)
     folder = tmp_path / "sd3.cache"
     assert timing_cache_path(tmp_path / "sd3", PLAN) == folder / "tensorrt-11.4.0.106-sm90.timing"
     assert runtime_cache_path(tmp_path / "sd3", RTX) == folder / "tensorrt_rtx-1.7.1-sm80-sm120-step.runtime"
-    monkeypatch.setattr("cat_pruning.engines.build_caches.gpu_file_name", lambda: "sm86-nvidia-a10")
+    monkeypatch.setattr("cat_pruning.engines.plan_caches.gpu_file_name", lambda: "sm86-nvidia-a10")
     assert runtime_cache_path(tmp_path / "sd3", RTX) == folder / "tensorrt_rtx-1.7.1-sm86-nvidia-a10-step.runtime"
 
 
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_logged(
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr("cat_pruning.engines.build_caches.tempfile.NamedTemporaryFile", read_only)
+    monkeypatch.setattr("cat_pruning.engines.plan_caches.tempfile.NamedTemporaryFile", read_only)
     write_cache(tmp_path / "cache", b"timings")
     assert "(Read-only file system)" in caplog.messages[1]
     assert not (tmp_path / "cache").exists()

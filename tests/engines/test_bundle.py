@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from cat_pruning.bundle.bundle import Bundle, BundleWriter, new_bundle
+from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest
+from cat_pruning.bundle.schema import Geometry, GraphSpec, PipelineSpec, ProfileSpec, Source
 from cat_pruning.dtype import DType
-from cat_pruning.engines.bundle import Bundle, BundleWriter, new_bundle
-from cat_pruning.engines.manifest import MANIFEST_NAME, Manifest
-from cat_pruning.engines.records import Geometry, GraphSpec, PipelineSpec, ProfileSpec, Source
 from cat_pruning.errors import BundleError, EngineError, OutputError
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
@@ -30,8 +30,8 @@ STEP = b"a step graph"
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from cat_pruning.engines.bundle import new_bundle
-from cat_pruning.engines.manifest import Manifest
+from cat_pruning.bundle.bundle import new_bundle
+from cat_pruning.bundle.manifest import Manifest
 
 out, force, last = Path(sys.argv[1]), sys.argv[2] == "force", int(sys.argv[3])
 manifest = Manifest.model_validate_json(sys.stdin.read())
@@ -64,7 +64,7 @@ FILL = """
 import resource, shutil, signal, sys
 from pathlib import Path
 import numpy
-from cat_pruning.engines.bundle import new_bundle
+from cat_pruning.bundle.bundle import new_bundle
 from cat_pruning.errors import OutputError
 
 out, limit, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

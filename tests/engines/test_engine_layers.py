@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from builder_double import LAYERS
 
-from cat_pruning.engines.engine_layers import EngineLayers, count_layers
+from cat_pruning.engines.builder.engine_layers import EngineLayers, count_layers
 
 TEN: dict[str, Any] = {
     "Layers": [

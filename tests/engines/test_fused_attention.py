@@ -10,9 +10,9 @@ import onnx
 import pytest
 from builder_double import Tensorrt
 
-from cat_pruning.engines.build import can_build
-from cat_pruning.engines.fused_attention import decomposable_path, make_decomposable, why_not_fused
-from cat_pruning.engines.plan_builder import PlanJob, build
+from cat_pruning.engines.builder.build import can_build
+from cat_pruning.engines.builder.fused_attention import decomposable_path, make_decomposable, why_not_fused
+from cat_pruning.engines.builder.plan_builder import PlanJob, build
 from cat_pruning.errors import EngineError
 
 needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
@@ -105,7 +105,7 @@ def test_refused_for_a_plugin_it_is_not_built_again(
     tensorrt: Tensorrt, job: PlanJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensorrt.refusals = 1
-    monkeypatch.setattr("cat_pruning.engines.plan_builder._callback_errors", lambda job: ["EngineError: no"])
+    monkeypatch.setattr("cat_pruning.engines.builder.plan_builder._callback_errors", lambda job: ["EngineError: no"])
     with pytest.raises(EngineError, match="Could not find any implementation"):
         build(job)
     assert marks(tensorrt) == ["decomposable [False]"]
@@ -133,7 +133,7 @@ def test_bindings_that_cannot_cast_a_layer_get_the_nodes_attribute(
     tensorrt: Tensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real importer of TensorRT-RTX reads it."""
-    monkeypatch.setattr("cat_pruning.engines.plan_builder.make_decomposable", lambda trt, layers: False)
+    monkeypatch.setattr("cat_pruning.engines.builder.plan_builder.make_decomposable", lambda trt, layers: False)
     job = attention_job(tmp_path, "float")
     assert build(job).attention == "decomposable"
     assert marks(tensorrt) == ["decomposable [True]"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from cat_pruning.bundle.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
+from cat_pruning.bundle.schema import FileSpec, PipelineSpec, PlanSpec, Source
 from cat_pruning.dtype import DType
-from cat_pruning.engines.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
-from cat_pruning.engines.records import FileSpec, PipelineSpec, PlanSpec, Source
 from cat_pruning.errors import BundleError
 from cat_pruning.settings import Pooling, PruneSettings
 from cat_pruning.step_io import Part, StepDims

@@ -19,12 +19,12 @@ import onnx
 import pytest
 from builder_double import Tensorrt
 
-from cat_pruning.engines import fused_attention, plan_builder
-from cat_pruning.engines.build import can_build, token_nodes
-from cat_pruning.engines.build_caches import read_cache, write_cache
-from cat_pruning.engines.plan_builder import PlanJob, PlanReport, build
-from cat_pruning.engines.profiles import plan_profiles, profile_spec
-from cat_pruning.engines.records import Geometry
+from cat_pruning.bundle.profiles import plan_profiles, profile_spec
+from cat_pruning.bundle.schema import Geometry
+from cat_pruning.engines.builder import fused_attention, plan_builder
+from cat_pruning.engines.builder.build import can_build, token_nodes
+from cat_pruning.engines.builder.plan_builder import PlanJob, PlanReport, build
+from cat_pruning.engines.plan_caches import read_cache, write_cache
 from cat_pruning.engines.tensorrt_library import library_log, tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.export import graph_spec

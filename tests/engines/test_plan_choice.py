@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.manifest import Manifest
+from cat_pruning.bundle.schema import Flavour, Geometry, GraphSpec, PlanSpec, ProfileSpec, Source
 from cat_pruning.dtype import DType
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.manifest import Manifest
 from cat_pruning.engines.plan_choice import plan_fit, plans_for, runs_on
-from cat_pruning.engines.records import Flavour, Geometry, GraphSpec, PlanSpec, ProfileSpec, Source
 from cat_pruning.errors import EngineError
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from cat_pruning.engines.profiles import TYPICAL_STEPS, plan_profiles, profile_spec, step_dims
-from cat_pruning.engines.records import Geometry, GraphSpec, TensorSpec
+from cat_pruning.bundle.profiles import TYPICAL_STEPS, plan_profiles, profile_spec, step_dims
+from cat_pruning.bundle.schema import Geometry, GraphSpec, TensorSpec
 from cat_pruning.errors import ShapeError
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import MAX_TIMESTEPS, Part, StepDims

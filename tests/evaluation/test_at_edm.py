@@ -22,7 +22,7 @@ from cat_pruning.evaluation.at_edm import (
     page_rank,
     rank_tokens,
 )
-from cat_pruning.exporter.families import FAMILIES
+from cat_pruning.families import FAMILIES
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import Policy, PruneSettings

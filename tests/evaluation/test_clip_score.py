@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.clip_score import ClipScorer
-from cat_pruning.exporter.library_logs import quiet_diffusers
 from cat_pruning.models import miniatures
 
 SIDE, LENGTH = 32, 20

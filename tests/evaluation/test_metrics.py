@@ -12,7 +12,7 @@ from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt, parse_caption
 from cat_pruning.evaluation.scene_score import coverage_score
 from cat_pruning.evaluation.scenes import render
-from cat_pruning.runtime.pictures import psnr_db
+from cat_pruning.tools.pictures import psnr_db
 
 CAPTIONS = (
     "a large red circle left of a small blue star on a plain black background",

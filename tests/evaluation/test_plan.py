@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cat_pruning.engines.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.methods import METHODS, settings_of
 from cat_pruning.evaluation.plan import Plan

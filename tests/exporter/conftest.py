@@ -14,10 +14,10 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from cat_pruning.exporter import cli
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.families.family import Family
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import example_inputs
+from cat_pruning.families import family_of_class
+from cat_pruning.families.family import Family
+from cat_pruning.families.interception import StepModule
 
 MakeInputs = Callable[..., dict[str, Tensor]]
 

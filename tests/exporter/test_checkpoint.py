@@ -10,14 +10,14 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from cat_pruning.bundle.schema import Source
+from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
+from cat_pruning.checkpoints.hub import pipeline_snapshot
+from cat_pruning.checkpoints.published import published_models
+from cat_pruning.checkpoints.variants import variant_of
 from cat_pruning.dtype import DType
-from cat_pruning.engines.records import Source
 from cat_pruning.errors import CheckpointError
-from cat_pruning.exporter.checkpoint import find_checkpoint, load_transformer
-from cat_pruning.exporter.hub import pipeline_snapshot
 from cat_pruning.exporter.memory import held_bytes
-from cat_pruning.exporter.published import published_models
-from cat_pruning.exporter.variants import variant_of
 from cat_pruning.models import miniatures
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

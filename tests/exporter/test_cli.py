@@ -12,8 +12,8 @@ import pytest
 import torch
 from huggingface_hub import errors as hub_errors
 
+from cat_pruning.checkpoints.checkpoint import model_names
 from cat_pruning.engines.tensorrt_library import tensorrt_library
-from cat_pruning.exporter.checkpoint import model_names
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
 PUBLISHED = r"flux-dev, flux-schnell, pixart-sigma, sd3\.5-large, sd3\.5-medium, sd3"

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from cat_pruning.engines import build
-from cat_pruning.engines.build import can_build
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.plan_builder import PlanReport
-from cat_pruning.engines.records import PlanSpec
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schema import PlanSpec
+from cat_pruning.engines.builder import build
+from cat_pruning.engines.builder.build import can_build
+from cat_pruning.engines.builder.plan_builder import PlanReport
 from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.exporter import cli
 from cat_pruning.exporter.export import Target, default_targets

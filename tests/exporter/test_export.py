@@ -6,8 +6,8 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.profiles import step_dims
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.profiles import step_dims
 from cat_pruning.exporter.export import ExportConfig, Target, export
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.settings import PruneSettings

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cat_pruning.errors import CheckpointError, SettingsError, ShapeError
-from cat_pruning.exporter.families import FAMILIES, family_named, family_of_class
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import run_step
+from cat_pruning.families import FAMILIES, family_named, family_of_class
+from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import SYMBOLIC, Part, StepDims
 
 SD3, PIXART, FLUX = FAMILIES

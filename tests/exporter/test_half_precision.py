@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from cat_pruning.dtype import DType
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import export_step_graph, run_step
 from cat_pruning.exporter.verify import run_graphs, verify_step_graph
+from cat_pruning.families import family_of_class
+from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import Part
 
 FP32_INPUTS = {"timestep", "guidance", "position", "rotary_cos", "rotary_sin", "keep_indices"}

@@ -10,16 +10,16 @@ from typing import Any
 import onnx
 import pytest
 
-from cat_pruning.engines.build import build_plan, can_build, plan_specs
-from cat_pruning.engines.profiles import plan_profiles, profile_spec
-from cat_pruning.engines.records import Geometry
+from cat_pruning.bundle.profiles import plan_profiles, profile_spec
+from cat_pruning.bundle.schema import Geometry
+from cat_pruning.engines.builder.build import build_plan, can_build, plan_specs
 from cat_pruning.exporter.export import graph_spec
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.families.family import Family
 from cat_pruning.exporter.importer_rules import importer_findings, model_findings
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
+from cat_pruning.families import family_of_class
+from cat_pruning.families.family import Family
+from cat_pruning.families.interception import StepModule
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import NOISE, Part, output_name
 

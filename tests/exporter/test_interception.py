@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import run_step
+from cat_pruning.families import family_of_class
+from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import CacheRows, cache_names
 
 GRID = (4, 10)

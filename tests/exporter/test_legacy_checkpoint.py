@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
 from cat_pruning.dtype import DType
 from cat_pruning.errors import CheckpointError
-from cat_pruning.exporter.checkpoint import find_checkpoint, load_transformer
 from cat_pruning.models import miniatures
 
 

@@ -14,16 +14,16 @@ from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cat_pruning.bundle.schema import Source
+from cat_pruning.checkpoints.checkpoint import load_transformer
+from cat_pruning.checkpoints.lora import fuse_loras, parse_lora
 from cat_pruning.dtype import DType
-from cat_pruning.engines.records import Source
 from cat_pruning.errors import CatError, CheckpointError, SettingsError
-from cat_pruning.exporter.checkpoint import load_transformer
 from cat_pruning.exporter.export import ExportConfig, Target, export
-from cat_pruning.exporter.families import FAMILIES, family_of_class
-from cat_pruning.exporter.interception import StepModule
-from cat_pruning.exporter.lora import fuse_loras, parse_lora
 from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.exporter.verify import run_graphs
+from cat_pruning.families import FAMILIES, family_of_class
+from cat_pruning.families.interception import StepModule
 
 TARGETS = ["to_q", "to_k", "add_v_proj", "norm1.linear"]  # the last one is in timestep.onnx
 SCALE = 0.7

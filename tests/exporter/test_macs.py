@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from cat_pruning.checkpoints.published import published_models
+from cat_pruning.checkpoints.random_weights import hollow_transformer
 from cat_pruning.dtype import DType
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.macs import ImageMacs, Macs, count_graph_macs, count_macs
-from cat_pruning.exporter.published import published_models
-from cat_pruning.exporter.random_weights import hollow_transformer
 from cat_pruning.exporter.split import split_graph
 from cat_pruning.exporter.step_graph import trace_step
+from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins import onnx_ops
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import SYMBOLIC, Part, StepDims

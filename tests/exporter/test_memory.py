@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from cat_pruning.bundle.schema import LoraSpec
+from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
 from cat_pruning.dtype import DType
-from cat_pruning.engines import build
-from cat_pruning.engines.records import LoraSpec
+from cat_pruning.engines.builder import build
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter import memory
-from cat_pruning.exporter.checkpoint import find_checkpoint, load_transformer
 from cat_pruning.exporter.memory import check_memory, held_bytes, total_memory
 
 GIB = 1 << 30

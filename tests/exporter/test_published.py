@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cat_pruning.engines.records import Source
-from cat_pruning.exporter.checkpoint import find_checkpoint, model_names
-from cat_pruning.exporter.published import published_models
+from cat_pruning.bundle.schema import Source
+from cat_pruning.checkpoints.checkpoint import find_checkpoint, model_names
+from cat_pruning.checkpoints.published import published_models
 from cat_pruning.models import miniatures
 
 # Parameters only: SD3's position tables, 0.06 to 0.2 billion numbers more in a checkpoint's file, are buffers.

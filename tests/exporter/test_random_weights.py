@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer, random_transformer
 from cat_pruning.dtype import DType
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.interception import StepModule
-from cat_pruning.exporter.random_weights import RandomWeights, hollow_transformer, random_transformer
 from cat_pruning.exporter.step_graph import export_step_graph
+from cat_pruning.families import family_of_class
+from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import Part
 
 GIB = 1 << 30

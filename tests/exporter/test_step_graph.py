@@ -16,10 +16,10 @@ import torch
 
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.step_graph import run_step
 from cat_pruning.exporter.verify import run_graphs, verify_step_graph
+from cat_pruning.families import family_of_class
+from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins.onnx_ops import DOMAIN, OPSET_VERSION, PLUGIN_ATTRIBUTES
 from cat_pruning.step_io import Part
 

@@ -10,8 +10,8 @@ import pytest
 
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.interception import StepModule
 from cat_pruning.exporter.verify import verify_step_graph
+from cat_pruning.families.interception import StepModule
 
 
 @pytest.fixture

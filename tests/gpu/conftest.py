@@ -18,13 +18,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from graph_double import recorder
 from torch import Tensor
 
+from cat_pruning.checkpoints.library_logs import quiet_diffusers
+from cat_pruning.engines.cuda_graphs import CudaGraphs
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.exporter.export import ExportConfig, Target, export
-from cat_pruning.exporter.library_logs import quiet_diffusers
 from cat_pruning.models import miniatures
-from cat_pruning.runtime.cuda_graphs import CudaGraphs
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -82,7 +82,7 @@ def make(miniature: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Ca
         if device.type == "cpu" and captures:
             engine.__class__ = _CapturesOnTheCpu
             graphs = functools.partial(CudaGraphs, recorder())
-            monkeypatch.setattr("cat_pruning.runtime.step_engine.CudaGraphs", graphs)
+            monkeypatch.setattr("cat_pruning.engines.step_engine.CudaGraphs", graphs)
         return CatTransformer(engine, PruneSettings(**settings))
 
     return transformer

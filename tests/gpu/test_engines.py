@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from cat_pruning.engines.build import can_build
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.records import Flavour
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schema import Flavour
+from cat_pruning.engines.builder.build import can_build
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.tensorrt_library import TARGETS, TITLES
 from cat_pruning.exporter.export import ExportConfig, Target, export
-from cat_pruning.exporter.families import family_named
+from cat_pruning.families import family_named
 from cat_pruning.runtime.engine_choice import FLAVOURS, engine_from_bundle
-from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.runtime.step_engine import StepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 
 Make = Callable[..., Any]

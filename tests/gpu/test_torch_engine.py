@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from cat_pruning.engines import torch_engine
+from cat_pruning.engines.torch_compiled import LinearGelu, compile_blocks
+from cat_pruning.engines.torch_engine import TorchSession
 from cat_pruning.errors import EngineError
-from cat_pruning.runtime import kmeans, selection, torch_engine
-from cat_pruning.runtime.torch_compiled import LinearGelu, compile_blocks
-from cat_pruning.runtime.torch_engine import TorchSession
+from cat_pruning.runtime.selection import kmeans, selection
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import Pooling, PruneSettings
 
@@ -162,7 +163,7 @@ def test_an_image_that_does_not_fit(
     inputs = {name: nothing.expand([int(size) for size in shape]) for name, shape in shapes.items()}
     with monkeypatch.context() as patch:
         if device.type == "cpu":
-            patch.setattr("cat_pruning.runtime.step_engine.zeros", _full)
+            patch.setattr("cat_pruning.engines.step_engine.zeros", _full)
         with pytest.raises(EngineError, match="not enough memory"):
             session.begin(dims, inputs)
     assert_same_image(sample(transformer), expected, exact=device.type == "cpu")

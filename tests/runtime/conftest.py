@@ -19,19 +19,19 @@ from diffusers import (
 from tensorrt_double import TensorRTDouble, write_plan
 from torch import Tensor
 
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.profiles import plan_profiles, profile_spec
-from cat_pruning.exporter.checkpoint import quiet_diffusers
-from cat_pruning.exporter.families import family_named
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.profiles import plan_profiles, profile_spec
+from cat_pruning.checkpoints.checkpoint import quiet_diffusers
+from cat_pruning.engines import plan as plan_module
+from cat_pruning.engines.graph_weights import GraphWeights
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.plan import Plan
+from cat_pruning.engines.step_engine import StepEngine, StepSession, TokenChoice
+from cat_pruning.engines.tensorrt_engine import TensorRTStepEngine
+from cat_pruning.families import family_named
 from cat_pruning.models import miniatures
-from cat_pruning.runtime import plan as plan_module
 from cat_pruning.runtime.engine_choice import engine_from_bundle
-from cat_pruning.runtime.graph_weights import GraphWeights
-from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.runtime.plan import Plan
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.runtime.step_engine import StepEngine, StepSession, TokenChoice
-from cat_pruning.runtime.tensorrt_engine import TensorRTStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import TIMESTEP, Part, cache_names, output_name

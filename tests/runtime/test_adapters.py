@@ -18,14 +18,14 @@ from graph_double import recorder
 from tensorrt_double import TensorRTDouble
 from torch import Tensor
 
-from cat_pruning.engines.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.engines.cuda_graphs import CudaGraphs
+from cat_pruning.engines.graph_weights import GraphWeights
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.turns import Turns
 from cat_pruning.errors import BundleError, EngineError
-from cat_pruning.runtime.cuda_graphs import CudaGraphs
 from cat_pruning.runtime.engine_choice import engine_from_bundle
-from cat_pruning.runtime.graph_weights import GraphWeights
 from cat_pruning.runtime.pipeline import load_pipeline
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.turns import Turns
 from cat_pruning.settings import PruneSettings
 
 Make = Callable[..., Any]
@@ -142,7 +142,7 @@ def test_plans_are_refitted(
     captures: bool,
 ) -> None:
     """What is combined is given whole; a captured step, which may keep the old weights, is never replayed."""
-    monkeypatch.setattr("cat_pruning.runtime.step_engine.CudaGraphs", lambda: CudaGraphs(recorder(library)))
+    monkeypatch.setattr("cat_pruning.engines.step_engine.CudaGraphs", lambda: CudaGraphs(recorder(library)))
     engine = make_tensorrt(kind, combined=COMBINED, cuda_graphs=captures)
     pipe = drop_in(engine, keep_ratio=1.0)
     base = final(sample, pipe)

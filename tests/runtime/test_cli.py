@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cat_pruning.runtime import cli, generate
-from cat_pruning.runtime.generate import GenerateConfig
 from cat_pruning.settings import PruneSettings, Reuse
+from cat_pruning.tools import generate
+from cat_pruning.tools import generate_cli as cli
+from cat_pruning.tools.generate import GenerateConfig
 
 PROMPT = "a large blue star on a plain black background"
 SHORT = ["--steps", "5", "--full-steps", "3", "--resolution", "64x96"]  # 96 tokens

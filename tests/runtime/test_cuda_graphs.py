@@ -13,10 +13,10 @@ import torch
 from graph_double import recorder
 from tensorrt_double import TensorRTDouble
 
-from cat_pruning.runtime import cuda_graphs
-from cat_pruning.runtime.cuda_graphs import MOST_GRAPHS, CudaGraphs
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
+from cat_pruning.engines import cuda_graphs
+from cat_pruning.engines.cuda_graphs import MOST_GRAPHS, CudaGraphs
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.settings import Policy
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def make(
 
     def engine(name: str, captures: bool = True) -> StepEngine:
         graphs = functools.partial(CudaGraphs, recorder(library))
-        monkeypatch.setattr("cat_pruning.runtime.step_engine.CudaGraphs", graphs)
+        monkeypatch.setattr("cat_pruning.engines.step_engine.CudaGraphs", graphs)
         if name == "torch":
             made = TorchStepEngine(engines["torch"].transformer)  # type: ignore[attr-defined]
             monkeypatch.setattr(TorchStepEngine, "cuda_graphs", captures)
@@ -135,7 +135,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
 ) -> None:
     expected = sample(drop_in(make("torch", captures=False)), STEPS)
     pipe = drop_in(make("torch"))
-    from cat_pruning.runtime import selection
+    from cat_pruning.runtime.selection import selection
 
     original = selection.next_selection
 

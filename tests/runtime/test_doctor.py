@@ -18,19 +18,19 @@ import onnxruntime
 import pytest
 import torch
 
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schema import Flavour, PipelineSpec, PlanSpec, Source
 from cat_pruning.dtype import DType
 from cat_pruning.engines import gpu
-from cat_pruning.engines.build import can_build
-from cat_pruning.engines.bundle import Bundle
-from cat_pruning.engines.records import Flavour, PipelineSpec, PlanSpec, Source
+from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.export import Target, default_targets
 from cat_pruning.plugins import cuda_kernels, cuda_launch
-from cat_pruning.runtime import doctor_cli
-from cat_pruning.runtime.doctor import Finding, Report, examine, isolated
 from cat_pruning.runtime.engine_choice import ENGINES
 from cat_pruning.step_io import Part
+from cat_pruning.tools import doctor_cli
+from cat_pruning.tools.doctor import Finding, Report, examine, isolated
 
 SECTIONS = ("machine", "bundle", "engines", "targets")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -458,7 +458,7 @@ def test_an_error_is_a_finding(error: Exception, expected: Finding) -> None:
 
 def run(*arguments: object, python_path: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cat_pruning.runtime.doctor_cli", *map(str, arguments)],
+        [sys.executable, "-m", "cat_pruning.tools.doctor_cli", *map(str, arguments)],
         env=os.environ | {"COLUMNS": "80"} | ({"PYTHONPATH": str(python_path)} if python_path else {}),
         capture_output=True,
         text=True,

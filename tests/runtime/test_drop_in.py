@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
-from cat_pruning.runtime import kmeans, selection
-from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.runtime.selection import kmeans, selection
 
 Make = Callable[..., Any]
 STEPS = 7

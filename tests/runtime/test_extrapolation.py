@@ -10,9 +10,9 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
-from cat_pruning.exporter.families import family_of_class
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.families import family_of_class
 from cat_pruning.runtime.extrapolation import Extrapolation
-from cat_pruning.runtime.step_engine import StepEngine
 from cat_pruning.settings import PruneSettings
 
 KINDS = ["sd3", "pixart", "flux-dev"]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from cat_pruning.engines.finite_check import FiniteCheck
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.families.sd3 import LAYER_GATES
-from cat_pruning.runtime.finite_check import FiniteCheck
-from cat_pruning.runtime.torch_engine import TorchStepEngine
+from cat_pruning.families.sd3 import LAYER_GATES
 
 OVERFLOW = r"overflows in fp16; export it with --dtype bf16"
 

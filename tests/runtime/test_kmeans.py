@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cat_pruning.errors import SettingsError, ShapeError
-from cat_pruning.runtime.kmeans import cluster_means, cluster_sizes, initial_tokens, kmeans, position_encoding
+from cat_pruning.runtime.selection.kmeans import cluster_means, cluster_sizes, initial_tokens, kmeans, position_encoding
 
 _GRIDS = [(4, 4), (16, 16), (8, 12), (5, 1), (64, 64)]
 

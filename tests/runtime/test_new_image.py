@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.engines.step_engine import StepEngine
 
 Make = Callable[..., Any]
 STEPS = 7

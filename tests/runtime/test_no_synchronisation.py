@@ -14,10 +14,10 @@ import pytest
 import torch
 from deaf_device import DEAF, HostTraffic, deaf
 
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.interception import StepModule
-from cat_pruning.runtime import selection
-from cat_pruning.runtime.timestep_states import TimestepStates
+from cat_pruning.engines.timestep_states import TimestepStates
+from cat_pruning.families import family_of_class
+from cat_pruning.families.interception import StepModule
+from cat_pruning.runtime.selection import selection
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
 from cat_pruning.step_io import LATENTS, SYMBOLIC, TIMESTEP

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.engines.step_engine import StepEngine
 
 # Neither is the size that the graph was traced at, nor that of the bundle's profile (128x128).
 SIZES = [(96, 160), (160, 128)]

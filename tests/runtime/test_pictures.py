@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from cat_pruning.errors import OutputError, SettingsError, ShapeError
-from cat_pruning.runtime.pictures import computed_counts, draw_comparison, draw_token_map, psnr_db, step_pixels
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.schedule import StepKind
+from cat_pruning.tools.pictures import computed_counts, draw_comparison, draw_token_map, psnr_db, step_pixels
 
 
 def record(

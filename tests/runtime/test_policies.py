@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.runtime.policies import SELECTORS, highest, mixed, ras_dense_steps
-from cat_pruning.runtime.selector import Selector
-from cat_pruning.runtime.step_engine import StepEngine
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.families import family_of_class
+from cat_pruning.runtime.selection.policies import SELECTORS, highest, mixed, ras_dense_steps
+from cat_pruning.runtime.selection.selector import Selector
 from cat_pruning.settings import Policy, PruneSettings
 
 GRID = (8, 8)

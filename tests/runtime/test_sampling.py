@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cat_pruning.runtime import kmeans, selection
+from cat_pruning.engines.step_engine import StepEngine, StepSession
 from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.sampling import Sampling
-from cat_pruning.runtime.selector import guiding_rows
-from cat_pruning.runtime.step_engine import StepEngine, StepSession
+from cat_pruning.runtime.selection import kmeans, selection
+from cat_pruning.runtime.selection.selector import guiding_rows
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import StepDims
 

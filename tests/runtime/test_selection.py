@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from cat_pruning.errors import ShapeError
-from cat_pruning.runtime.selection import (
+from cat_pruning.runtime.selection.selection import (
     _cluster_max,
     cluster_features,
     cluster_scores,

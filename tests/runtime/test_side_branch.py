@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cat_pruning.engines.step_engine import StepEngine, TokenChoice
 from cat_pruning.runtime.sampling import Sampling
-from cat_pruning.runtime.step_engine import StepEngine, TokenChoice
 from cat_pruning.settings import PruneSettings, Reuse
 
 SETTINGS = PruneSettings(keep_ratio=0.4, full_steps=4, num_clusters=6)

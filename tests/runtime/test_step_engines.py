@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cat_pruning.engines.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.step_engine import StepEngine, StepSession
 from cat_pruning.errors import EngineError, ShapeError
-from cat_pruning.exporter.families import family_named
-from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.runtime.step_engine import StepEngine, StepSession
+from cat_pruning.families import family_named
 from cat_pruning.step_io import Part, StepDims
 
 TOKENS = 64  # of latents of 16 x 16

@@ -14,11 +14,11 @@ import pytest
 import tensorrt_double
 import torch
 
-from cat_pruning.engines.build import can_build
-from cat_pruning.engines.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.engines.builder.build import can_build
+from cat_pruning.engines.plan import Plan
 from cat_pruning.errors import EngineError
 from cat_pruning.runtime.engine_choice import FLAVOURS, engine_from_bundle
-from cat_pruning.runtime.plan import Plan
 
 needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

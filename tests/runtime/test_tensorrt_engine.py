@@ -11,10 +11,10 @@ import pytest
 import torch
 from tensorrt_double import TensorRTDouble
 
+from cat_pruning.engines.plan import Plan
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.tensorrt_engine import TensorRTSession, TensorRTStepEngine
 from cat_pruning.errors import EngineError, ShapeError
-from cat_pruning.runtime.plan import Plan
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.tensorrt_engine import TensorRTSession, TensorRTStepEngine
 from cat_pruning.step_io import Part
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_a_device_that_is_out_of_memory(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cat_pruning.runtime.tensorrt_engine.zeros", full)
+        patch.setattr("cat_pruning.engines.tensorrt_engine.zeros", full)
         with pytest.raises(EngineError, match=r"not enough memory for an image of .*smaller or fewer images"):
             sample(pipe, STEPS, (96, 160))
     assert not session._caches  # nothing is held meanwhile

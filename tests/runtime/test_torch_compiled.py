@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 
+from cat_pruning.engines import torch_engine
+from cat_pruning.engines.torch_compiled import LinearGelu, compile_blocks, fuse_gelu
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import EngineError
-from cat_pruning.runtime import torch_engine
-from cat_pruning.runtime.torch_compiled import LinearGelu, compile_blocks, fuse_gelu
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 
 GRID = (6, 8)

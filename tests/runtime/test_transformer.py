@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import BundleError, CheckpointError, EngineError, SettingsError, ShapeError
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 

@@ -22,15 +22,15 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from cat_pruning.exporter.checkpoint import quiet_diffusers
-from cat_pruning.exporter.families import family_of_class
-from cat_pruning.exporter.interception import StepModule
+from cat_pruning.checkpoints.checkpoint import quiet_diffusers
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
+from cat_pruning.families import family_of_class
+from cat_pruning.families.interception import StepModule
 from cat_pruning.models import miniatures
-from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.runtime.step_engine import StepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part

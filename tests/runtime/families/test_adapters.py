@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cat_pruning.checkpoints.lora import fuse_loras, parse_lora
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import CatError, CheckpointError, SettingsError
-from cat_pruning.exporter.interception import StepModule
-from cat_pruning.exporter.lora import fuse_loras, parse_lora
 from cat_pruning.exporter.step_graph import export_step_graph
+from cat_pruning.families.interception import StepModule
 from cat_pruning.runtime.adapters import AdaptedWeights
-from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.runtime.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 

@@ -15,7 +15,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 
-from cat_pruning.runtime.torch_engine import TorchStepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cat_pruning.engines.build import build_plan, can_build, plan_specs
-from cat_pruning.engines.profiles import plan_profiles, profile_spec
-from cat_pruning.engines.records import Geometry
+from cat_pruning.bundle.profiles import plan_profiles, profile_spec
+from cat_pruning.bundle.schema import Geometry
+from cat_pruning.engines.builder.build import build_plan, can_build, plan_specs
 from cat_pruning.exporter.export import graph_spec
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part

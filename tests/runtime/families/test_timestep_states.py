@@ -11,8 +11,8 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
-from cat_pruning.runtime.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.runtime.timestep_states import TimestepStates
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.timestep_states import TimestepStates
 from cat_pruning.step_io import LATENTS, MAX_TIMESTEPS, SYMBOLIC, TIMESTEP, Part
 
 Make = Callable[..., Any]

@@ -1,0 +1,209 @@
+"""The manifest of a bundle: what was exported, from what, for which shapes, and the hash of every file.
+
+    Manifest
+    ├── Source, transformer_class, transformer_config, dtype, guidance, PruneSettings    what was exported
+    ├── Geometry, GraphSpec*, ProfileSpec*                                               its graphs and shapes
+    ├── MacsSpec*                                                                        what a step costs
+    ├── PlanSpec*, PipelineSpec                                                          what lies beside the graphs
+    └── versions, FileSpec*                                                              what made it, what to check
+
+Every model is frozen, strict and refuses unknown fields, and the shapes are checked against each
+other, so that an edited or mistyped manifest is caught when it is read and not by an engine.
+A change of these fields, or of those of `PruneSettings`, is a new `FORMAT_VERSION`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+import pydantic
+from pydantic import AfterValidator, Field, Strict, model_validator
+
+from cat_pruning.bundle.schema import (
+    BundlePath,
+    FileSpec,
+    Flavour,
+    Geometry,
+    GraphSpec,
+    MacsSpec,
+    PipelineSpec,
+    PlanSpec,
+    ProfileSpec,
+    Record,
+    Source,
+)
+from cat_pruning.dtype import DType
+from cat_pruning.engines.tensorrt_library import TARGETS
+from cat_pruning.errors import BundleError
+from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
+
+FORMAT_VERSION: Final = 5
+MANIFEST_NAME: Final = "manifest.json"
+
+
+def _as_json(config: dict[str, Any]) -> dict[str, Any]:
+    # diffusers' configs hold tuples; as JSON types, what is written equals what is read back.
+    try:
+        return dict(json.loads(json.dumps(config, allow_nan=False)))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _settings(value: object) -> PruneSettings:
+    if isinstance(value, PruneSettings):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected an object, got {value!r}")
+    # `from_dict` fills in defaults; in a manifest a default would hide that a line was lost.
+    if missing := [field.name for field in dataclasses.fields(PruneSettings) if field.name not in value]:
+        raise ValueError(f"missing {', '.join(missing)}")
+    return PruneSettings.from_dict(value)
+
+
+_Settings = Annotated[
+    PruneSettings, pydantic.PlainValidator(_settings), pydantic.PlainSerializer(PruneSettings.to_dict)
+]
+
+
+class Manifest(Record):
+    """All that a bundle says about itself. `files` maps each file's path in the bundle to its size and hash."""
+
+    format_version: int = FORMAT_VERSION
+    family: Annotated[str, Field(min_length=1)]
+    source: Source
+    transformer_class: str
+    transformer_config: Annotated[dict[str, Any], AfterValidator(_as_json)]
+    dtype: DType
+    guidance: bool
+    settings: _Settings
+    geometry: Geometry
+    graphs: Annotated[tuple[GraphSpec, ...], Strict(False)]
+    profiles: Annotated[tuple[ProfileSpec, ...], Strict(False), Field(min_length=1)]
+    macs: Annotated[tuple[MacsSpec, ...], Strict(False)] = ()
+    plans: Annotated[tuple[PlanSpec, ...], Strict(False)] = ()
+    pipeline: PipelineSpec | None = None
+    versions: dict[str, str]
+    files: dict[BundlePath, FileSpec] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        names = [profile.name for profile in self.profiles]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two profiles of one name: {', '.join(names)}")
+        if unknown := {entry.profile for entry in self.macs} - set(names):
+            raise ValueError(f"macs of unknown profiles {', '.join(sorted(unknown))}; known are {', '.join(names)}")
+        for profile in self.profiles:
+            for field, expected in self._expected(profile).items():
+                if (value := getattr(profile, field)) != expected:
+                    raise ValueError(f"profile {profile.name}: {field} is {value}, the other fields make it {expected}")
+        return self
+
+    def _expected(self, profile: ProfileSpec) -> dict[str, int]:
+        scale, patch, limit = self.geometry.pixels_per_latent, self.geometry.patch_size, self.geometry.max_latent_size
+        return {
+            "height": profile.latent_height * scale,
+            "width": profile.latent_width * scale,
+            "latent_height": min(profile.latent_height, limit or profile.latent_height),
+            "latent_width": min(profile.latent_width, limit or profile.latent_width),
+            "num_tokens": (profile.latent_height // patch) * (profile.latent_width // patch),
+            "num_kept": self.settings.num_kept(profile.num_tokens),
+            "batch": profile.prompts * (2 if self.guidance else 1),
+        }
+
+    @model_validator(mode="after")
+    def _check_graphs(self) -> Self:
+        parts = [graph.part for graph in self.graphs]
+        if sorted(parts) != sorted(Part):
+            raise ValueError(f"graphs of {', '.join(parts)}; expected one each of {', '.join(Part)}")
+        results = {tensor for graph in self.graphs if graph.part is not Part.STEP for tensor in graph.outputs}
+        if missing := results - set(self.graph(Part.STEP).inputs):
+            raise ValueError(f"the step does not take {', '.join(sorted(tensor.name for tensor in missing))}")
+        return self
+
+    def graph(self, part: Part) -> GraphSpec:
+        """The graph of one part."""
+        return next(graph for graph in self.graphs if graph.part is part)
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if not self.files:  # not yet: the writer of the bundle fills them in
+            return self
+        if missing := [graph.file for graph in self.graphs if graph.file not in self.files]:
+            raise ValueError(f"graphs that are not among the files: {', '.join(missing)}")
+        if missing := [plan.file for plan in self.plans if plan.file not in self.files]:
+            raise ValueError(f"plans that are not among the files: {', '.join(missing)}")
+        folder = self.pipeline.path if self.pipeline else None
+        if folder and not any(name.startswith(f"{folder}/") for name in self.files):
+            raise ValueError(f"no files below the pipeline's {folder}/")
+        return self
+
+    def with_files(self, files: Mapping[str, FileSpec]) -> Self:
+        """A copy with other files; validated like a new one."""
+        return type(self).model_validate(dict(self) | {"files": dict(files)})
+
+    def export_command(self, out: Path, *flavours: Flavour) -> str:
+        """The shell command that makes this bundle again at `out`, with plans for `flavours` besides those it has."""
+        targets = dict.fromkeys((*(plan.flavour for plan in self.plans), *flavours))
+        words = ["cat-export", "--model", self.source.location, "--dtype", self.dtype]
+        words += ["--revision", self.source.revision] if self.source.revision is not None else []
+        words += ["--random-weights"] if self.source.kind == "random" else []
+        for lora in self.source.loras:
+            words += ["--lora", f"{lora.path}:{lora.scale:g}"]
+        for resolution in dict.fromkeys(profile.resolution for profile in self.profiles):
+            words += ["--resolution", resolution]
+        for prompts in dict.fromkeys(profile.prompts for profile in self.profiles):
+            words += ["--batch", str(prompts)]
+        words += ["--text-length", str(self.geometry.text_length), "--keep-ratio", str(self.settings.keep_ratio)]
+        words += [] if self.guidance else ["--no-guidance"]
+        for flavour in targets:
+            words += ["--target", TARGETS[flavour]]
+        if any(plan.flavour == "tensorrt" and plan.token_ops == "function" for plan in self.plans):
+            words += ["--no-plugin"]
+        words += ["--refittable"] if any(plan.refittable for plan in self.plans) else []
+        return shlex.join([*words, "--out", str(out), "--force"])
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a bundle's directory.
+
+    Raises:
+        BundleError: there is none, it is not JSON, of another format version, or breaks the schema.
+        OSError: it cannot be read.
+    """
+    path, fields = directory / MANIFEST_NAME, None
+    try:
+        fields = json.loads(text := path.read_text(encoding="utf-8"))
+        # Before the schema, which is this version's and would only complain about fields.
+        if (version := fields.get("format_version") if isinstance(fields, dict) else None) != FORMAT_VERSION:
+            raise BundleError(f"has format version {version!r}, this cat-pruning reads version {FORMAT_VERSION}")
+        manifest = Manifest.model_validate_json(text)
+        if not manifest.files:
+            raise BundleError("was edited or is damaged: files: it lists none")
+        return manifest
+    except FileNotFoundError:
+        problem = "is missing: not a bundle, or an export that was interrupted"
+    except BundleError as error:
+        problem = str(error)
+    except pydantic.ValidationError as error:
+        faults = (
+            (".".join(map(str, fault["loc"])) or "manifest") + f": {fault['msg']}"
+            for fault in error.errors(include_url=False)
+        )
+        problem = f"was edited or is damaged: {'; '.join(itertools.islice(faults, 3))}"
+    except ValueError as error:  # also a UnicodeDecodeError
+        problem = f"is not JSON ({error}): damaged or edited"
+    raise BundleError(f"{path} {problem}; run cat-export again: {_salvaged_command(directory, fields)}")
+
+
+def _salvaged_command(out: Path, fields: object) -> str:
+    """What can be said of the command when the manifest cannot be trusted to follow the schema."""
+    source = fields.get("source") if isinstance(fields, dict) else None
+    location = source.get("location") if isinstance(source, dict) else None
+    return shlex.join(["cat-export", "--model", str(location or "MODEL"), "--out", str(out), "--force"])

@@ -1,0 +1,1 @@
+"""Diffusers checkpoints: where they come from, how they are loaded, and adapters fused into their weights."""

@@ -1,0 +1,277 @@
+"""Where weights come from: a packaged miniature, a local diffusers directory, the hub, or random ones.
+
+find_checkpoint    `--model` -> Checkpoint: its family and configs, without its weights
+load_transformer   its weights, as a diffusers module
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from cat_pruning.bundle.schema import LoraSpec, Source
+from cat_pruning.checkpoints.hub import download_checkpoint, is_hub_id
+from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.checkpoints.lora import fuse_loras
+from cat_pruning.checkpoints.published import Published, published_models
+from cat_pruning.checkpoints.random_weights import random_transformer
+from cat_pruning.checkpoints.variants import chosen_variant
+from cat_pruning.dtype import DType
+from cat_pruning.errors import CheckpointError
+from cat_pruning.families import FAMILIES, family_of_class
+from cat_pruning.families.family import Family
+from cat_pruning.models import miniatures
+
+_FORMER_CLASS = "Transformer2DModel"  # of several families; diffusers tells them apart by their norms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was found, without its weights.
+
+    config: the transformer's, by diffusers' names. directory: a pipeline in the diffusers layout, or a transformer
+    alone; None for random weights.
+    components: the pipeline's parts by name. pixels_per_latent: the VAE's factor.
+    text_length: T, the text rows of the family's pipeline at its defaults.
+    """
+
+    family: Family
+    source: Source
+    config: dict[str, Any]
+    num_parameters: int
+    directory: Path | None
+    components: tuple[str, ...]
+    pixels_per_latent: int
+    text_length: int
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels of the images that the model was trained on."""
+        return self.family.default_latent_size(self.config) * self.pixels_per_latent
+
+    @property
+    def transformer_directory(self) -> Path | None:
+        """Where the transformer's own files are; None for random weights."""
+        return None if self.directory is None else _transformer_directory(self.directory)
+
+
+def model_names() -> list[str]:
+    """Every name that `--model` knows."""
+    return sorted([*published_models(), *miniatures()])
+
+
+def find_checkpoint(
+    model: str, *, revision: str | None = None, random_weights: bool = False, loras: tuple[LoraSpec, ...] = ()
+) -> Checkpoint:
+    """Find the checkpoint that `--model` means, and read its configs.
+
+    Args:
+        model: a name of `model_names`, a local diffusers directory (a pipeline, or a transformer alone), or a hub id
+            (owner/name).
+        revision: branch, tag or commit on the hub; only for hub ids and published names.
+        random_weights: a published architecture, without its weights and without the network.
+        loras: adapters that `load_transformer` fuses into the weights.
+
+    Raises:
+        CheckpointError: nothing of that name, no access, no network, or no transformer of a supported family.
+    """
+    published = published_models()
+    if random_weights:
+        if model not in published:
+            raise CheckpointError(
+                f"--random-weights needs a published architecture ({', '.join(published)}), got {model!r}"
+            )
+        if loras:
+            raise CheckpointError("--lora and --random-weights: an adapter says nothing about random weights")
+        return _random(model, published[model])
+    checkpoint = _found(model, revision)
+    return dataclasses.replace(checkpoint, source=checkpoint.source.model_copy(update={"loras": loras}))
+
+
+def _found(model: str, revision: str | None) -> Checkpoint:
+    published = published_models()
+    hub_id = published[model].hub_id if model in published else model
+    local = miniatures().get(model) or (Path(model) if model and Path(model).is_dir() else None)
+    if local is not None:
+        if revision is not None:
+            raise CheckpointError(f"--revision {revision!r}: {model!r} is a local directory, which has no revisions")
+        if model in miniatures():
+            return _local(local, Source(kind="packaged", location=model))
+        return _local(local, Source(kind="directory", location=str(local.resolve())))
+    if model not in published and not is_hub_id(model):
+        raise CheckpointError(
+            f"--model {model!r}: no such directory, and neither a hub id (owner/name) nor a known name "
+            f"({', '.join(model_names())})"
+        )
+    directory, commit = download_checkpoint(hub_id, revision)
+    return _local(directory, Source(kind="hub", location=hub_id, revision=commit))
+
+
+def load_transformer(source: Source, dtype: DType) -> nn.Module:
+    """Load the transformer's weights, once, directly in `dtype`, and fuse the adapters that belong to them.
+
+    Raises:
+        CheckpointError: it is gone, has no safetensors weights, they are damaged, or an adapter does not fit.
+    """
+    check_source(source)
+    if source.kind == "random":
+        assert source.seed is not None
+        published = published_models()[source.location]
+        return random_transformer(published.transformer_class, published.transformer, dtype, source.seed)
+    if source.kind == "packaged":
+        directory = miniatures()[source.location]
+    elif source.kind == "hub":
+        directory = download_checkpoint(source.location, source.revision)[0]
+    else:
+        directory = Path(source.location)
+    checkpoint = _local(directory, source)
+    transformer_class = getattr(diffusers, checkpoint.family.transformer_class)
+    folder = _transformer_directory(directory)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} has no *.safetensors weights; download or convert them")
+    try:
+        with quiet_diffusers():
+            module = transformer_class.from_pretrained(
+                folder,
+                variant=chosen_variant(path.name for path in folder.iterdir()),
+                dtype=dtype.torch,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({first_line(error)}); download or convert it again"
+        ) from error
+    return fuse_loras(module, checkpoint.family, source.loras).eval()
+
+
+def check_source(source: Source) -> None:
+    """That the weights of an export can be loaded again, as far as that is known without the hub.
+
+    Raises:
+        CheckpointError: they were in memory only, or are gone.
+    """
+    if source.in_memory:
+        raise CheckpointError(
+            f"the bundle's weights were those of a module in memory and not of {source.location}; "
+            "only its exported graphs have them: --engine onnxruntime"
+        )
+    is_gone = {
+        "packaged": source.location not in miniatures(),
+        "directory": not Path(source.location).is_dir(),
+    }
+    if is_gone.get(source.kind):
+        raise CheckpointError(f"the checkpoint {source.location} is not there any more; export it again")
+
+
+def _transformer_directory(directory: Path) -> Path:
+    return directory / "transformer" if (directory / "model_index.json").is_file() else directory
+
+
+def _random(name: str, published: Published) -> Checkpoint:
+    transformer = _without_weights(published.family, published.transformer)
+    return _without_pipeline(transformer, published, Source(kind="random", location=name, seed=0), directory=None)
+
+
+def _local(directory: Path, source: Source) -> Checkpoint:
+    if not (directory / "model_index.json").exists() and (directory / "config.json").exists():
+        return _transformer_alone(directory, source)
+    index = _read_json(directory, "model_index.json", f"{directory} is no diffusers pipeline")
+    named = index.get("transformer")
+    if not isinstance(named, list) or len(named) != 2 or not named[1]:
+        raise CheckpointError(
+            f"{directory} is a {index.get('_class_name')} without a transformer; supported are pipelines with a "
+            + ", ".join(family.transformer_class for family in FAMILIES)
+        )
+    transformer_config = _read_json(directory, "transformer/config.json", f"{directory} has no transformer")
+    family = family_of_class(_class_of(named[1], transformer_config))
+    transformer = _without_weights(family, transformer_config)
+    vae = _read_json(directory, "vae/config.json", f"{directory} has no VAE")
+    try:
+        pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+        text_length = family.pipeline_text_length(directory)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: vae/config.json or tokenizer/tokenizer_config.json is not a {index.get('_class_name')}'s "
+            f"({type(error).__name__}: {first_line(error)}); download the checkpoint again"
+        ) from error
+    return Checkpoint(
+        family=family,
+        source=source,
+        config=_config(transformer),
+        num_parameters=transformer.num_parameters(),
+        directory=directory,
+        components=tuple(name for name, value in index.items() if isinstance(value, list) and value[-1]),
+        pixels_per_latent=pixels_per_latent,
+        text_length=text_length,
+    )
+
+
+def _transformer_alone(directory: Path, source: Source) -> Checkpoint:
+    """A directory that `transformer.save_pretrained` wrote; the rest is as in its family's first published one."""
+    config = _read_json(directory, "config.json", f"{directory} is no diffusers model")
+    family = family_of_class(_class_of(str(config.get("_class_name")), config))
+    published = next(published for published in published_models().values() if published.family is family)
+    transformer = _without_weights(family, config)
+    return _without_pipeline(transformer, published, source, directory)
+
+
+def _without_pipeline(transformer: Any, published: Published, source: Source, directory: Path | None) -> Checkpoint:
+    """The checkpoint of a transformer alone, in the place of a published pipeline's."""
+    return Checkpoint(
+        family=published.family,
+        source=source,
+        config=_config(transformer),
+        num_parameters=transformer.num_parameters(),
+        directory=directory,
+        components=(),
+        pixels_per_latent=published.pixels_per_latent,
+        text_length=published.text_length,
+    )
+
+
+def _class_of(name: str, config: dict[str, Any]) -> str:
+    """The class of a transformer, by the name that the checkpoint gives it and its config."""
+    if name == _FORMER_CLASS:
+        for family in FAMILIES:
+            if family.former_norm_type and family.former_norm_type == config.get("norm_type"):
+                return family.transformer_class
+    return name
+
+
+def _config(transformer: Any) -> dict[str, Any]:
+    return {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+
+
+def _without_weights(family: Family, config: dict[str, Any]) -> Any:
+    """The diffusers module of this config, without memory for its weights."""
+    transformer_class = getattr(diffusers, family.transformer_class)
+    # As the class itself would: unknown keys dropped, what an old config leaves out filled in.
+    arguments, _, _ = transformer_class.extract_init_dict(config)
+    try:
+        with torch.device("meta"):  # and not accelerate's, under which position tables are computed: 3 GiB for SD3.5
+            return transformer_class(**arguments)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        problem = f"is not a {family.transformer_class}'s ({first_line(error)})"
+        raise CheckpointError(f"transformer/config.json {problem}; download the checkpoint again") from error
+
+
+def _read_json(directory: Path, name: str, problem: str) -> dict[str, Any]:
+    path = directory / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{problem}: {name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,37 @@
+"""The model families that cat-pruning knows; a new one is a module here and a line below."""
+
+from __future__ import annotations
+
+from cat_pruning.errors import CheckpointError
+from cat_pruning.families.family import Family
+from cat_pruning.families.flux import Flux
+from cat_pruning.families.pixart import PixArt
+from cat_pruning.families.sd3 import StableDiffusion3
+
+FAMILIES: tuple[Family, ...] = (StableDiffusion3(), PixArt(), Flux())
+
+
+def family_of_class(transformer_class: str) -> Family:
+    """The family whose checkpoints name `transformer_class`.
+
+    Raises:
+        CheckpointError: no family does.
+    """
+    for family in FAMILIES:
+        if family.transformer_class == transformer_class:
+            return family
+    known = ", ".join(family.transformer_class for family in FAMILIES)
+    raise CheckpointError(f"a transformer of class {transformer_class} is not supported; supported are {known}")
+
+
+def family_named(name: str) -> Family:
+    """The family called `name`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise CheckpointError(f"model family {name!r} is not known to this version of cat-pruning; known are {known}")

@@ -1,0 +1,137 @@
+"""Stable Diffusion 3 and 3.5: joint attention over image and text rows (Esser et al. 2024, arXiv 2403.03206)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import SD3LoraLoaderMixin
+from torch import Tensor
+
+from cat_pruning.errors import SettingsError
+from cat_pruning.families.attention import intercept_attention
+from cat_pruning.families.family import Modulation, PatchFamily
+from cat_pruning.families.interception import TokenReuse
+from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
+
+T5_LENGTH = 256  # StableDiffusion3Pipeline's default max_sequence_length
+LAYER_GATES = "layer_gates"
+
+
+class StableDiffusion3(PatchFamily):
+    """Every SD3Transformer2DModel.
+
+    Skip-layer guidance calls the model without some of its blocks. A block whose gates are zero adds nothing, so
+    `layer_gates`, one factor per block, makes that a matter of inputs: the same graph serves such calls, and since the
+    gates depend on the timestep only, the product is not even in the step.
+    """
+
+    name = "sd3"
+    transformer_class = "SD3Transformer2DModel"
+    timestep_inputs = (TIMESTEP, "pooled_projections", LAYER_GATES)
+    prompt_inputs = ("encoder_hidden_states",)
+    lora_loader = SD3LoraLoaderMixin
+
+    def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
+        """See `Family.intercept`."""
+        transformer.pos_embed.register_forward_hook(lambda module, args, tokens: reuse.gather(tokens))
+        transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows))
+        for index, block in enumerate(transformer.transformer_blocks):
+            if not reuse.modulated_ahead:
+                block.norm1.register_forward_hook(_gated(reuse, index))
+                if not block.context_pre_only:
+                    block.norm1_context.register_forward_hook(_gated(reuse, index))
+            intercept_attention(block.attn, reuse, CacheRows.JOINT)
+            if block.use_dual_attention:
+                intercept_attention(block.attn2, reuse, CacheRows.IMAGE)
+
+    def modulations(self, transformer: Any) -> list[Modulation]:
+        """See `Family.modulations`."""
+        found = []
+        for layer, block in enumerate(transformer.transformer_blocks):
+            factor = (LAYER_GATES, layer)
+            has_gates = not block.context_pre_only
+            found += [Modulation(block.norm1, factor), Modulation(block.norm1_context, factor if has_gates else None)]
+        return [*found, Modulation(transformer.norm_out)]
+
+    def timestep_embedding(self, embed: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `Family.timestep_embedding`."""
+        embedding: Tensor = embed(model_inputs[TIMESTEP], model_inputs["pooled_projections"])
+        return embedding
+
+    def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """See `Family.forward_kwargs`."""
+        return {name: tensor for name, tensor in model_inputs.items() if name != LAYER_GATES}
+
+    def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
+        """See `Family.caches`."""
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        specs = []
+        for layer in range(config["num_layers"]):
+            specs.append(CacheSpec(CacheRows.JOINT, width))
+            if layer in config["dual_attention_layers"]:
+                specs.append(CacheSpec(CacheRows.IMAGE, width))
+        return specs
+
+    def text_length(self, model_inputs: Mapping[str, Tensor]) -> int:
+        """See `Family.text_length`."""
+        return model_inputs["encoder_hidden_states"].shape[1]
+
+    def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
+        """See `Family.input_shapes`."""
+        return {
+            LATENTS: (dims.batch, config["in_channels"], dims.latent_height, dims.latent_width),
+            TIMESTEP: (dims.batch,),
+            "encoder_hidden_states": (dims.batch, dims.text_length, config["joint_attention_dim"]),
+            "pooled_projections": (dims.batch, config["pooled_projection_dim"]),
+            LAYER_GATES: (config["num_layers"],),
+        }
+
+    def argument_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `Family.argument_names`."""
+        return ("encoder_hidden_states", "pooled_projections")
+
+    def conditioning(
+        self, arguments: Mapping[str, Tensor], config: Mapping[str, Any], grid: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """See `Family.conditioning`."""
+        return {**arguments, LAYER_GATES: torch.ones(config["num_layers"])}
+
+    def without_layers(
+        self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...], config: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """See `Family.without_layers`."""
+        num_layers = config["num_layers"]
+        if outside := [layer for layer in layers if not 0 <= layer < num_layers]:
+            raise SettingsError(f"skip_layers {outside}: the model has blocks 0 to {num_layers - 1}")
+        gates = torch.tensor([0.0 if layer in layers else 1.0 for layer in range(num_layers)])
+        return {**conditioning, LAYER_GATES: gates.to(conditioning[LAYER_GATES])}
+
+    def pipeline_text_length(self, directory: Path) -> int:
+        """See `Family.pipeline_text_length`: CLIP's tokens, then T5's, or as many empty ones where there is no T5."""
+        return self.tokenizer_length(directory / "tokenizer") + T5_LENGTH
+
+    def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
+        """See `Family.pipeline_arguments`."""
+        return {"max_sequence_length": text_length - pipeline.tokenizer_max_length}
+
+    def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
+        """See `Family.max_latent_size`."""
+        return int(config["pos_embed_max_size"] * config["patch_size"])
+
+
+def _gated(reuse: TokenReuse, layer: int) -> Any:
+    """A hook on a block's adaptive norm: its gates times the block's `layer_gates`.
+
+    AdaLayerNormZero and SD35AdaLayerNormZeroX return the normed rows, gate, shift, scale, gate and, with dual
+    attention, normed rows and gate again.
+    """
+
+    def hook(module: Any, arguments: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        factor = reuse.inputs[LAYER_GATES][layer]
+        gates = {1, 4, 6}
+        return tuple(output * factor if index in gates else output for index, output in enumerate(outputs))
+
+    return hook

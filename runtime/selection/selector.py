@@ -1,0 +1,125 @@
+"""Which tokens each pruned step of an image computes, on memory that stays where it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cat_pruning.families.family import Family
+from cat_pruning.settings import PruneSettings
+
+
+class Selector(ABC):
+    """A policy over the steps of one image.
+
+    The first pruned step's tokens come from `first`; those of every later one from a call of the selector itself, a
+    `TokenChoice` that changes its own memory and nothing else, so that it can be captured together with the step that
+    it chooses for. A policy implements `_next`, and `_first` where that differs.
+
+    Args:
+        family, config: of the model.
+        settings: what to compute.
+        grid: image tokens (high, wide).
+        device: where noise and latents are.
+
+    Raises:
+        ShapeError: the image has fewer tokens than there are clusters.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: Mapping[str, Any],
+        settings: PruneSettings,
+        grid: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.num_tokens = grid[0] * grid[1]
+        self.num_kept = settings.num_kept(self.num_tokens)
+        self.settings, self.grid, self.device = settings, grid, device
+        self._family, self._config = family, config
+        self._reference: Tensor | None = None  # (B, N, channels), n_t0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the image; the memory is kept for the next one."""
+        self.has_begun = False  # whether the image had a pruned step
+        self.cluster_ids: Tensor | None = None  # (B, N), the image's own copy; None where there are no clusters
+
+    def refer_to(self, noise: Tensor) -> None:
+        """Take the noise prediction of step t0, whose change is the relative noise."""
+        self._reference = kept(self._reference, self.noise_tokens(noise))
+
+    def first(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The tokens of the first pruned step, (B, n) int32.
+
+        Args:
+            latents: of the step.
+            noise: the last prediction, in the transformer's layout.
+        """
+        self.has_begun = True
+        tokens = self._first(latents, noise)
+        self._count(tokens)
+        return tokens
+
+    def __call__(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The tokens of a later pruned step, (B, n) int32: see `first`. Does not synchronise."""
+        tokens = self._next(latents, noise)
+        self._count(tokens)
+        return tokens
+
+    def count(self, tokens: Tensor) -> None:
+        """Tell the policy of a full step, (B, N)."""
+        if self.has_begun:
+            self._count(tokens)
+
+    @abstractmethod
+    def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The tokens of a pruned step."""
+
+    def _first(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The tokens of the first one, whose memory may be made anew."""
+        return self._next(latents, noise)
+
+    def _count(self, tokens: Tensor) -> None:  # noqa: B027  # most policies have no counts
+        """Remember what a step computes."""
+
+    def noise_tokens(self, noise: Tensor) -> Tensor:
+        """The prediction that a selection goes by, (B, N, channels)."""
+        return self._family.predicted_noise(noise, self._config)
+
+    def relative_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """RN, (B, N, channels) fp32; under guidance every row's is that of the prompt's positive row."""
+        assert self._reference is not None
+        return self.guided(latents, (self.noise_tokens(noise) - self._reference).float())
+
+    def guided(self, latents: Tensor, values: Tensor) -> Tensor:
+        """`values`, a row of the batch each, with every row's replaced by that of its prompt's positive row."""
+        return values[guiding_rows(latents)] if self._family.batched_guidance else values
+
+
+def kept(memory: Tensor | None, values: Tensor) -> Tensor:
+    """`values` in `memory`, where that is of their shape and dtype; else in new memory."""
+    if memory is None or memory.shape != values.shape or memory.dtype != values.dtype:
+        return values.clone()
+    return memory.copy_(values)
+
+
+def guiding_rows(latents: Tensor) -> Tensor:
+    """The row of the batch that each row's selection is taken from, (B,) int64.
+
+    With classifier-free guidance the rows are [negative; positive] over the same latents, and both follow the
+    positive row. Without it the halves of the batch differ, and every row follows itself. That is read off the
+    latents on their device: the values depend on data, the shapes do not, and nothing synchronises.
+    """
+    batch = latents.shape[0]
+    rows = torch.arange(batch, device=latents.device)
+    if batch % 2:
+        return rows
+    half = batch // 2
+    guided = (latents[:half] == latents[half:]).all()
+    return torch.where(guided, rows % half + half, rows)

@@ -1,0 +1,1 @@
+"""The command-line tools around the runtime: `cat-generate` and `cat-doctor`, and the pictures they draw."""

@@ -1,0 +1,112 @@
+"""`cat-doctor`: what this machine can do, what a bundle needs of it, and what to install for the rest."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cat_pruning import console
+
+if TYPE_CHECKING:
+    from cat_pruning.tools.doctor import Finding, Report
+
+_EXAMPLES = """\
+examples:
+  cat-doctor                     what this machine has, which engines run on it, what it can build
+  cat-doctor build/sd3-mini      besides, whether it can generate from this bundle, and which plans fit
+  cat-doctor --json              the same for a program
+exit code:
+  0      this machine can generate: from the bundle, or without one by any engine
+  1      it cannot
+  2      the arguments are wrong, or there is no whole bundle
+"""
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+_TITLES = {
+    "machine": "this machine",
+    "bundle": "the bundle",
+    "engines": "cat-generate --engine",
+    "targets": "cat-export --target",
+}
+_TOPICS = {
+    "gpu": "GPU",
+    "driver": "driver",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT-RTX",
+    "nvrtc": "NVRTC",
+}  # of the machine; the others are as one types them
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `cat-doctor`."""
+    arguments = _parser().parse_args(argv)
+    reports: list[Report] = []
+    code = console.run("cat-doctor", lambda: reports.append(_doctor(arguments)))
+    return code or int(not reports[0].can_generate)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = console.Parser(
+        prog="cat-doctor",
+        description="Tell what this machine can do for cat-pruning, and what to install for the rest.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, nargs="?", help="the directory of a bundle that is to run here")
+    parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> Report:
+    with console.muted() as error, Console(file=error).status("Look at this machine …"):
+        from cat_pruning.bundle.bundle import Bundle
+        from cat_pruning.tools.doctor import examine
+
+        report = examine(Bundle.open(arguments.bundle) if arguments.bundle else None)
+    if arguments.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    else:
+        _print(Console(), report)
+    return report
+
+
+def _print(terminal: Console, report: Report) -> None:
+    told: set[str] = set()
+    for section, title in _TITLES.items():
+        findings: tuple[Finding, ...] = getattr(report, section)
+        if not findings:
+            continue
+        terminal.print(Text(f"{title} {report.bundle_path}" if section == "bundle" else title, style="bold"))
+        table = Table.grid(padding=(0, 1))
+        table.add_column()
+        table.add_column(no_wrap=True, min_width=13)
+        table.add_column(overflow="fold")
+        for finding in findings:
+            mark, style = _MARKS[finding.status]
+            topic = _TOPICS.get(finding.topic, finding.topic) if section == "machine" else finding.topic
+            table.add_row(Text(mark, style=style), topic, Text(finding.text))
+            if finding.remedy and finding.remedy not in told:  # once, where it is first needed
+                table.add_row("", "", Text(f"→ {finding.remedy}", style="cyan"))
+                told.add(finding.remedy)
+        terminal.print(table)
+        terminal.print()
+    terminal.print(Text(_verdict(report), style="bold green" if report.can_generate else "bold red"))
+
+
+def _verdict(report: Report) -> str:
+    of_what = f" from {report.bundle_path}" if report.bundle_path else ""
+    if not report.can_generate:
+        return f"This machine cannot generate{of_what or ' images'}."
+    return f"This machine can generate{of_what or ' images'}, with the engine {report.engine}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
