@@ -22,6 +22,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.exporter.macs import ImageMacs, Macs, count_graph_macs
 from cat_pruning.exporter.split import split_graph
 from cat_pruning.exporter.step_graph import trace_step
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins import onnx_ops
 from cat_pruning.settings import PruneSettings
@@ -42,9 +43,10 @@ def main() -> None:
 
 
 def _count(published: Published) -> dict[str, Any]:
-    started, family, settings = time.perf_counter(), published.family, PruneSettings()
+    started, settings = time.perf_counter(), PruneSettings()
     transformer: Any = hollow_transformer(published.transformer_class, published.transformer, DType.BF16)
-    shapes = family.step_shapes(transformer.config, SYMBOLIC)
+    family = family_of(transformer)
+    shapes = family.step_shapes(SYMBOLIC)
     graphs = split_graph(trace_step(StepModule(transformer, family)), shapes, family.part_of)
     for graph in graphs.values():
         onnx_ops.attach_functions(graph.model)  # whose shapes are inferred from their bodies
@@ -52,7 +54,6 @@ def _count(published: Published) -> dict[str, Any]:
 
     def count(part: Part, kept: int) -> Macs:
         dims = family.dims(
-            transformer.config,
             GRID,
             batch=2 if family.batched_guidance else 1,
             text_length=published.text_length,

@@ -34,7 +34,7 @@ from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.exporter.macs import count_macs
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import example_inputs, export_step_graph, trace_step
-from cat_pruning.families import family_named
+from cat_pruning.families import family_named, family_of
 from cat_pruning.families.family import Family
 from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins import onnx_ops
@@ -98,12 +98,13 @@ def main() -> None:
     settings = PruneSettings(keep_ratio=arguments.keep_ratio)
     if not settings.keep_ratio:
         parser.error("--keep-ratio 0: a step that computes nothing has no time")
-    family, config = family_named(arguments.family), CONFIGS[arguments.family]
-    transformer: Any = random_transformer(family.transformer_class, config, DType.FP32, seed=0)
+    config = CONFIGS[arguments.family]
+    transformer_class = family_named(arguments.family, config).transformer_class
+    transformer: Any = random_transformer(transformer_class, config, DType.FP32, seed=0)
+    family = family_of(transformer)  # with what an old config leaves out filled in
     num_tokens = GRID[0] * GRID[1]
     full_dims, pruned_dims = (
         family.dims(
-            transformer.config,
             GRID,
             batch=2 if family.batched_guidance else 1,
             text_length=TEXT_LENGTHS[arguments.family],
@@ -116,7 +117,7 @@ def main() -> None:
         step = StepModule(transformer, family)
         graphs = export_step_graph(step, directory)
         bound = _mac_bound(directory, graphs[Part.STEP], full_dims, pruned_dims)
-        engine = OnnxRuntimeStepEngine(directory, family, transformer.config, torch.float32)
+        engine = OnnxRuntimeStepEngine(directory, family, torch.float32)
         contestants = {
             **_diffusers(transformer, family, full_dims),
             **_engines(step, [engine, TorchStepEngine(transformer)], full_dims, pruned_dims),
@@ -153,14 +154,13 @@ def _states_bytes(graph: Graph, dims: StepDims) -> int:
 def _diffusers(transformer: Any, family: Family, dims: StepDims) -> dict[str, Callable[[], object]]:
     """The untouched module, called as its pipeline does."""
     generator = torch.Generator().manual_seed(0)
-    config = transformer.config
-    shapes = {name: shape for name, shape in family.input_shapes(config, dims).items() if name != "layer_gates"}
+    shapes = {name: shape for name, shape in family.input_shapes(dims).items() if name != "layer_gates"}
     arguments = {
         name: family.example_input(name, [int(dim) for dim in shape], generator)
         for name, shape in shapes.items()
-        if name in (LATENTS, TIMESTEP, *family.argument_names(config))
+        if name in (LATENTS, TIMESTEP, *family.argument_names())
     }
-    if "img_ids" in family.argument_names(config):
+    if "img_ids" in family.argument_names():
         rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
         arguments["img_ids"] = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
         arguments["txt_ids"] = torch.zeros(int(dims.text_length), 3)
@@ -203,7 +203,7 @@ def _unsplit(
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     inputs, every, some = _inputs(step, full_dims, pruned_dims)
-    num_caches = len(step.family.caches(step.transformer.config))
+    num_caches = len(step.family.caches())
     for name in step_io.cache_names(num_caches):
         value = onnxruntime.OrtValue.ortvalue_from_numpy(inputs[name].numpy())
         binding.bind_ortvalue_input(name, value)

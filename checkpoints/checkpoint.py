@@ -37,7 +37,7 @@ _FORMER_CLASS = "Transformer2DModel"  # of several families; diffusers tells the
 class Checkpoint:
     """A checkpoint that was found, without its weights.
 
-    config: the transformer's, by diffusers' names. directory: a pipeline in the diffusers layout, or a transformer
+    family: bound to the transformer's config. directory: a pipeline in the diffusers layout, or a transformer
     alone; None for random weights.
     components: the pipeline's parts by name. pixels_per_latent: the VAE's factor.
     text_length: T, the text rows of the family's pipeline at its defaults.
@@ -45,7 +45,6 @@ class Checkpoint:
 
     family: Family
     source: Source
-    config: dict[str, Any]
     num_parameters: int
     directory: Path | None
     components: tuple[str, ...]
@@ -55,7 +54,7 @@ class Checkpoint:
     @property
     def default_resolution(self) -> int:
         """Side in pixels of the images that the model was trained on."""
-        return self.family.default_latent_size(self.config) * self.pixels_per_latent
+        return self.family.default_latent_size * self.pixels_per_latent
 
     @property
     def transformer_directory(self) -> Path | None:
@@ -150,7 +149,7 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
         raise CheckpointError(
             f"{folder} cannot be loaded ({first_line(error)}); download or convert it again"
         ) from error
-    return fuse_loras(module, checkpoint.family, source.loras).eval()
+    return fuse_loras(module, source.loras).eval()
 
 
 def check_source(source: Source) -> None:
@@ -194,19 +193,19 @@ def _local(directory: Path, source: Source) -> Checkpoint:
     transformer_config = _read_json(directory, "transformer/config.json", f"{directory} has no transformer")
     family = family_of_class(_class_of(named[1], transformer_config))
     transformer = _without_weights(family, transformer_config)
+    bound = family(config_of(transformer))
     vae = _read_json(directory, "vae/config.json", f"{directory} has no VAE")
     try:
         pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-        text_length = family.pipeline_text_length(directory)
+        text_length = bound.pipeline_text_length(directory)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: vae/config.json or tokenizer/tokenizer_config.json is not a {index.get('_class_name')}'s "
             f"({type(error).__name__}: {first_line(error)}); download the checkpoint again"
         ) from error
     return Checkpoint(
-        family=family,
+        family=bound,
         source=source,
-        config=_config(transformer),
         num_parameters=transformer.num_parameters(),
         directory=directory,
         components=tuple(name for name, value in index.items() if isinstance(value, list) and value[-1]),
@@ -227,9 +226,8 @@ def _transformer_alone(directory: Path, source: Source) -> Checkpoint:
 def _without_pipeline(transformer: Any, published: Published, source: Source, directory: Path | None) -> Checkpoint:
     """The checkpoint of a transformer alone, in the place of a published pipeline's."""
     return Checkpoint(
-        family=published.family,
+        family=published.family(config_of(transformer)),
         source=source,
-        config=_config(transformer),
         num_parameters=transformer.num_parameters(),
         directory=directory,
         components=(),
@@ -247,11 +245,12 @@ def _class_of(name: str, config: dict[str, Any]) -> str:
     return name
 
 
-def _config(transformer: Any) -> dict[str, Any]:
+def config_of(transformer: Any) -> dict[str, Any]:
+    """The config of a diffusers module, by diffusers' names, without what diffusers notes for itself."""
     return {key: value for key, value in transformer.config.items() if not key.startswith("_")}
 
 
-def _without_weights(family: Family, config: dict[str, Any]) -> Any:
+def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     """The diffusers module of this config, without memory for its weights."""
     transformer_class = getattr(diffusers, family.transformer_class)
     # As the class itself would: unknown keys dropped, what an old config leaves out filled in.

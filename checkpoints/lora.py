@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cat_pruning.bundle.schema import LoraSpec
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.errors import CheckpointError, SettingsError
-from cat_pruning.families.family import Family
+from cat_pruning.families import family_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def parse_lora(text: str) -> LoraSpec:
     return LoraSpec(path=str(Path(path or text).resolve()), scale=scale)
 
 
-def fuse_loras(transformer: nn.Module, family: Family, loras: Sequence[LoraSpec]) -> nn.Module:
+def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:
     """Add each adapter's change of the weights, scale · B A · alpha / r, to `transformer`, in place.
 
     An adapter is a file that diffusers' pipeline of the family loads (`*.safetensors`; for FLUX Kohya's and XLabs'
@@ -62,7 +62,7 @@ def fuse_loras(transformer: nn.Module, family: Family, loras: Sequence[LoraSpec]
     for lora in loras:
         try:
             with quiet_diffusers(errors=False):
-                transformer = _fuse(transformer, family, lora)
+                transformer = _fuse(transformer, lora)
         except ImportError as error:
             raise CheckpointError("--lora: PEFT is not installed here; pip install 'cat-pruning[lora]'") from error
         except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
@@ -73,7 +73,7 @@ def fuse_loras(transformer: nn.Module, family: Family, loras: Sequence[LoraSpec]
     return transformer
 
 
-def _fuse(transformer: Any, family: Family, lora: LoraSpec) -> nn.Module:
+def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
     import peft
 
     path = Path(lora.path)
@@ -87,9 +87,10 @@ def _fuse(transformer: Any, family: Family, lora: LoraSpec) -> nn.Module:
         return merged
     if not path.is_file():
         raise FileNotFoundError("no such file, and no directory with adapter_config.json")
-    if family.lora_loader is None:
+    lora_loader = family_of(transformer).lora_loader
+    if lora_loader is None:
         raise ValueError("diffusers loads no LoRA files for this class; a PEFT directory works")
-    weights, alphas, metadata = _read(path, family.lora_loader)
+    weights, alphas, metadata = _read(path, lora_loader)
     _check(weights, transformer)
     # Its own metadata says what the alphas would, and diffusers takes one of them only.
     transformer.load_lora_adapter(weights, network_alphas=None if metadata else alphas, metadata=metadata)

@@ -30,7 +30,7 @@ class Published:
     text_length: int
 
     @property
-    def family(self) -> Family:
+    def family(self) -> type[Family]:
         """The family of its transformer; imports torch, which the names do not need."""
         from cat_pruning.families import family_of_class
 

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from cat_pruning import step_io
 from cat_pruning.engines.graph_weights import GraphWeights
@@ -41,7 +42,7 @@ class OnnxRuntimeStepEngine(StepEngine):
 
     Args:
         directory: where `{part}.onnx` are, with their external data beside them.
-        family, config: of the model in them.
+        family: of the model in them.
         dtype: of their weights; fp32 or fp16 on the CPU.
         device: the CPU, or a CUDA device where `onnxruntime-gpu` is installed. There, what the CUDA provider has no
             kernel for runs on the CPU, in the middle of a step.
@@ -58,12 +59,11 @@ class OnnxRuntimeStepEngine(StepEngine):
         self,
         directory: Path,
         family: Family,
-        config: Mapping[str, Any],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         weights: Callable[[], GraphWeights] | None = None,
     ) -> None:
-        self.family, self.config, self.dtype, self.device = family, config, dtype, torch.device(device)
+        self.family, self.dtype, self.device = family, dtype, torch.device(device)
         check_dtype(dtype, self.device)
         self.stream = SideStream(self.device)
         self._directory = directory
@@ -75,16 +75,17 @@ class OnnxRuntimeStepEngine(StepEngine):
         if self.device.type == "cuda":  # the stream keeps the order
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
+    @override
     def session(self) -> OnnxRuntimeSession:
-        """See `StepEngine.session`."""
         return OnnxRuntimeSession(self)
 
+    @override
     def base_weights(self) -> GraphWeights:
-        """See `StepEngine.base_weights`."""
         return self._read_weights()
 
+    @override
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """See `StepEngine.set_weights`. Graphs that it concerns are loaded anew; an image in progress keeps its own.
+        """Graphs that it concerns are loaded anew; an image in progress keeps its own.
 
         Until then, old and new ones are held.
         """
@@ -224,8 +225,9 @@ class OnnxRuntimeSession(StepSession):
         self._binding: Any = None
         self._sessions = engine.graphs  # of the image in progress
 
+    @override
     def reset(self) -> None:
-        """See `StepSession.reset`. Lets go of graphs whose weights are not the engine's any more, and what is bound."""
+        """Lets go of graphs whose weights are not the engine's any more, and what is bound."""
         super().reset()
         if self._sessions is not self.engine.graphs:
             self._free()
@@ -233,7 +235,7 @@ class OnnxRuntimeSession(StepSession):
 
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
-        specs = engine.family.caches(engine.config)
+        specs = engine.family.caches()
         self._binding = self._sessions[Part.STEP].io_binding()
         names = iter(step_io.cache_names(len(specs)))
         for spec in specs:

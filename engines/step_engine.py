@@ -18,7 +18,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,15 +48,13 @@ class StepEngine(ABC):
 
     Attributes:
         name: how the tools call it: "onnxruntime", "tensorrt", "tensorrt_rtx", "torch".
-        family: the model's family.
-        config: the transformer's config, by diffusers' names.
+        family: the model's family, bound to the transformer's config.
         device, dtype: of the inputs and outputs of a step; timesteps are fp32.
         cuda_graphs: whether sessions capture their steps; only on a GPU.
     """
 
     name: str
     family: Family
-    config: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
     cuda_graphs: bool = False
@@ -131,7 +129,7 @@ class StepSession(ABC):
         self._check(dims)
         dims = dataclasses.replace(dims, num_kept=0)
         engine = self.engine
-        shapes = engine.family.input_shapes(engine.config, dims)
+        shapes = engine.family.input_shapes(dims)
         given = {name: conditioning[name] for name in shapes if name not in (LATENTS, TIMESTEP)}
         for name, tensor in given.items():
             if tuple(tensor.shape) != shapes[name]:
@@ -229,12 +227,12 @@ class StepSession(ABC):
 
     def _allocate_all(self, dims: StepDims) -> None:
         engine = self.engine
-        family, config, device = engine.family, engine.config, engine.device
+        family, device = engine.family, engine.device
         try:
-            self._noise = zeros(family.noise_shape(config, dims), engine.dtype, device)
+            self._noise = zeros(family.noise_shape(dims), engine.dtype, device)
             self._inputs = {
                 name: zeros(shape, family.input_dtype(name, engine.dtype), device)
-                for name, shape in family.input_shapes(config, dims).items()
+                for name, shape in family.input_shapes(dims).items()
             }
             self._allocate(dims)
         except BaseException:

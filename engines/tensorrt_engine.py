@@ -16,10 +16,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from cat_pruning import step_io
 from cat_pruning.bundle.schema import Flavour, GraphSpec, TokenOps
@@ -43,7 +43,7 @@ class TensorRTStepEngine(StepEngine):
         plans: one of every part.
         token_ops: what scatters in the step's plan, as the build found out.
         graphs: what the plans were built from.
-        family, config, dtype: of the model in them.
+        family, dtype: of the model in them.
         device: where the plans were loaded.
         rebuild: the command that builds plans for other shapes; for messages.
         cuda_graphs: capture every kind of step, selection included, and replay it.
@@ -61,7 +61,6 @@ class TensorRTStepEngine(StepEngine):
         graphs: Sequence[GraphSpec],
         *,
         family: Family,
-        config: Mapping[str, Any],
         dtype: torch.dtype,
         device: torch.device,
         rebuild: str,
@@ -70,7 +69,7 @@ class TensorRTStepEngine(StepEngine):
     ) -> None:
         self.name, self.flavour = flavour, flavour
         self.plans, self.graphs = plans, {graph.part: graph for graph in graphs}
-        self.family, self.config, self.dtype, self.device = family, config, dtype, device
+        self.family, self.dtype, self.device = family, dtype, device
         self.rebuild, self.cuda_graphs = rebuild, cuda_graphs
         for part, graph in self.graphs.items():
             expected = ({tensor.name for tensor in graph.inputs}, {tensor.name for tensor in graph.outputs})
@@ -83,12 +82,12 @@ class TensorRTStepEngine(StepEngine):
         self.times_refitted = 0
         self.is_half_refitted = False
 
+    @override
     def session(self) -> TensorRTSession:
-        """See `StepEngine.session`."""
         return TensorRTSession(self)
 
+    @override
     def base_weights(self) -> GraphWeights:
-        """See `StepEngine.base_weights`."""
         if self._read_weights is None:
             raise EngineError(
                 f"the plans of {TITLES[self.flavour]} were not built to take adapters; build some that do "
@@ -96,8 +95,9 @@ class TensorRTStepEngine(StepEngine):
             )
         return self._read_weights()
 
+    @override
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """See `StepEngine.set_weights`. Refits the plans that it concerns, between two steps of other threads.
+        """Refits the plans that it concerns, between two steps of other threads.
 
         Holds the changed weights of one graph in the host's memory. If it fails half done, nothing runs until a call
         succeeds.
@@ -131,13 +131,15 @@ class TensorRTSession(StepSession):
         self._timestep_states: TimestepStates | None = None
         self._weights = 0  # how often the engine was refitted when the image in progress began
 
+    @override
     def begin(self, dims: StepDims, conditioning: Mapping[str, Tensor], timesteps: Sequence[float] = ()) -> None:
-        """See `StepSession.begin`. Waits until a refit is done."""
+        """Waits until a refit is done."""
         with self.engine.turns.together():
             super().begin(dims, conditioning, timesteps)
 
+    @override
     def step(self, latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
-        """See `StepSession.step`. Waits until a refit is done.
+        """Waits until a refit is done.
 
         Raises:
             EngineError: also where the engine was refitted since the image was begun.
@@ -164,7 +166,7 @@ class TensorRTSession(StepSession):
         if self._scratch is None:
             needed = max(256, *(plan.scratch_bytes for plan in engine.plans.values()))  # a null pointer is none
             self._scratch = torch.empty(needed, dtype=torch.uint8, device=engine.device)
-        specs = [spec for spec in engine.family.caches(engine.config) for _ in range(2)]
+        specs = [spec for spec in engine.family.caches() for _ in range(2)]
         names = step_io.cache_names(len(specs) // 2)
         self._caches = [
             {

@@ -31,11 +31,11 @@ class ModulationStates:
 
     Args:
         copy: the module whose norms are to read them, and whose layers compute them.
-        family, config: of it.
+        family: of it.
     """
 
-    def __init__(self, copy: Any, family: Family, config: Mapping[str, Any]) -> None:
-        self._family, self._config = family, config
+    def __init__(self, copy: Any, family: Family) -> None:
+        self._family = family
         self._modulations = family.modulations(copy)
         self._linears = [modulation.norm.linear for modulation in self._modulations]
         self._places = [_Given() for _ in self._modulations]
@@ -56,7 +56,7 @@ class ModulationStates:
         """
         if not self._modulations:
             return
-        batch, shapes = inputs[LATENTS].shape[0], self._family.input_shapes(self._config, SYMBOLIC)
+        batch, shapes = inputs[LATENTS].shape[0], self._family.input_shapes(SYMBOLIC)
         reads = {name: shapes[name] for name in self._family.timestep_inputs if name in shapes}
         self._allocate(batch, inputs[LATENTS])
         self._states = TimestepStates(self._run, reads, self._writes(), inputs, timesteps)

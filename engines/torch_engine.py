@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cat_pruning.engines.step_engine import StepEngine, StepSession, zeros
 from cat_pruning.engines.torch_compiled import ModulationStates, compile_blocks, compiler_errors, compiles, fuse_gelu
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import TIMESTEP, StepDims
 
@@ -42,8 +43,7 @@ class TorchStepEngine(StepEngine):
             transformer, compiled = transformer._orig_mod, compiled is not False
         self.transformer = transformer
         self.compiled = compiles(transformer) if compiled is None else compiled
-        self.family = family_of_class(type(transformer).__name__)
-        self.config = transformer.config
+        self.family = family_of(transformer)
         self._wants_graphs = cuda_graphs
 
     @property
@@ -63,8 +63,8 @@ class TorchStepEngine(StepEngine):
         dtype: torch.dtype = next(self.transformer.parameters()).dtype
         return dtype
 
+    @override
     def session(self) -> TorchSession:
-        """See `StepEngine.session`."""
         return TorchSession(self)
 
 
@@ -83,9 +83,7 @@ class TorchSession(StepSession):
     def _allocate(self, dims: StepDims) -> None:
         engine = self.engine
         self._caches = [
-            zeros(spec.shape(dims), engine.dtype, engine.device)
-            for spec in engine.family.caches(engine.config)
-            for _ in range(2)
+            zeros(spec.shape(dims), engine.dtype, engine.device) for spec in engine.family.caches() for _ in range(2)
         ]
 
     def _free(self) -> None:
@@ -108,7 +106,7 @@ class TorchSession(StepSession):
         engine = self.engine
         step = StepModule(engine.transformer, engine.family, in_place=True, modulated_ahead=engine.compiled)
         if engine.compiled:
-            self._modulations = ModulationStates(step.transformer, engine.family, engine.config)
+            self._modulations = ModulationStates(step.transformer, engine.family)
             fuse_gelu(step.transformer)
             compile_blocks(step.transformer)
         return step

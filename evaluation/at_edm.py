@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cat_pruning.engines.torch_engine import TorchSession, TorchStepEngine
 from cat_pruning.errors import EngineError
+from cat_pruning.families import family_of_class
 from cat_pruning.families.attention import split_heads
-from cat_pruning.families.family import Family, PatchFamily
+from cat_pruning.families.family import PatchFamily
 from cat_pruning.families.interception import share_parameters
 from cat_pruning.families.sd3 import LAYER_GATES
 from cat_pruning.plugins.token_ops import token_gather
@@ -55,19 +57,19 @@ class AtEdmStepEngine(TorchStepEngine):
 
     def __init__(self, transformer: Any) -> None:
         super().__init__(transformer, cuda_graphs=False)
-        if not self.supports(self.family):
+        if not isinstance(self.family, PatchFamily):
             raise EngineError(
                 f"{self.family.transformer_class}: at-edm ranks tokens by the first block's attention, which is "
                 "written for SD3 and PixArt; leave it out of --policies"
             )
 
     @staticmethod
-    def supports(family: Family) -> bool:
+    def supports(transformer_class: str) -> bool:
         """Whether AT-EDM can run a family: positions are in the tokens, so that queries and keys say it all."""
-        return isinstance(family, PatchFamily)
+        return issubclass(family_of_class(transformer_class), PatchFamily)
 
+    @override
     def session(self) -> AtEdmSession:
-        """See `StepEngine.session`."""
         return AtEdmSession(self)
 
 

@@ -180,9 +180,8 @@ def _methods(arguments: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
     """
     from cat_pruning.evaluation.at_edm import AtEdmStepEngine
     from cat_pruning.evaluation.methods import AT_EDM, METHODS, check_method
-    from cat_pruning.families import family_named
 
-    possible = arguments.engine in ("auto", "torch") and AtEdmStepEngine.supports(family_named(bundle.manifest.family))
+    possible = arguments.engine in ("auto", "torch") and AtEdmStepEngine.supports(bundle.manifest.transformer_class)
     if arguments.policies is None:
         return tuple(method for method in METHODS if method != AT_EDM or possible)
     for method in arguments.policies:
@@ -224,7 +223,9 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
         assert isinstance(engine, TorchStepEngine)
         return CatTransformer(AtEdmStepEngine(engine.transformer), settings)
 
-    text = family_named(manifest.family).pipeline_arguments(pipe, manifest.geometry.text_length)
+    text = family_named(manifest.family, manifest.transformer_config).pipeline_arguments(
+        pipe, manifest.geometry.text_length
+    )
     return Generator(pipe=pipe, transformer=pipe.transformer, at_edm=at_edm, settings=settings, text_arguments=text)
 
 

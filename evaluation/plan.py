@@ -34,18 +34,18 @@ def costs(bundle: Bundle, height: int, width: int, settings: PruneSettings, guid
         ShapeError: a size that the model cannot take.
     """
     manifest = bundle.manifest
-    family, config = family_named(manifest.family), manifest.transformer_config
+    family = family_named(manifest.family, manifest.transformer_config)
     guidance = guided and family.batched_guidance
     profile = profile_spec(height, width, 1, geometry=manifest.geometry, settings=settings, guidance=guidance)
     spec = profile_macs(bundle.path, manifest.graphs, profile, manifest.geometry.patch_size)
     linear, total = spec.pruned_linear, spec.pruned_total
     if method == AT_EDM:
-        caches = family.caches(config)
+        caches = family.caches()
         linear, total = at_edm_step_macs(
             linear_full=spec.full_linear,
             linear_pruned=spec.pruned_linear,
             attention_full=spec.full_attention,
-            num_layers=int(config["num_layers"]),
+            num_layers=int(family.config["num_layers"]),
             num_tokens=profile.num_tokens,
             num_kept=profile.num_kept,
             text_length=manifest.geometry.text_length,

@@ -30,7 +30,7 @@ from cat_pruning.bundle.schema import (
     TensorSpec,
     TokenOps,
 )
-from cat_pruning.checkpoints.checkpoint import Checkpoint, find_checkpoint, load_transformer
+from cat_pruning.checkpoints.checkpoint import Checkpoint, config_of, find_checkpoint, load_transformer
 from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.checkpoints.variants import variant_of, without_other_variants
 from cat_pruning.dtype import DType
@@ -168,7 +168,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     family=checkpoint.family.name,
                     source=checkpoint.source,
                     transformer_class=checkpoint.family.transformer_class,
-                    transformer_config=checkpoint.config,
+                    transformer_config=dict(checkpoint.family.config),
                     dtype=config.dtype,
                     guidance=guidance,
                     settings=config.settings,
@@ -217,7 +217,7 @@ def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportCon
     return dataclasses.replace(
         checkpoint,
         source=checkpoint.source.model_copy(update={"in_memory": True}),
-        config={key: value for key, value in transformer.config.items() if not key.startswith("_")},
+        family=type(checkpoint.family)(config_of(transformer)),
         num_parameters=sum(parameter.numel() for parameter in transformer.parameters()),
     )
 
@@ -244,12 +244,12 @@ def profile_macs(directory: Path, graphs: Sequence[GraphSpec], profile: ProfileS
 
 
 def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
-    family, config = checkpoint.family, checkpoint.config
+    family = checkpoint.family
     return Geometry(
         pixels_per_latent=checkpoint.pixels_per_latent,
-        patch_size=family.patch_size(config),
-        latent_channels=family.latent_channels(config),
-        max_latent_size=family.max_latent_size(config),
+        patch_size=family.patch_size,
+        latent_channels=family.latent_channels,
+        max_latent_size=family.max_latent_size,
         text_length=text_length or checkpoint.text_length,
     )
 
@@ -267,7 +267,7 @@ def _write_graphs(
     source, family, weights = checkpoint.source, checkpoint.family, None
     if transformer is None and source.kind == "random" and not config.verify:
         assert source.seed is not None
-        transformer = hollow_transformer(family.transformer_class, checkpoint.config, config.dtype)
+        transformer = hollow_transformer(family.transformer_class, dict(family.config), config.dtype)
         weights = RandomWeights(transformer, config.dtype, source.seed)
     elif transformer is None:
         with stage(f"Load {checkpoint.num_parameters / 1e6:,.1f} M parameters as {config.dtype}"):

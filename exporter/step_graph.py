@@ -75,7 +75,7 @@ def export_step_graph(
         EngineError: a cache has another reader than its scatter.
         OSError: a file cannot be written.
     """
-    shapes = step.family.step_shapes(step.transformer.config, SYMBOLIC)
+    shapes = step.family.step_shapes(SYMBOLIC)
     graphs = split_graph(trace_step(step, weights), shapes, step.family.part_of)
     check_cache_readers(graphs[Part.STEP].model)
     tensors = [value.const_value for graph in graphs.values() for value in graph.model.graph.initializers.values()]
@@ -104,9 +104,8 @@ def export_step_graph(
 
 def trace_step(step: StepModule, weights: Weights | None = None) -> ir.Model:
     """A whole step as one graph whose initializers refer to the module's parameters. Reads no weight."""
-    config = step.transformer.config
-    shapes = step.family.step_shapes(config, SYMBOLIC)
-    num_caches = len(step.family.caches(config))
+    shapes = step.family.step_shapes(SYMBOLIC)
+    num_caches = len(step.family.caches())
     arguments = _as_arguments(example_inputs(step, _example_dims(step)), num_caches)
     dynamic = {
         name: {axis: torch.export.Dim.AUTO for axis, dim in enumerate(shape) if isinstance(dim, str)}
@@ -137,11 +136,11 @@ def example_inputs(step: StepModule, dims: StepDims, seed: int = 0) -> Tensors:
 
     Indices are distinct within a row; timesteps lie in [0, 1000).
     """
-    config, family = step.transformer.config, step.family
+    family = step.family
     dtype = next(step.transformer.parameters()).dtype
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
-    for name, shape in family.step_shapes(config, dims).items():
+    for name, shape in family.step_shapes(dims).items():
         numbers = [int(dim) for dim in shape]
         if name == step_io.KEEP_INDICES:
             batch, num_kept = numbers
@@ -158,7 +157,7 @@ def example_inputs(step: StepModule, dims: StepDims, seed: int = 0) -> Tensors:
 
 def run_step(step: StepModule, inputs: Tensors) -> Tensors:
     """Run the intercepted transformer on inputs by name; outputs by the graph's names."""
-    num_caches = len(step.family.caches(step.transformer.config))
+    num_caches = len(step.family.caches())
     with torch.inference_mode():
         noise, caches = step(**_as_arguments(inputs, num_caches))
     return dict(zip(step_io.output_names(num_caches), [noise, *caches], strict=True))
@@ -178,7 +177,7 @@ def _as_arguments(by_name: dict[str, Any], num_caches: int) -> dict[str, Any]:
 
 def _example_dims(step: StepModule) -> StepDims:
     # Small, and no two dimensions alike, so that the tracer cannot take one for another.
-    return step.family.dims(step.transformer.config, (6, 5), batch=2, text_length=7, num_kept=11)
+    return step.family.dims((6, 5), batch=2, text_length=7, num_kept=11)
 
 
 def _floordiv(dividend: Any, divisor: Any) -> Any:

@@ -42,7 +42,7 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType) -> float:
     for batch, kept in ((1, 0.3), (3, 1.0)):
         grid = (7, 10)  # odd and even
         num_kept = int(kept * grid[0] * grid[1])
-        dims = step.family.dims(step.transformer.config, grid, batch=batch, text_length=9, num_kept=num_kept)
+        dims = step.family.dims(grid, batch=batch, text_length=9, num_kept=num_kept)
         inputs = example_inputs(step, dims, seed=batch)
         try:
             results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in inputs.items()})

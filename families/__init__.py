@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from cat_pruning.errors import CheckpointError
 from cat_pruning.families.family import Family
 from cat_pruning.families.flux import Flux
 from cat_pruning.families.pixart import PixArt
 from cat_pruning.families.sd3 import StableDiffusion3
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion3(), PixArt(), Flux())
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion3, PixArt, Flux)
 
 
-def family_of_class(transformer_class: str) -> Family:
+def family_of(transformer: Any) -> Family:
+    """The family of a diffusers transformer, bound to its config.
+
+    Raises:
+        CheckpointError: no family has its class.
+    """
+    return family_of_class(type(transformer).__name__)(transformer.config)
+
+
+def family_of_class(transformer_class: str) -> type[Family]:
     """The family whose checkpoints name `transformer_class`.
 
     Raises:
@@ -24,14 +36,14 @@ def family_of_class(transformer_class: str) -> Family:
     raise CheckpointError(f"a transformer of class {transformer_class} is not supported; supported are {known}")
 
 
-def family_named(name: str) -> Family:
-    """The family called `name`.
+def family_named(name: str, config: Mapping[str, Any]) -> Family:
+    """The family called `name`, bound to a transformer's config.
 
     Raises:
         CheckpointError: there is none.
     """
     for family in FAMILIES:
         if family.name == name:
-            return family
+            return family(config)
     known = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(f"model family {name!r} is not known to this version of cat-pruning; known are {known}")

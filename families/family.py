@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from cat_pruning import step_io
 from cat_pruning.errors import SettingsError, ShapeError
@@ -31,7 +32,7 @@ class Modulation(NamedTuple):
 
 
 class Family(ABC):
-    """One family of diffusers transformers: every checkpoint of one class.
+    """One family of diffusers transformers, every checkpoint of one class; an instance is bound to one config.
 
     The *arguments* of a transformer are what a pipeline passes to it, by diffusers' names; its *inputs* are what the
     exported graphs read, `hidden_states` and `timestep` among them. `conditioning` turns the former into the latter.
@@ -48,6 +49,9 @@ class Family(ABC):
         former_norm_type: the `norm_type` of its config under the former class, Transformer2DModel; None without one.
         batched_guidance: classifier-free guidance doubles the rows of a batch, [negative; positive].
         noise_is_tokens: the output is what the last scatter returns, not a picture made of it.
+
+    Args:
+        config: of the transformer, by diffusers' names.
     """
 
     name: ClassVar[str]
@@ -62,6 +66,9 @@ class Family(ABC):
     batched_guidance: ClassVar[bool] = True
     noise_is_tokens: ClassVar[bool] = False
 
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
     # The module: where it is intercepted, and how it is called.
 
     @abstractmethod
@@ -73,7 +80,7 @@ class Family(ABC):
         """The arguments of the transformer's own `forward`; `reuse.inputs` holds the other inputs meanwhile."""
 
     @abstractmethod
-    def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
+    def caches(self) -> list[CacheSpec]:
         """One entry per attention, in the order in which the layers run."""
 
     def modulations(self, transformer: Any) -> list[Modulation]:
@@ -89,35 +96,37 @@ class Family(ABC):
 
     # Shapes.
 
+    @property
     @abstractmethod
-    def patch_size(self, config: Mapping[str, Any]) -> int:
+    def patch_size(self) -> int:
         """Side of a token in latent pixels."""
 
+    @property
     @abstractmethod
-    def latent_channels(self, config: Mapping[str, Any]) -> int:
+    def latent_channels(self) -> int:
         """Channels of the autoencoder's latents."""
 
+    @property
     @abstractmethod
-    def default_latent_size(self, config: Mapping[str, Any]) -> int:
+    def default_latent_size(self) -> int:
         """Side in latent pixels of the images that the model was trained on."""
 
+    @property
     @abstractmethod
-    def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
+    def max_latent_size(self) -> int | None:
         """The largest latent height or width that the position table holds; None where there is no table."""
 
     @abstractmethod
-    def noise_shape(self, config: Mapping[str, Any], dims: StepDims) -> Shape:
+    def noise_shape(self, dims: StepDims) -> Shape:
         """The shape of the transformer's output."""
 
     @abstractmethod
-    def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
+    def input_shapes(self, dims: StepDims) -> dict[str, Shape]:
         """The shapes of the model's inputs, by name; `hidden_states` and `timestep` first."""
 
-    def step_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
+    def step_shapes(self, dims: StepDims) -> dict[str, Shape]:
         """The shapes of every input of an unsplit step, by name and in graph order."""
-        return step_io.input_shapes(
-            dims, self.noise_shape(config, dims), self.caches(config), self.input_shapes(config, dims)
-        )
+        return step_io.input_shapes(dims, self.noise_shape(dims), self.caches(), self.input_shapes(dims))
 
     def part_of(self, name: str) -> Part:
         """The graph that an input belongs to."""
@@ -132,15 +141,15 @@ class Family(ABC):
     # Tensors.
 
     @abstractmethod
-    def noise_tokens(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+    def noise_tokens(self, noise: Tensor) -> Tensor:
         """The transformer's output -> (B, N, channels): the inverse of the model's own unpatchify."""
 
-    def predicted_noise(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+    def predicted_noise(self, noise: Tensor) -> Tensor:
         """The part of the output that the selection goes by, per token: (B, N, channels)."""
-        return self.noise_tokens(noise, config)
+        return self.noise_tokens(noise)
 
     @abstractmethod
-    def token_mask(self, keep_indices: Tensor, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
+    def token_mask(self, keep_indices: Tensor, noise: Tensor) -> Tensor:
         """1 where the transformer's output `noise` is of one of the tokens (B, n), else 0.
 
         Returns:
@@ -158,11 +167,11 @@ class Family(ABC):
     # What a pipeline passes.
 
     @abstractmethod
-    def argument_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def argument_names(self) -> tuple[str, ...]:
         """The tensors that a pipeline passes alike on every step of an image, by diffusers' names."""
 
     @abstractmethod
-    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[int, int]:
+    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> tuple[int, int]:
         """Image tokens (high, wide) of one call. May synchronise with a GPU: it is asked once per image.
 
         Raises:
@@ -170,18 +179,18 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def conditioning(
-        self, arguments: Mapping[str, Tensor], config: Mapping[str, Any], grid: tuple[int, int]
-    ) -> dict[str, Tensor]:
+    def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
         """The inputs other than `hidden_states` and `timestep`, from what the pipeline passes; once per image."""
+
+    def argument_text_length(self, arguments: Mapping[str, Tensor]) -> int:
+        """T, the text rows that a pipeline passes."""
+        return arguments["encoder_hidden_states"].shape[1]
 
     def flatten_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of one call with those that diffusers nests laid flat."""
         return dict(arguments)
 
-    def without_layers(
-        self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...], config: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+    def without_layers(self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
         """`conditioning` for a call that skips some blocks (skip-layer guidance).
 
         Raises:
@@ -206,11 +215,9 @@ class Family(ABC):
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
         """What to pass to the family's pipeline so that it makes `text_length` text rows at the size asked for."""
 
-    def dims(
-        self, config: Mapping[str, Any], grid: tuple[int, int], *, batch: int, text_length: int, num_kept: int
-    ) -> StepDims:
+    def dims(self, grid: tuple[int, int], *, batch: int, text_length: int, num_kept: int) -> StepDims:
         """The dimensions of a step as numbers."""
-        patch = self.patch_size(config)
+        patch = self.patch_size
         return StepDims.of(
             batch=batch,
             latent_height=grid[0] * patch,
@@ -220,13 +227,13 @@ class Family(ABC):
             num_kept=num_kept,
         )
 
-    def check_latent_size(self, config: Mapping[str, Any], height: int, width: int) -> None:
+    def check_latent_size(self, height: int, width: int) -> None:
         """Check that the model can take latents of this size.
 
         Raises:
             ShapeError: the patch size does not divide it, or the position table does not hold it.
         """
-        patch, largest = self.patch_size(config), self.max_latent_size(config)
+        patch, largest = self.patch_size, self.max_latent_size
         if height % patch or width % patch or not height or not width:
             raise ShapeError(f"latents of {height}x{width}: both sides must be multiples of the patch size {patch}")
         if largest is not None and max(height, width) > largest:
@@ -238,42 +245,46 @@ class Family(ABC):
 class PatchFamily(Family):
     """A family whose latents are pictures, (B, C, H, W), that the model patchifies itself, as in DiT."""
 
-    def patch_size(self, config: Mapping[str, Any]) -> int:
-        """See `Family.patch_size`."""
-        return int(config["patch_size"])
+    @property
+    @override
+    def patch_size(self) -> int:
+        return int(self.config["patch_size"])
 
-    def latent_channels(self, config: Mapping[str, Any]) -> int:
-        """See `Family.latent_channels`."""
-        return int(config["in_channels"])
+    @property
+    @override
+    def latent_channels(self) -> int:
+        return int(self.config["in_channels"])
 
-    def default_latent_size(self, config: Mapping[str, Any]) -> int:
-        """See `Family.default_latent_size`."""
-        return int(config["sample_size"])
+    @property
+    @override
+    def default_latent_size(self) -> int:
+        return int(self.config["sample_size"])
 
-    def noise_shape(self, config: Mapping[str, Any], dims: StepDims) -> Shape:
-        """See `Family.noise_shape`."""
-        return (dims.batch, config["out_channels"], dims.latent_height, dims.latent_width)
+    @override
+    def noise_shape(self, dims: StepDims) -> Shape:
+        return (dims.batch, self.config["out_channels"], dims.latent_height, dims.latent_width)
 
-    def noise_tokens(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """See `Family.noise_tokens`: tokens row by row; in a token row, column, channel."""
-        patch = config["patch_size"]
+    @override
+    def noise_tokens(self, noise: Tensor) -> Tensor:
+        """Tokens row by row; in a token row, column, channel."""
+        patch = self.config["patch_size"]
         batch, channels, height, width = noise.shape
         patches = noise.reshape(batch, channels, height // patch, patch, width // patch, patch)
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(
             batch, (height // patch) * (width // patch), patch * patch * channels
         )
 
-    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[int, int]:
-        """See `Family.grid`."""
+    @override
+    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> tuple[int, int]:
         if latents.dim() != 4:
             raise ShapeError(f"{LATENTS}: expected latents (B, C, H, W), got shape {tuple(latents.shape)}")
         height, width = latents.shape[-2:]
-        self.check_latent_size(config, height, width)
-        return height // config["patch_size"], width // config["patch_size"]
+        self.check_latent_size(height, width)
+        return height // self.config["patch_size"], width // self.config["patch_size"]
 
-    def token_mask(self, keep_indices: Tensor, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """See `Family.token_mask`."""
-        patch, (batch, _, height, width) = config["patch_size"], noise.shape
+    @override
+    def token_mask(self, keep_indices: Tensor, noise: Tensor) -> Tensor:
+        patch, (batch, _, height, width) = self.config["patch_size"], noise.shape
         tokens = torch.zeros(batch, (height // patch) * (width // patch), device=noise.device)
         grid = tokens.scatter(1, keep_indices.long(), 1.0).view(batch, 1, height // patch, width // patch)
         return grid.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)

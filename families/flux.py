@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cat_pruning.errors import ShapeError
 from cat_pruning.families.attention import Rotary, intercept_attention
@@ -42,90 +43,97 @@ class Flux(Family):
     batched_guidance = False
     noise_is_tokens = True
 
+    @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
-        """See `Family.intercept`."""
         transformer.x_embedder.register_forward_pre_hook(lambda module, args: (reuse.gather(args[0]), *args[1:]))
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows))
         transformer.pos_embed = _KeptRotary(reuse)
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             intercept_attention(block.attn, reuse, CacheRows.JOINT)
 
+    @override
     def modulations(self, transformer: Any) -> list[Modulation]:
-        """See `Family.modulations`."""
         double = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
         single = [block.norm for block in transformer.single_transformer_blocks]
         return [Modulation(norm) for norm in (*double, *single, transformer.norm_out)]
 
+    @override
     def timestep_embedding(self, embed: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `Family.timestep_embedding`: as FluxTransformer2DModel scales its timestep and guidance."""
+        """As FluxTransformer2DModel scales its timestep and guidance."""
         pooled = model_inputs["pooled_projections"]
         names = [name for name in (TIMESTEP, "guidance") if name in model_inputs]
         embedding: Tensor = embed(*(model_inputs[name].to(pooled) * 1000 for name in names), pooled)
         return embedding
 
+    @override
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """See `Family.forward_kwargs`."""
         own = {name: tensor for name, tensor in model_inputs.items() if name not in ROTARY}
         no_ids = model_inputs[LATENTS].new_empty(0, 3)  # unread: see `_KeptRotary`
         return {**own, "img_ids": no_ids, "txt_ids": no_ids}
 
-    def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
-        """See `Family.caches`."""
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return [CacheSpec(CacheRows.JOINT, width)] * (config["num_layers"] + config["num_single_layers"])
+    @override
+    def caches(self) -> list[CacheSpec]:
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        return [CacheSpec(CacheRows.JOINT, width)] * (self.config["num_layers"] + self.config["num_single_layers"])
 
-    def patch_size(self, config: Mapping[str, Any]) -> int:
-        """See `Family.patch_size`."""
+    @property
+    @override
+    def patch_size(self) -> int:
         return PACKING
 
-    def latent_channels(self, config: Mapping[str, Any]) -> int:
-        """See `Family.latent_channels`."""
-        return int(config["in_channels"] // PACKING**2)
+    @property
+    @override
+    def latent_channels(self) -> int:
+        return int(self.config["in_channels"] // PACKING**2)
 
-    def default_latent_size(self, config: Mapping[str, Any]) -> int:
-        """See `Family.default_latent_size`; FluxPipeline's default_sample_size."""
+    @property
+    @override
+    def default_latent_size(self) -> int:
+        """FluxPipeline's default_sample_size."""
         return 128
 
-    def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
-        """See `Family.max_latent_size`."""
+    @property
+    @override
+    def max_latent_size(self) -> int | None:
         return None
 
-    def noise_shape(self, config: Mapping[str, Any], dims: StepDims) -> Shape:
-        """See `Family.noise_shape`."""
-        return (dims.batch, dims.num_tokens, config["out_channels"] or config["in_channels"])
+    @override
+    def noise_shape(self, dims: StepDims) -> Shape:
+        return (dims.batch, dims.num_tokens, self.config["out_channels"] or self.config["in_channels"])
 
-    def token_mask(self, keep_indices: Tensor, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """See `Family.token_mask`."""
+    @override
+    def token_mask(self, keep_indices: Tensor, noise: Tensor) -> Tensor:
         tokens = torch.zeros(noise.shape[:2], device=noise.device)
         return tokens.scatter(1, keep_indices.long(), 1.0).unsqueeze(-1)
 
-    def noise_tokens(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """See `Family.noise_tokens`."""
+    @override
+    def noise_tokens(self, noise: Tensor) -> Tensor:
         return noise
 
+    @override
     def text_length(self, model_inputs: Mapping[str, Tensor]) -> int:
-        """See `Family.text_length`."""
         return model_inputs["encoder_hidden_states"].shape[1]
 
-    def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
-        """See `Family.input_shapes`."""
+    @override
+    def input_shapes(self, dims: StepDims) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {
-            LATENTS: (dims.batch, dims.num_tokens, config["in_channels"]),
+            LATENTS: (dims.batch, dims.num_tokens, self.config["in_channels"]),
             TIMESTEP: (dims.batch,),
-            "encoder_hidden_states": (dims.batch, dims.text_length, config["joint_attention_dim"]),
-            "pooled_projections": (dims.batch, config["pooled_projection_dim"]),
+            "encoder_hidden_states": (dims.batch, dims.text_length, self.config["joint_attention_dim"]),
+            "pooled_projections": (dims.batch, self.config["pooled_projection_dim"]),
         }
-        if config["guidance_embeds"]:
+        if self.config["guidance_embeds"]:
             shapes["guidance"] = (dims.batch,)
-        return shapes | dict.fromkeys(ROTARY, (dims.joint_rows, config["attention_head_dim"]))
+        return shapes | dict.fromkeys(ROTARY, (dims.joint_rows, self.config["attention_head_dim"]))
 
-    def argument_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """See `Family.argument_names`."""
-        guidance = ("guidance",) if config["guidance_embeds"] else ()
+    @override
+    def argument_names(self) -> tuple[str, ...]:
+        guidance = ("guidance",) if self.config["guidance_embeds"] else ()
         return ("encoder_hidden_states", "pooled_projections", *guidance, "img_ids", "txt_ids")
 
-    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[int, int]:
-        """See `Family.grid`: read off the positions of the image tokens, on the host."""
+    @override
+    def grid(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Read off the positions of the image tokens, on the host."""
         ids = arguments["img_ids"]
         num_tokens = latents.shape[1]
         rows, columns = (len(set(ids[..., axis].flatten().tolist())) for axis in (-2, -1))
@@ -136,10 +144,8 @@ class Flux(Family):
             )
         return rows, columns
 
-    def conditioning(
-        self, arguments: Mapping[str, Tensor], config: Mapping[str, Any], grid: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """See `Family.conditioning`."""
+    @override
+    def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
         inputs = dict(arguments)
         text_ids, image_ids = (inputs.pop(name) for name in ("txt_ids", "img_ids"))
         # With a leading dimension of the batch in older pipelines.
@@ -147,15 +153,16 @@ class Flux(Family):
         if len(text_ids) != (text_length := inputs["encoder_hidden_states"].shape[1]):
             raise ShapeError(f"txt_ids has {len(text_ids)} rows, expected {text_length} as encoder_hidden_states")
         ids = torch.cat([text_ids, image_ids])
-        rotary = FluxPosEmbed(theta=10000, axes_dim=config["axes_dims_rope"])(ids)
+        rotary = FluxPosEmbed(theta=10000, axes_dim=self.config["axes_dims_rope"])(ids)
         return {**inputs, **dict(zip(ROTARY, rotary, strict=True))}
 
+    @override
     def pipeline_text_length(self, directory: Path) -> int:
-        """See `Family.pipeline_text_length`: no more than the tokenizer makes."""
+        """No more than the tokenizer makes."""
         return min(T5_LENGTH, self.tokenizer_length(directory / "tokenizer_2"))
 
+    @override
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
-        """See `Family.pipeline_arguments`."""
         return {"max_sequence_length": text_length}
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cat_pruning.plugins.token_ops import row_places, token_gather, token_scatter, write_rows_, write_slice_
 from cat_pruning.step_io import CacheRows
@@ -144,11 +145,12 @@ class TokenReuseInPlace(TokenReuse):
     copied to where they belong.
     """
 
+    @override
     def clear(self) -> None:
-        """See `TokenReuse.clear`."""
         super().clear()
         self._places: dict[str, Tensor] = {}  # of the computed rows, each (B * rows) int64
 
+    @override
     def begin(
         self,
         keep_indices: Tensor,
@@ -157,7 +159,6 @@ class TokenReuseInPlace(TokenReuse):
         caches: Sequence[Tensor],
         inputs: dict[str, Tensor],
     ) -> None:
-        """See `TokenReuse.begin`."""
         super().begin(keep_indices, noise_tokens, text_length, caches, inputs)
         assert self.row_indices is not None
         num_tokens = noise_tokens.shape[1]
@@ -169,6 +170,7 @@ class TokenReuseInPlace(TokenReuse):
             "joint": row_places(self.row_indices, joint_rows),
         }
 
+    @override
     def update(
         self,
         layer: LayerCache,
@@ -177,7 +179,6 @@ class TokenReuseInPlace(TokenReuse):
         value: Tensor,
         text: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `TokenReuse.update`."""
         assert layer.key is not None
         assert layer.value is not None
         image_start, text_start = (self._text_length, 0) if self.text_first else (0, self._num_tokens)
@@ -191,8 +192,8 @@ class TokenReuseInPlace(TokenReuse):
                 write_slice_(cache, text_start, text[slot])
         return layer.key, layer.value
 
+    @override
     def merge(self, rows: Tensor) -> Tensor:
-        """See `TokenReuse.merge`."""
         assert self.noise_tokens is not None
         write_rows_(self.noise_tokens, self._places["image"], rows)
         return self.noise_tokens
@@ -206,7 +207,7 @@ class StepModule(nn.Module):
 
     Args:
         transformer: a diffusers transformer of the family.
-        family: where the interception points are.
+        family: bound to its config; where the interception points are.
         in_place: change the given caches and noise, as the torch engine does, instead of making new ones.
         modulated_ahead: see `TokenReuse`.
     """
@@ -237,7 +238,7 @@ class StepModule(nn.Module):
             The noise prediction, before guidance, and the updated caches: new tensors, or the given ones where
             `in_place`. Does not synchronise.
         """
-        noise_tokens = self.family.noise_tokens(noise, self.transformer.config)
+        noise_tokens = self.family.noise_tokens(noise)
         text_length = self.family.text_length(model_inputs)
         self.reuse.begin(keep_indices, noise_tokens, text_length, caches, model_inputs)
         try:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
+from typing_extensions import override
 
 from cat_pruning.families.attention import intercept_attention, split_heads
 from cat_pruning.families.family import PatchFamily
@@ -37,8 +38,8 @@ class PixArt(PatchFamily):
     fp32_inputs = (TIMESTEP, POSITION)
     former_norm_type = "ada_norm_single"
 
+    @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
-        """See `Family.intercept`."""
         embed = transformer.pos_embed
         # What the module would add itself; in the dtype of the latents at the end, as there.
         embed.pos_embed = None
@@ -51,80 +52,92 @@ class PixArt(PatchFamily):
             intercept_attention(block.attn1, reuse, CacheRows.IMAGE)
             block.attn2.set_processor(_CrossAttention())
 
+    @override
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """See `Family.forward_kwargs`."""
         own = {name: tensor for name, tensor in model_inputs.items() if name not in (POSITION, *SIZE_CONDITIONS)}
         sizes = {name: model_inputs.get(name) for name in SIZE_CONDITIONS}
         return {**own, "added_cond_kwargs": sizes}
 
-    def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
-        """See `Family.caches`."""
-        return [CacheSpec(CacheRows.IMAGE, _width(config))] * config["num_layers"]
+    @override
+    def caches(self) -> list[CacheSpec]:
+        return [CacheSpec(CacheRows.IMAGE, self._width)] * self.config["num_layers"]
 
-    def predicted_noise(self, noise: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """See `Family.predicted_noise`: the mean; the other half of the channels is a variance that samplers drop."""
-        return self.noise_tokens(noise[:, : config["in_channels"]], config)
+    @override
+    def predicted_noise(self, noise: Tensor) -> Tensor:
+        """The mean; the other half of the channels is a variance that samplers drop."""
+        return self.noise_tokens(noise[:, : self.config["in_channels"]])
 
+    @override
     def example_input(self, name: str, shape: list[int], generator: torch.Generator) -> Tensor:
-        """See `Family.example_input`: a mask with its first column kept, so that no row is empty."""
+        """A mask with its first column kept, so that no row is empty."""
         values = super().example_input(name, shape, generator)
         if name != "encoder_attention_mask":
             return values
         return torch.cat([torch.ones(shape[0], 1), (values[:, 1:] > 0).float()], dim=1)
 
+    @override
     def text_length(self, model_inputs: Mapping[str, Tensor]) -> int:
-        """See `Family.text_length`."""
         return 0
 
-    def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
-        """See `Family.input_shapes`."""
+    @override
+    def input_shapes(self, dims: StepDims) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {
-            LATENTS: (dims.batch, config["in_channels"], dims.latent_height, dims.latent_width),
+            LATENTS: (dims.batch, self.config["in_channels"], dims.latent_height, dims.latent_width),
             TIMESTEP: (dims.batch,),
-            "encoder_hidden_states": (dims.batch, dims.text_length, config["caption_channels"]),
+            "encoder_hidden_states": (dims.batch, dims.text_length, self.config["caption_channels"]),
             "encoder_attention_mask": (dims.batch, dims.text_length),
         }
-        if _has_size_conditions(config):
+        if self._has_size_conditions:
             shapes |= {"resolution": (dims.batch, 2), "aspect_ratio": (dims.batch, 1)}
-        return {**shapes, POSITION: (1, dims.num_tokens, _width(config))}
+        return {**shapes, POSITION: (1, dims.num_tokens, self._width)}
 
-    def argument_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """See `Family.argument_names`."""
-        return (*self.prompt_inputs, *(SIZE_CONDITIONS if _has_size_conditions(config) else ()))
+    @override
+    def argument_names(self) -> tuple[str, ...]:
+        return (*self.prompt_inputs, *(SIZE_CONDITIONS if self._has_size_conditions else ()))
 
+    @override
     def flatten_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Family.flatten_arguments`."""
         flat = dict(arguments)
         sizes = flat.pop("added_cond_kwargs", None) or {}
         return {**flat, **sizes}
 
-    def conditioning(
-        self, arguments: Mapping[str, Tensor], config: Mapping[str, Any], grid: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """See `Family.conditioning`."""
-        side = config["sample_size"]
+    @override
+    def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+        side = self.config["sample_size"]
         position = get_2d_sincos_pos_embed(
-            _width(config),
+            self._width,
             grid,
             # As PixArtTransformer2DModel itself has it.
-            interpolation_scale=config["interpolation_scale"] or max(side // 64, 1),
-            base_size=side // config["patch_size"],
+            interpolation_scale=self.config["interpolation_scale"] or max(side // 64, 1),
+            base_size=side // self.config["patch_size"],
         )
         return {**arguments, POSITION: position.float().unsqueeze(0)}
 
+    @override
     def pipeline_text_length(self, directory: Path) -> int:
-        """See `Family.pipeline_text_length`: no more than the tokenizer makes."""
+        """No more than the tokenizer makes."""
         index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
         length = T5_LENGTHS.get(index["_class_name"], T5_LENGTHS["PixArtSigmaPipeline"])
         return min(length, self.tokenizer_length(directory / "tokenizer"))
 
+    @override
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
-        """See `Family.pipeline_arguments`: without its binning, which would change the size."""
+        """Without its binning, which would change the size."""
         return {"max_sequence_length": text_length, "use_resolution_binning": False}
 
-    def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
-        """See `Family.max_latent_size`."""
+    @property
+    @override
+    def max_latent_size(self) -> int | None:
         return None
+
+    @property
+    def _width(self) -> int:
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+
+    @property
+    def _has_size_conditions(self) -> bool:
+        given = self.config["use_additional_conditions"]
+        return bool(self.config["sample_size"] == 128 if given is None else given)
 
 
 class _CrossAttention:
@@ -154,12 +167,3 @@ class _CrossAttention:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         projected: Tensor = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
         return projected
-
-
-def _width(config: Mapping[str, Any]) -> int:
-    return int(config["num_attention_heads"] * config["attention_head_dim"])
-
-
-def _has_size_conditions(config: Mapping[str, Any]) -> bool:
-    given = config["use_additional_conditions"]
-    return bool(config["sample_size"] == 128 if given is None else given)

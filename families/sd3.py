@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.loaders import SD3LoraLoaderMixin
 from torch import Tensor
+from typing_extensions import override
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.families.attention import intercept_attention
@@ -34,8 +35,8 @@ class StableDiffusion3(PatchFamily):
     prompt_inputs = ("encoder_hidden_states",)
     lora_loader = SD3LoraLoaderMixin
 
+    @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
-        """See `Family.intercept`."""
         transformer.pos_embed.register_forward_hook(lambda module, args, tokens: reuse.gather(tokens))
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows))
         for index, block in enumerate(transformer.transformer_blocks):
@@ -47,8 +48,8 @@ class StableDiffusion3(PatchFamily):
             if block.use_dual_attention:
                 intercept_attention(block.attn2, reuse, CacheRows.IMAGE)
 
+    @override
     def modulations(self, transformer: Any) -> list[Modulation]:
-        """See `Family.modulations`."""
         found = []
         for layer, block in enumerate(transformer.transformer_blocks):
             factor = (LAYER_GATES, layer)
@@ -56,70 +57,68 @@ class StableDiffusion3(PatchFamily):
             found += [Modulation(block.norm1, factor), Modulation(block.norm1_context, factor if has_gates else None)]
         return [*found, Modulation(transformer.norm_out)]
 
+    @override
     def timestep_embedding(self, embed: Any, model_inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `Family.timestep_embedding`."""
         embedding: Tensor = embed(model_inputs[TIMESTEP], model_inputs["pooled_projections"])
         return embedding
 
+    @override
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """See `Family.forward_kwargs`."""
         return {name: tensor for name, tensor in model_inputs.items() if name != LAYER_GATES}
 
-    def caches(self, config: Mapping[str, Any]) -> list[CacheSpec]:
-        """See `Family.caches`."""
-        width = config["num_attention_heads"] * config["attention_head_dim"]
+    @override
+    def caches(self) -> list[CacheSpec]:
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         specs = []
-        for layer in range(config["num_layers"]):
+        for layer in range(self.config["num_layers"]):
             specs.append(CacheSpec(CacheRows.JOINT, width))
-            if layer in config["dual_attention_layers"]:
+            if layer in self.config["dual_attention_layers"]:
                 specs.append(CacheSpec(CacheRows.IMAGE, width))
         return specs
 
+    @override
     def text_length(self, model_inputs: Mapping[str, Tensor]) -> int:
-        """See `Family.text_length`."""
         return model_inputs["encoder_hidden_states"].shape[1]
 
-    def input_shapes(self, config: Mapping[str, Any], dims: StepDims) -> dict[str, Shape]:
-        """See `Family.input_shapes`."""
+    @override
+    def input_shapes(self, dims: StepDims) -> dict[str, Shape]:
         return {
-            LATENTS: (dims.batch, config["in_channels"], dims.latent_height, dims.latent_width),
+            LATENTS: (dims.batch, self.config["in_channels"], dims.latent_height, dims.latent_width),
             TIMESTEP: (dims.batch,),
-            "encoder_hidden_states": (dims.batch, dims.text_length, config["joint_attention_dim"]),
-            "pooled_projections": (dims.batch, config["pooled_projection_dim"]),
-            LAYER_GATES: (config["num_layers"],),
+            "encoder_hidden_states": (dims.batch, dims.text_length, self.config["joint_attention_dim"]),
+            "pooled_projections": (dims.batch, self.config["pooled_projection_dim"]),
+            LAYER_GATES: (self.config["num_layers"],),
         }
 
-    def argument_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """See `Family.argument_names`."""
+    @override
+    def argument_names(self) -> tuple[str, ...]:
         return ("encoder_hidden_states", "pooled_projections")
 
-    def conditioning(
-        self, arguments: Mapping[str, Tensor], config: Mapping[str, Any], grid: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """See `Family.conditioning`."""
-        return {**arguments, LAYER_GATES: torch.ones(config["num_layers"])}
+    @override
+    def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+        return {**arguments, LAYER_GATES: torch.ones(self.config["num_layers"])}
 
-    def without_layers(
-        self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...], config: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """See `Family.without_layers`."""
-        num_layers = config["num_layers"]
+    @override
+    def without_layers(self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
+        num_layers = self.config["num_layers"]
         if outside := [layer for layer in layers if not 0 <= layer < num_layers]:
             raise SettingsError(f"skip_layers {outside}: the model has blocks 0 to {num_layers - 1}")
         gates = torch.tensor([0.0 if layer in layers else 1.0 for layer in range(num_layers)])
         return {**conditioning, LAYER_GATES: gates.to(conditioning[LAYER_GATES])}
 
+    @override
     def pipeline_text_length(self, directory: Path) -> int:
-        """See `Family.pipeline_text_length`: CLIP's tokens, then T5's, or as many empty ones where there is no T5."""
+        """CLIP's tokens, then T5's, or as many empty ones where there is no T5."""
         return self.tokenizer_length(directory / "tokenizer") + T5_LENGTH
 
+    @override
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
-        """See `Family.pipeline_arguments`."""
         return {"max_sequence_length": text_length - pipeline.tokenizer_max_length}
 
-    def max_latent_size(self, config: Mapping[str, Any]) -> int | None:
-        """See `Family.max_latent_size`."""
-        return int(config["pos_embed_max_size"] * config["patch_size"])
+    @property
+    @override
+    def max_latent_size(self) -> int | None:
+        return int(self.config["pos_embed_max_size"] * self.config["patch_size"])
 
 
 def _gated(reuse: TokenReuse, layer: int) -> Any:

@@ -52,7 +52,7 @@ class Adapters:
         """
         if self._module is None:
             self.engine.base_weights()
-            self._module = _without_weights(self.engine.family.transformer_class, self.engine.config)
+            self._module = _without_weights(self.engine.family.transformer_class, self.engine.family.config)
         return self._module
 
     @property

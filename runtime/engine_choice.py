@@ -94,8 +94,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine
         plans,
         specs[Part.STEP].token_ops,
         manifest.graphs,
-        family=family_named(manifest.family),
-        config=manifest.transformer_config,
+        family=family_named(manifest.family, manifest.transformer_config),
         dtype=manifest.dtype.torch,
         device=_device(),
         rebuild=bundle.export_command(flavour),
@@ -115,9 +114,9 @@ def _onnxruntime(bundle: Bundle) -> StepEngine:
             bundle.export_command("tensorrt"),
         )
     bundle.verify_graphs()
-    family, dtype = family_named(manifest.family), manifest.dtype.torch
+    family, dtype = family_named(manifest.family, manifest.transformer_config), manifest.dtype.torch
     weights = functools.partial(_weights, bundle)
-    return OnnxRuntimeStepEngine(bundle.path, family, manifest.transformer_config, dtype, device, weights)
+    return OnnxRuntimeStepEngine(bundle.path, family, dtype, device, weights)
 
 
 def _weights(bundle: Bundle) -> GraphWeights:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cat_pruning.families.family import Family
+
+
+class _Line(NamedTuple):
+    """The last computed outputs, their change per timestep, and when each was computed: one value a token."""
+
+    values: Tensor
+    slope: Tensor
+    timestep: Tensor
 
 
 class Extrapolation:
@@ -20,18 +27,16 @@ class Extrapolation:
     something of the size of the latents.
 
     Args:
-        family, config: of the model.
+        family: of the model.
     """
 
-    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
-        self._family, self._config = family, config
+    def __init__(self, family: Family) -> None:
+        self._family = family
         self.reset()
 
     def reset(self) -> None:
         """Forget the image."""
-        self._computed: Tensor | None = None  # the last computed outputs
-        self._slope: Tensor | None = None  # their change per timestep
-        self._timestep: Tensor | None = None  # when each was computed, one value a token
+        self._line: _Line | None = None
 
     def __call__(self, noise: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
         """The prediction of a step.
@@ -44,22 +49,20 @@ class Extrapolation:
         Returns:
             Of `noise`'s shape and dtype. Does not synchronise.
         """
-        values = noise.float()
-        if self._computed is None or self._slope is None or self._timestep is None:
-            self._computed = values
-            self._slope = torch.zeros_like(values)
-            self._timestep = torch.full_like(self._spread(keep_indices, noise), timestep)
+        values, is_new = noise.float(), self._spread(keep_indices, noise)
+        if self._line is None:
+            self._line = _Line(values, torch.zeros_like(values), torch.full_like(is_new, timestep))
             return noise
-        is_new = self._spread(keep_indices, noise)
-        elapsed = timestep - self._timestep
+        line = self._line
+        elapsed = timestep - line.timestep
         # A scheduler of second order computes twice at one timestep, which says nothing of the slope.
         moves = is_new.bool() & (elapsed != 0.0)
-        change = (values - self._computed) / torch.where(elapsed == 0.0, 1.0, elapsed)
-        self._slope = torch.where(moves, change, self._slope)
-        self._timestep = torch.where(is_new.bool(), timestep, self._timestep)
-        self._computed = values
-        return (values + self._slope * (timestep - self._timestep)).to(noise.dtype)
+        change = (values - line.values) / torch.where(elapsed == 0.0, 1.0, elapsed)
+        slope = torch.where(moves, change, line.slope)
+        at = torch.where(is_new.bool(), timestep, line.timestep)
+        self._line = _Line(values, slope, at)
+        return (values + slope * (timestep - at)).to(noise.dtype)
 
     def _spread(self, keep_indices: Tensor, noise: Tensor) -> Tensor:
         """1 where the output is of a computed token, else 0; fp32, with `noise` broadcastable."""
-        return self._family.token_mask(keep_indices, noise, self._config)
+        return self._family.token_mask(keep_indices, noise)

@@ -23,14 +23,13 @@ class Image:
     """
 
     def __init__(self, session: StepSession, latents: Tensor, arguments: Mapping[str, Tensor]) -> None:
-        family, config = session.engine.family, session.engine.config
-        self.grid = family.grid(latents, arguments, config)
-        self.conditioning = family.conditioning(arguments, config, self.grid)
+        family = session.engine.family
+        self.grid = family.grid(latents, arguments)
+        self.conditioning = family.conditioning(arguments, self.grid)
         self.dims = family.dims(
-            config,
             self.grid,
             batch=latents.shape[0],
-            text_length=arguments["encoder_hidden_states"].shape[1],
+            text_length=family.argument_text_length(arguments),
             num_kept=0,
         )
         self._latents_shape = latents.shape

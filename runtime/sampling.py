@@ -1,10 +1,12 @@
-"""One image (or batch of images) in progress: where it is in its schedule, and what it computes next."""
+"""The images that a diffusers pipeline makes one after another: where each call belongs, and what it computes."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepSession, ordinary_tensors
@@ -22,14 +24,86 @@ from cat_pruning.step_io import LATENTS
 _ANOTHER_PROMPT = "another prompt"  # the side branch of calls that no context names
 
 
-class Sampling:
-    """Algorithm 2 over the calls that a diffusers pipeline makes, for one thread.
+class ImageInProgress:
+    """Algorithm 2 over the steps of one image (or batch of images).
 
-    A step is one noise level: schedulers of second order (Heun) call the model twice at the same timestep,
-    and both calls compute the same tokens. A new image begins when the pipeline sets a new schedule, when the
-    timestep goes up, or when the conditioning or a shape changes; so an image that was broken off leaves no
-    trace in the next one. The first `full_steps` steps of every image are full, wherever in the schedule it
-    starts, so an image-to-image run with fewer steps is never pruned.
+    A step is one noise level: schedulers of second order (Heun) call the model twice at the same timestep, and both
+    calls compute the same tokens.
+
+    Args:
+        image: its shapes and conditioning, which the session has begun with.
+        session: computes it.
+        settings: what to compute on which step.
+        selector: chooses the tokens of pruned steps.
+
+    Attributes:
+        timesteps: of its steps so far.
+        record: of its last step; None before the first.
+    """
+
+    def __init__(self, image: Image, session: StepSession, settings: PruneSettings, selector: Selector) -> None:
+        self.image, self.session, self.settings, self.selector = image, session, settings, selector
+        self.timesteps: list[float] = []
+        self.record: StepRecord | None = None
+        self._extrapolation = Extrapolation(session.engine.family)
+        self._noise = torch.empty(0)  # the last output
+
+    @property
+    def timestep(self) -> float:
+        """Of its last step; infinite before the first."""
+        return self.timesteps[-1] if self.timesteps else math.inf
+
+    def compute(self, latents: Tensor, timestep: float) -> Tensor:
+        """The prediction of one call; latents on the engine's device and in its dtype.
+
+        A failure leaves the image half way: it is to be forgotten.
+        """
+        if self.record is None or timestep != self.timestep:
+            self.timesteps.append(timestep)
+            self.record = self._step(latents, timestep)
+        else:
+            self._noise = self.session.step(latents, timestep, self.record.keep_indices)
+        if self.record.step == self.settings.reference_step:
+            self.selector.refer_to(self._noise)
+        if self.settings.reuse is Reuse.EXTRAPOLATE:
+            return self._extrapolation(self._noise, timestep, self.record.keep_indices)
+        return self._noise
+
+    def _step(self, latents: Tensor, timestep: float) -> StepRecord:
+        step = len(self.timesteps) - 1
+        kind = schedule(step, self.settings)
+        tokens = self._every_token(latents) if kind is StepKind.FULL else self._selected(latents)
+        self._noise = self.session.step(latents, timestep, tokens)
+        return StepRecord(
+            step=step,
+            kind=kind,
+            timestep=timestep,
+            grid=self.image.grid,
+            keep_indices=self.session.computed,
+            cluster_ids=self.selector.cluster_ids,
+        )
+
+    def _every_token(self, latents: Tensor) -> Tensor:
+        """The tokens of a full step."""
+        num_tokens, last = int(self.image.dims.num_tokens), self.record
+        was_full = last is not None and last.num_kept == num_tokens
+        tokens = last.keep_indices if last is not None and was_full else every_token(latents, num_tokens)
+        self.selector.count(tokens)
+        return tokens
+
+    def _selected(self, latents: Tensor) -> Tensor | Selector:
+        """The tokens of a pruned step, or their choice within the step."""
+        if self.selector.num_kept and not self.selector.has_begun:
+            return self.selector.first(latents, self._noise)
+        return self.selector
+
+
+class Sampling:
+    """The images of one thread, told apart by the calls that its pipeline makes.
+
+    A new image begins when the pipeline sets a new schedule, when the timestep goes up, or when the conditioning or a
+    shape changes; so an image that was broken off leaves no trace in the next one. The first `full_steps` steps of
+    every image are full, wherever in the schedule it starts, so an image-to-image run with fewer steps is never pruned.
 
     Calls on the side of the image, as for skip-layer guidance, are no steps: see `SideBranch`.
     """
@@ -37,31 +111,27 @@ class Sampling:
     def __init__(self, session: StepSession, settings: PruneSettings) -> None:
         self.session = session
         self.settings = settings
-        self.record: StepRecord | None = None  # of the last step
         self._timesteps = TimestepReader()
         self._branches: dict[str, SideBranch] = {}
-        self._selector: Selector | None = None
-        self._selector_is_for: object = None
-        self._extrapolation = Extrapolation(session.engine.family, session.engine.config)
+        self._selectors: dict[object, Selector] = {}  # the last image's, by what it is for
         self._past: list[float] = []  # the timesteps of the last image
         self._forget()
+
+    @property
+    def record(self) -> StepRecord | None:
+        """What the last step of the image in progress computed."""
+        return self._image.record if self._image else None
 
     def reset(self) -> None:
         """Forget the image in progress."""
         self.session.reset()
-        self._extrapolation.reset()
         for branch in self._branches.values():
             branch.reset()
         self._forget()
 
     def _forget(self) -> None:
-        self._step = -1
+        self._image: ImageInProgress | None = None
         self._new_schedule = False  # seen by a call beside the image
-        self._timestep = float("inf")
-        self._image: Image | None = None
-        self._seen: list[float] = []  # the timesteps of this image
-        self._keep_indices: Tensor | None = None  # (B, n) of the step in progress
-        self._noise: Tensor | None = None  # the last output
 
     def call(self, latents: Tensor, timestep: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
         """Compute one call of the transformer: `StepSession.step` on the tokens of this step.
@@ -78,34 +148,19 @@ class Sampling:
         are on it; nothing else here does, unless a pipeline passes timesteps that are no view of a schedule (FLUX).
         """
         value, new_schedule = self._timesteps.read(timestep)
-        is_new = self._noise is None or new_schedule or self._new_schedule or value > self._timestep
-        if not is_new and self._is_beside(latents, value, arguments):
+        current = None if new_schedule or self._new_schedule else self._image
+        if current is not None and value > current.timestep:
+            current = None
+        if current is not None and self._is_beside(current, latents, value, arguments):
             return self.call_beside(_ANOTHER_PROMPT, latents, timestep, arguments)
-        if is_new or self._image is None or not self._image.holds(latents, arguments):
-            self._begin_image(latents, arguments)
-        assert self._image is not None
+        if current is None or not current.image.holds(latents, arguments):
+            current = self._begin(latents, arguments)
         try:
             with ordinary_tensors():
-                return self._compute(self.session.to_engine(LATENTS, latents), value)
+                return current.compute(self.session.to_engine(LATENTS, latents), value)
         except BaseException:
             self.reset()  # a step may have begun that was never computed
             raise
-
-    def _compute(self, latents: Tensor, timestep: float) -> Tensor:
-        assert self._selector is not None
-        if timestep != self._timestep:
-            tokens = self._begin_step(timestep, latents)
-            self._noise = self.session.step(latents, timestep, tokens)
-            self._end_step()
-        else:
-            assert self._keep_indices is not None
-            self._noise = self.session.step(latents, timestep, self._keep_indices)
-        if self._step == self.settings.reference_step:
-            self._selector.refer_to(self._noise)
-        if self.settings.reuse is Reuse.EXTRAPOLATE:
-            assert self._keep_indices is not None
-            return self._extrapolation(self._noise, timestep, self._keep_indices)
-        return self._noise
 
     def call_beside(
         self,
@@ -120,77 +175,50 @@ class Sampling:
             self._branches[name] = SideBranch(self.session.engine.session())
         value, new_schedule = self._timesteps.read(timestep)
         self._new_schedule |= new_schedule  # the image's next call begins a new one
-        tokens = self._keep_indices if value == self._timestep else None
-        step = self._step if value == self._timestep else None
+        step = self.record if self.record and value == self.record.timestep else None
         return self._branches[name].call(
-            latents, value, arguments, skip_layers, tokens, step, self._expected(), self.settings.reuse
+            latents, value, arguments, skip_layers, step, self._expected(), self.settings.reuse
         )
 
-    def _is_beside(self, latents: Tensor, timestep: float, arguments: Mapping[str, Tensor]) -> bool:
+    def _is_beside(
+        self, current: ImageInProgress, latents: Tensor, timestep: float, arguments: Mapping[str, Tensor]
+    ) -> bool:
         """Whether a call is the other one of true guidance, in a pipeline that does not say so by a `cache_context`.
 
         Such pipelines (FLUX's, but for text-to-image) call the model with the prompt, then with the negative one.
         """
-        image = self._image
         return (
-            image is not None
-            and not self.session.engine.family.batched_guidance
-            and timestep == self._timestep
-            and image.is_for(latents)
-            and not image.holds(latents, arguments)
+            not self.session.engine.family.batched_guidance
+            and timestep == current.timestep
+            and current.image.is_for(latents)
+            and not current.image.holds(latents, arguments)
         )
 
     def _expected(self) -> list[float]:
         """The timesteps that will come: the schedule's, or where the pipeline hides it, those of the last image."""
         return self._timesteps.schedule or self._past
 
-    def _begin_image(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> None:
-        self._past = self._seen or self._past
+    def _begin(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> ImageInProgress:
+        if self._image is not None:
+            self._past = self._image.timesteps
         self.reset()
         image = Image(self.session, latents, arguments)
-        self._selector = self._selector_for(image)
-        dims = dataclasses.replace(image.dims, num_kept=self._selector.num_kept)
+        selector = self._selector_for(image)
+        dims = dataclasses.replace(image.dims, num_kept=selector.num_kept)
         self.session.begin(dims, image.conditioning, self._expected())
-        self._image = image
+        self._image = ImageInProgress(image, self.session, self.settings, selector)
+        return self._image
 
     def _selector_for(self, image: Image) -> Selector:
         """The last image's, whose captured steps can be replayed, if it was for images like this one."""
         engine = self.session.engine
         needed = (self.settings, image.dims, engine.device, engine.dtype)
-        if needed != self._selector_is_for or self._selector is None:
-            selector = SELECTORS[self.settings.policy]
-            self._selector = selector(engine.family, engine.config, self.settings, image.grid, engine.device)
-            self._selector_is_for = needed
-        self._selector.reset()
-        return self._selector
-
-    def _begin_step(self, timestep: float, latents: Tensor) -> Tensor | Selector:
-        """What the step computes."""
-        assert self._image is not None
-        assert self._selector is not None
-        self._step += 1
-        self._timestep = timestep
-        self._seen.append(timestep)
-        if schedule(self._step, self.settings) is StepKind.FULL:
-            num_tokens = int(self._image.dims.num_tokens)
-            if self._keep_indices is None or self._keep_indices.shape[1] != num_tokens:
-                self._keep_indices = every_token(latents, num_tokens)
-            self._selector.count(self._keep_indices)
-            return self._keep_indices
-        if self._selector.num_kept and not self._selector.has_begun:
-            assert self._noise is not None
-            return self._selector.first(latents, self._noise)
-        return self._selector
-
-    def _end_step(self) -> None:
-        assert self._image is not None
-        assert self._selector is not None
-        self._keep_indices = self.session.computed
-        self.record = StepRecord(
-            step=self._step,
-            kind=schedule(self._step, self.settings),
-            timestep=self._timestep,
-            grid=self._image.grid,
-            keep_indices=self._keep_indices,
-            cluster_ids=self._selector.cluster_ids,
-        )
+        if needed not in self._selectors:
+            self._selectors.clear()
+            shape = [int(size) for size in engine.family.noise_shape(image.dims)]
+            noise = torch.empty(shape, dtype=engine.dtype, device=engine.device)
+            with ordinary_tensors():
+                selector = SELECTORS[self.settings.policy](engine.family, self.settings, image.grid, noise)
+            self._selectors[needed] = selector
+        self._selectors[needed].reset()
+        return self._selectors[needed]

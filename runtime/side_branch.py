@@ -9,6 +9,7 @@ from torch import Tensor
 from cat_pruning.engines.step_engine import StepSession
 from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.image import Image, every_token
+from cat_pruning.runtime.record import StepRecord
 from cat_pruning.settings import Reuse
 from cat_pruning.step_io import LATENTS
 
@@ -22,7 +23,7 @@ class SideBranch:
 
     def __init__(self, session: StepSession) -> None:
         self.session = session
-        self._extrapolation = Extrapolation(session.engine.family, session.engine.config)
+        self._extrapolation = Extrapolation(session.engine.family)
         self.reset()
 
     def reset(self) -> None:
@@ -39,8 +40,7 @@ class SideBranch:
         timestep: float,
         arguments: Mapping[str, Tensor],
         skip_layers: tuple[int, ...],
-        tokens: Tensor | None,
-        step: int | None,
+        step: StepRecord | None,
         timesteps: Sequence[float],
         reuse: Reuse,
     ) -> Tensor:
@@ -51,8 +51,7 @@ class SideBranch:
             timestep: its value.
             arguments: as for `Sampling.call`.
             skip_layers: blocks that it leaves out.
-            tokens: (B, n), what the image computes at this timestep; None if it does not.
-            step: the number of that step; None likewise.
+            step: what the image computes at this timestep; None if it does not.
             timesteps: those that are expected.
             reuse: what tokens that are not computed contribute.
         """
@@ -61,16 +60,15 @@ class SideBranch:
         assert self._image is not None
         latents = self.session.to_engine(LATENTS, latents)
         rows, num_tokens = latents.shape[0], int(self._image.dims.num_tokens)
-        follows = step is not None and self._last_step is not None and self._last_step in (step, step - 1)
-        if tokens is None or not follows or tokens.shape[0] < rows:
-            tokens = every_token(latents, num_tokens)
-        tokens = tokens[-rows:]
+        tokens = every_token(latents, num_tokens)
+        if step is not None and self._last_step in (step.step, step.step - 1) and step.keep_indices.shape[0] >= rows:
+            tokens = step.keep_indices[-rows:]
         try:
             noise = self.session.step(latents, timestep, tokens)
         except BaseException:
             self.reset()
             raise
-        self._last_step = step
+        self._last_step = step.step if step else None
         return self._extrapolation(noise, timestep, tokens) if reuse is Reuse.EXTRAPOLATE else noise
 
     def _begin(
@@ -84,6 +82,6 @@ class SideBranch:
         engine, image = self.session.engine, Image(self.session, latents, arguments)
         conditioning = image.conditioning
         if skip_layers:
-            conditioning = engine.family.without_layers(conditioning, skip_layers, engine.config)
+            conditioning = engine.family.without_layers(conditioning, skip_layers)
         self.session.begin(image.dims, conditioning, timesteps)
         self._image, self._skipped = image, skip_layers

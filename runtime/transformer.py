@@ -47,7 +47,7 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
         self.engine = engine
         self.settings = settings or PruneSettings()
         self.adapters = Adapters(engine)
-        self.config = FrozenDict(engine.config)
+        self.config = FrozenDict(engine.family.config)
         self._threads = threading.local()
         if isinstance(engine, TorchStepEngine):
             self.add_module("transformer", engine.transformer)  # so that pipe.to(...) moves it
@@ -183,10 +183,10 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
         return self._threads.sampling  # type: ignore[no-any-return]
 
     def _conditioning(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        family, config = self.engine.family, self.engine.config
+        family = self.engine.family
         given = family.flatten_arguments(arguments)
         tensors: dict[str, Tensor] = {}
-        for name in family.argument_names(config):
+        for name in family.argument_names():
             tensor = given.pop(name, None)
             if not isinstance(tensor, Tensor):
                 raise SettingsError(f"{name}: expected a tensor, got {type(tensor).__name__}")

@@ -31,7 +31,7 @@ from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.exporter import step_graph
 from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.exporter.split import Graph
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.models import miniatures
 from cat_pruning.plugins import onnx_ops
@@ -143,7 +143,7 @@ def tiny_export(kind: str, export_tiny: Callable[[str], TinyExport]) -> TinyExpo
 
 def _export_tiny(kind: str, directory: Path) -> TinyExport:
     transformer = tiny(kind)
-    step = StepModule(transformer, family_of_class(type(transformer).__name__))
+    step = StepModule(transformer, family_of(transformer))
     trace = step_graph.trace_step
 
     def trace_and_save(*arguments: Any) -> ir.Model:

@@ -76,7 +76,7 @@ def summarise(
 ) -> Comparison:
     """Compare two runs of `config`; the MACs are counted from the bundle's graph at the runs' own shapes."""
     manifest = bundle.manifest
-    family = family_named(manifest.family)
+    family = family_named(manifest.family, manifest.transformer_config)
     profile = profile_spec(
         config.height,
         config.width,

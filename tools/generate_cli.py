@@ -107,7 +107,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         steps=_given_or_default(arguments.steps, pipe, "num_inference_steps"),
         guidance_scale=_given_or_default(arguments.guidance_scale, pipe, "guidance_scale"),
         seed=arguments.seed,
-        text_arguments=family_named(manifest.family).pipeline_arguments(pipe, manifest.geometry.text_length),
+        text_arguments=family_named(manifest.family, manifest.transformer_config).pipeline_arguments(
+            pipe, manifest.geometry.text_length
+        ),
     )
     _check_size(manifest, pipe, height, width)
     if StepKind.PRUNED not in step_kinds(config.steps, settings):

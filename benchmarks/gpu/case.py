@@ -31,23 +31,25 @@ class Case:
 
     def __init__(self, setting: Setting, transformer: Any = None) -> None:
         from cat_pruning.checkpoints.published import published_models
+        from cat_pruning.families import family_of
 
         self.setting = setting
         published = published_models()[setting.model]
         text_length = TINY_TEXT if setting.tiny else published.text_length
-        self.family, device, dtype = published.family, setting.device, setting.dtype
+        device, dtype = setting.device, setting.dtype
         self.transformer = transformer or _random_transformer(setting.model, device, dtype, setting.tiny)
         self.config = self.transformer.config
+        self.family = family_of(self.transformer)
         self.guided = self.family.batched_guidance
         batch = setting.prompts * (2 if self.guided else 1)
-        self.dims = self.family.dims(self.config, setting.grid, batch=batch, text_length=text_length, num_kept=0)
-        shapes = self.family.input_shapes(self.config, self.dims)
+        self.dims = self.family.dims(setting.grid, batch=batch, text_length=text_length, num_kept=0)
+        shapes = self.family.input_shapes(self.dims)
         generator = torch.Generator(device).manual_seed(0)
 
         def randn(*shape: Any) -> Tensor:
             return torch.randn([int(dim) for dim in shape], generator=generator, device=device, dtype=dtype)
 
-        names = self.family.argument_names(self.config)
+        names = self.family.argument_names()
         self.arguments = {name: randn(*shapes[name]) for name in names if name in shapes}
         if "encoder_attention_mask" in self.arguments:  # prompts of some 60 tokens, and empty negative ones
             mask = torch.zeros_like(self.arguments["encoder_attention_mask"])
@@ -72,7 +74,7 @@ class Case:
         """The noise that an image begins with, one for each prompt."""
         from cat_pruning.step_io import LATENTS
 
-        shape = self.family.input_shapes(self.config, self.dims)[LATENTS][1:]
+        shape = self.family.input_shapes(self.dims)[LATENTS][1:]
         generator = torch.Generator(self.setting.device).manual_seed(seed + 1)
         sizes = [self.setting.prompts, *(int(dim) for dim in shape)]
         return torch.randn(sizes, generator=generator, device=self.setting.device, dtype=self.setting.dtype)
@@ -144,7 +146,7 @@ class Case:
     def begun(self, engine: TorchStepEngine) -> StepSession:
         """A session with an image begun, whose steps are at `TIMESTEPS`."""
         session = engine.session()
-        conditioning = self.family.conditioning(self.arguments, self.config, self.setting.grid)
+        conditioning = self.family.conditioning(self.arguments, self.setting.grid)
         session.begin(self.dims, conditioning, [self.timestep(each) for each in TIMESTEPS])
         return session
 

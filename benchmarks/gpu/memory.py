@@ -58,7 +58,7 @@ def _peak(case: Case, make: Any) -> dict[str, float]:
 
 def _cache_bytes(case: Case) -> int:
     size = case.setting.dtype.itemsize
-    shapes = [spec.shape(case.dims) for spec in case.family.caches(case.config)]
+    shapes = [spec.shape(case.dims) for spec in case.family.caches()]
     return sum(2 * size * int(batch) * int(rows) * int(width) for batch, rows, width in shapes)
 
 

@@ -56,9 +56,10 @@ def step_contestants(case: Case, captured: bool, **options: bool) -> dict[str, R
     session, rows = case.begun(engine), case.rows
     first, second, at = (case.timestep(each) for each in TIMESTEPS)
     every = every_token(rows, setting.num_tokens)
-    selector = CatSelector(case.family, case.config, setting.prune, setting.grid, setting.device)
     with ordinary_tensors():
-        selector.refer_to(session.step(rows, first, every))
+        noise = session.step(rows, first, every)
+        selector = CatSelector(case.family, setting.prune, setting.grid, noise)
+        selector.refer_to(noise)
         noise = session.step(rows * 0.9, second, every)
         selector.first(rows, noise)
 
@@ -165,7 +166,7 @@ def attention_backends(case: Case) -> dict[str, str]:
 
     from cat_pruning.step_io import CacheRows
 
-    setting, spec = case.setting, case.family.caches(case.config)[0]
+    setting, spec = case.setting, case.family.caches()[0]
     heads, batch = case.config["num_attention_heads"], int(case.dims.batch)
     text = int(case.dims.text_length) if spec.rows is CacheRows.JOINT else 0
     names = {}

@@ -15,15 +15,13 @@ synchronising. Ties go to the lower index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from cat_pruning.families.family import Family
 from cat_pruning.runtime.selection import kmeans, selection
-from cat_pruning.runtime.selection.selector import Selector, kept
+from cat_pruning.runtime.selection.selector import Selector
 from cat_pruning.settings import Policy, PruneSettings
 
 RAS_STARVATION = 1.0  # k of RAS; its authors' for SD3
@@ -32,41 +30,29 @@ RAS_STARVATION = 1.0  # k of RAS; its authors' for SD3
 class CatSelector(Selector):
     """Algorithm 2: `first_selection` with clusters found once, then `next_selection` (`runtime.selection`)."""
 
-    def __init__(
-        self,
-        family: Family,
-        config: Mapping[str, Any],
-        settings: PruneSettings,
-        grid: tuple[int, int],
-        device: torch.device,
-    ) -> None:
-        super().__init__(family, config, settings, grid, device)
-        self._initial = kmeans.initial_tokens(*grid, settings.num_clusters).to(device)  # from the host: not in a step
+    def __init__(self, family: Family, settings: PruneSettings, grid: tuple[int, int], noise: Tensor) -> None:
+        super().__init__(family, settings, grid, noise)
+        rows, num_tokens, channels = self._reference.shape
+        self._position = kmeans.position_encoding(*grid, channels, self.device)  # (N, channels)
+        self._initial = kmeans.initial_tokens(*grid, settings.num_clusters).to(self.device)  # (K,), from the host
         self._first_quotas, self._fresh_quotas = (
-            selection.rank_quotas(fractions, self.num_kept, settings.num_clusters, device)
+            selection.rank_quotas(fractions, self.num_kept, settings.num_clusters, self.device)
             for fractions in ((settings.first_quota,), settings.fresh_quotas)
         )
+        self._cluster_ids = torch.zeros(rows, num_tokens, dtype=torch.int64, device=self.device)
+        self._selection_count = torch.zeros(rows, num_tokens, device=self.device)
 
-    _position: Tensor | None = None  # (N, channels)
-    _cluster_ids: Tensor | None = None  # (B, N)
-    _selection_count: Tensor | None = None  # (B, N)
-
+    @override
     def _first(self, latents: Tensor, noise: Tensor) -> Tensor:
         relative_noise = self.relative_noise(latents, noise)
         self._find_clusters(relative_noise)
-        count = torch.zeros(relative_noise.shape[:2], device=noise.device)
-        self._selection_count = kept(self._selection_count, count)
-        assert self._cluster_ids is not None
-        return selection.first_selection(
-            relative_noise, self._cluster_ids, self.num_kept, self.settings, self._first_quotas
-        )
+        self._selection_count.zero_()
+        return self._walk(relative_noise)
 
+    @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
-        assert self._cluster_ids is not None
-        assert self._selection_count is not None
-        relative_noise = self.relative_noise(latents, noise)
         return selection.next_selection(
-            relative_noise,
+            self.relative_noise(latents, noise),
             self._cluster_ids,
             self._selection_count,
             self.num_kept,
@@ -74,34 +60,34 @@ class CatSelector(Selector):
             self._fresh_quotas,
         )
 
+    @override
     def _count(self, tokens: Tensor) -> None:
-        assert self._selection_count is not None
         counted = selection.count_selection(self._selection_count, tokens, self.settings.staleness_decay)
         self._selection_count.copy_(counted)
 
     def _find_clusters(self, relative_noise: Tensor) -> None:
-        settings, device = self.settings, relative_noise.device
-        if self._position is None:
-            self._position = kmeans.position_encoding(*self.grid, relative_noise.shape[-1], device)
-        features = selection.cluster_features(relative_noise, self._position, settings.noise_scale)
-        self.cluster_ids = kmeans.kmeans(features, self._initial, settings.kmeans_iterations)
-        self._cluster_ids = kept(self._cluster_ids, self.cluster_ids)
+        features = selection.cluster_features(relative_noise, self._position, self.settings.noise_scale)
+        self.cluster_ids = kmeans.kmeans(features, self._initial, self.settings.kmeans_iterations)
+        self._cluster_ids.copy_(self.cluster_ids)
 
-
-class ClusterSelector(CatSelector):
-    """The walk over the clusters for all n tokens on every step: no token is taken for being stale."""
-
-    def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
-        assert self._cluster_ids is not None
-        relative_noise = self.relative_noise(latents, noise)
+    def _walk(self, relative_noise: Tensor) -> Tensor:
         return selection.first_selection(
             relative_noise, self._cluster_ids, self.num_kept, self.settings, self._first_quotas
         )
 
 
+class ClusterSelector(CatSelector):
+    """The walk over the clusters for all n tokens on every step: no token is taken for being stale."""
+
+    @override
+    def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
+        return self._walk(self.relative_noise(latents, noise))
+
+
 class NoiseSelector(Selector):
     """The n tokens of highest ‖RN‖₂."""
 
+    @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
         return highest(torch.linalg.vector_norm(self.relative_noise(latents, noise), dim=-1), self.num_kept)
 
@@ -109,17 +95,18 @@ class NoiseSelector(Selector):
 class StaleSelector(Selector):
     """Round robin: the next n of a fixed, well mixed order of the tokens; the same in every row."""
 
-    _order: Tensor | None = None  # (N,)
-    _taken: Tensor | None = None  # ()
+    def __init__(self, family: Family, settings: PruneSettings, grid: tuple[int, int], noise: Tensor) -> None:
+        super().__init__(family, settings, grid, noise)
+        self._order = mixed(torch.arange(self.num_tokens, device=self.device)).argsort()  # (N,)
+        self._taken = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    @override
     def _first(self, latents: Tensor, noise: Tensor) -> Tensor:
-        self._order = mixed(torch.arange(self.num_tokens, device=noise.device)).argsort()
-        self._taken = kept(self._taken, torch.zeros((), dtype=torch.int64, device=noise.device))
+        self._taken.zero_()
         return self._next(latents, noise)
 
+    @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
-        assert self._order is not None
-        assert self._taken is not None
         places = (self._taken + torch.arange(self.num_kept, device=noise.device)) % self.num_tokens
         self._taken += self.num_kept
         return _every_row(self._order[places].sort().values, latents)
@@ -128,14 +115,17 @@ class StaleSelector(Selector):
 class RandomSelector(Selector):
     """n tokens that depend on the number of the step only; the same in every row, and on every device."""
 
-    _step: Tensor | None = None  # ()
+    def __init__(self, family: Family, settings: PruneSettings, grid: tuple[int, int], noise: Tensor) -> None:
+        super().__init__(family, settings, grid, noise)
+        self._step = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    @override
     def _first(self, latents: Tensor, noise: Tensor) -> Tensor:
-        self._step = kept(self._step, torch.zeros((), dtype=torch.int64, device=noise.device))
+        self._step.zero_()
         return self._next(latents, noise)
 
+    @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
-        assert self._step is not None
         self._step += 1
         tokens = mixed(torch.arange(self.num_tokens, device=noise.device) + self._step * self.num_tokens)
         return _every_row(highest(tokens.unsqueeze(0), self.num_kept)[0], latents)
@@ -149,20 +139,22 @@ class RasSelector(Selector):
     Compared by their logarithms, which cannot overflow.
     """
 
-    _drops: Tensor | None = None  # (B, N)
+    def __init__(self, family: Family, settings: PruneSettings, grid: tuple[int, int], noise: Tensor) -> None:
+        super().__init__(family, settings, grid, noise)
+        self._drops = torch.zeros(self._reference.shape[:2], device=self.device)  # (B, N)
 
+    @override
     def _first(self, latents: Tensor, noise: Tensor) -> Tensor:
-        drops = torch.zeros(noise.shape[0], self.num_tokens, device=noise.device)
-        self._drops = kept(self._drops, drops)
+        self._drops.zero_()
         return self._next(latents, noise)
 
+    @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
-        assert self._drops is not None
         deviation = self.guided(latents, self.noise_tokens(noise).float()).std(dim=-1)
         return highest(deviation.log() + RAS_STARVATION * self._drops, self.num_kept)
 
+    @override
     def _count(self, tokens: Tensor) -> None:
-        assert self._drops is not None
         self._drops.copy_(self._drops + 1.0 - torch.zeros_like(self._drops).scatter(1, tokens.long(), 1.0))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +16,14 @@ class Selector(ABC):
 
     The first pruned step's tokens come from `first`; those of every later one from a call of the selector itself, a
     `TokenChoice` that changes its own memory and nothing else, so that it can be captured together with the step that
-    it chooses for. A policy implements `_next`, and `_first` where that differs.
+    it chooses for. A policy implements `_next`, and `_first` where that differs. It allocates its memory when it is
+    made, for images of one shape, and serves them in turn.
 
     Args:
-        family, config: of the model.
+        family: of the model.
         settings: what to compute.
         grid: image tokens (high, wide).
-        device: where noise and latents are.
+        noise: of the shape and dtype of the predictions, and where they are; its values are not read.
 
     Raises:
         ShapeError: the image has fewer tokens than there are clusters.
@@ -33,16 +32,15 @@ class Selector(ABC):
     def __init__(
         self,
         family: Family,
-        config: Mapping[str, Any],
         settings: PruneSettings,
         grid: tuple[int, int],
-        device: torch.device,
+        noise: Tensor,
     ) -> None:
         self.num_tokens = grid[0] * grid[1]
         self.num_kept = settings.num_kept(self.num_tokens)
-        self.settings, self.grid, self.device = settings, grid, device
-        self._family, self._config = family, config
-        self._reference: Tensor | None = None  # (B, N, channels), n_t0
+        self.settings, self.grid, self.device = settings, grid, noise.device
+        self._family = family
+        self._reference = torch.zeros_like(self.noise_tokens(noise))  # (B, N, channels), n_t0
         self.reset()
 
     def reset(self) -> None:
@@ -52,7 +50,7 @@ class Selector(ABC):
 
     def refer_to(self, noise: Tensor) -> None:
         """Take the noise prediction of step t0, whose change is the relative noise."""
-        self._reference = kept(self._reference, self.noise_tokens(noise))
+        self._reference.copy_(self.noise_tokens(noise))
 
     def first(self, latents: Tensor, noise: Tensor) -> Tensor:
         """The tokens of the first pruned step, (B, n) int32.
@@ -82,7 +80,7 @@ class Selector(ABC):
         """The tokens of a pruned step."""
 
     def _first(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The tokens of the first one, whose memory may be made anew."""
+        """The tokens of the first one, which is never captured."""
         return self._next(latents, noise)
 
     def _count(self, tokens: Tensor) -> None:  # noqa: B027  # most policies have no counts
@@ -90,23 +88,15 @@ class Selector(ABC):
 
     def noise_tokens(self, noise: Tensor) -> Tensor:
         """The prediction that a selection goes by, (B, N, channels)."""
-        return self._family.predicted_noise(noise, self._config)
+        return self._family.predicted_noise(noise)
 
     def relative_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
         """RN, (B, N, channels) fp32; under guidance every row's is that of the prompt's positive row."""
-        assert self._reference is not None
         return self.guided(latents, (self.noise_tokens(noise) - self._reference).float())
 
     def guided(self, latents: Tensor, values: Tensor) -> Tensor:
         """`values`, a row of the batch each, with every row's replaced by that of its prompt's positive row."""
         return values[guiding_rows(latents)] if self._family.batched_guidance else values
-
-
-def kept(memory: Tensor | None, values: Tensor) -> Tensor:
-    """`values` in `memory`, where that is of their shape and dtype; else in new memory."""
-    if memory is None or memory.shape != values.shape or memory.dtype != values.dtype:
-        return values.clone()
-    return memory.copy_(values)
 
 
 def guiding_rows(latents: Tensor) -> Tensor:

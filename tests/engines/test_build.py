@@ -91,11 +91,11 @@ def test_the_bundle_has_the_plans_that_its_manifest_lists(mini_bundle: Path) -> 
 @pytest.mark.parametrize("kind", ["sd3.5", "pixart", "flux-dev"])
 def test_every_family_can_be_built(tiny_export: Any, tmp_path: Path, part: Part) -> None:
     """In fp32, for which there is no fused attention kernel."""
-    family, config = tiny_export.step.family, tiny_export.step.transformer.config
+    family = tiny_export.step.family
     geometry = Geometry(pixels_per_latent=8, patch_size=2, latent_channels=4, max_latent_size=None, text_length=7)
     guidance = family.batched_guidance
     profile = profile_spec(80, 64, 1, geometry=geometry, settings=PruneSettings(num_clusters=4), guidance=guidance)
-    assert geometry.patch_size == family.patch_size(config)
+    assert geometry.patch_size == family.patch_size
     graph = graph_spec(part, tiny_export.graphs[part])
     profiles = plan_profiles(graph, [profile], geometry.patch_size)
     assert len(profiles) == (2 if part is Part.STEP else 1)

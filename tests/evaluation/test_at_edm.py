@@ -41,25 +41,25 @@ def engine(request: pytest.FixtureRequest, make_tiny: MakeTiny) -> AtEdmStepEngi
 def arguments_of(engine: AtEdmStepEngine, batch: int = 2) -> dict[str, Tensor]:
     """What a pipeline passes; other text in every row."""
     generator = torch.Generator().manual_seed(1)
-    dims = engine.family.dims(engine.config, GRID, batch=batch, text_length=TEXT, num_kept=0)
-    shapes = engine.family.input_shapes(engine.config, dims)
+    dims = engine.family.dims(GRID, batch=batch, text_length=TEXT, num_kept=0)
+    shapes = engine.family.input_shapes(dims)
     return {
         name: engine.family.example_input(name, [int(dim) for dim in shapes[name]], generator)
-        for name in engine.family.argument_names(engine.config)
+        for name in engine.family.argument_names()
     }
 
 
 def latents_of(engine: AtEdmStepEngine, batch: int = 2, *, guidance: bool = False, seed: int = 0) -> Tensor:
     rows = batch // 2 if guidance else batch
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(rows, engine.config["in_channels"], 2 * GRID[0], 2 * GRID[1], generator=generator)
+    latents = torch.randn(rows, engine.family.config["in_channels"], 2 * GRID[0], 2 * GRID[1], generator=generator)
     return torch.cat([latents, latents]) if guidance else latents
 
 
 def begun(engine: AtEdmStepEngine, batch: int = 2) -> AtEdmSession:
     session = engine.session()
-    dims = engine.family.dims(engine.config, GRID, batch=batch, text_length=TEXT, num_kept=KEPT)
-    session.begin(dims, engine.family.conditioning(arguments_of(engine, batch), engine.config, GRID))
+    dims = engine.family.dims(GRID, batch=batch, text_length=TEXT, num_kept=KEPT)
+    session.begin(dims, engine.family.conditioning(arguments_of(engine, batch), GRID))
     return session
 
 
@@ -73,7 +73,7 @@ def pruned_step(engine: AtEdmStepEngine, latents: Tensor) -> tuple[AtEdmSession,
     session = begun(engine, batch)
     session.step(torch.zeros_like(latents), 500.0, first(TOKENS, batch))
     noise = session.step(latents, 400.0, first(KEPT, batch))
-    return session, engine.family.noise_tokens(noise, engine.config)
+    return session, engine.family.noise_tokens(noise)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_a_pruned_step_of_pixart_by_hand(make_tiny: MakeTiny, kind: str) -> None
 
     seen: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    full = engine.family.noise_tokens(untouched(engine, latents, 400.0), engine.config)
+    full = engine.family.noise_tokens(untouched(engine, latents, 400.0))
     hook.remove()
     maps = attention_maps(attention.to_q(seen[0]), attention.to_k(seen[0]), attention.heads)
     for row in range(2):
@@ -168,7 +168,7 @@ def test_a_pruned_step_of_pixart_by_hand(make_tiny: MakeTiny, kind: str) -> None
 
 def test_later_blocks_see_the_kept_tokens_only(engine: AtEdmStepEngine) -> None:
     session, tokens = pruned_step(engine, latents_of(engine))
-    full = engine.family.noise_tokens(untouched(engine, latents_of(engine), 400.0), engine.config)
+    full = engine.family.noise_tokens(untouched(engine, latents_of(engine), 400.0))
     assert session.computed.dtype == torch.int32
     kept = session.computed[0].long()
     assert len(set(kept.tolist())) == KEPT
@@ -199,7 +199,7 @@ def test_the_same_inputs_give_the_same_tokens(engine: AtEdmStepEngine) -> None:
     assert torch.equal(again, tokens)
     session.step(latents_of(engine, seed=1), 300.0, first(KEPT))
     noise = session.step(latents, 400.0, first(TOKENS).flip(1)[:, :KEPT])  # only how many counts, and no step before
-    assert torch.equal(engine.family.noise_tokens(noise, engine.config), tokens)
+    assert torch.equal(engine.family.noise_tokens(noise), tokens)
 
 
 def test_the_users_module_is_not_changed(engine: AtEdmStepEngine) -> None:
@@ -222,16 +222,19 @@ def test_a_failed_step_leaves_no_pruning_behind(engine: AtEdmStepEngine, monkeyp
 
 
 def test_other_families_are_refused(make_tiny: MakeTiny) -> None:
-    assert [family.name for family in FAMILIES if AtEdmStepEngine.supports(family)] == ["sd3", "pixart"]
+    assert [family.name for family in FAMILIES if AtEdmStepEngine.supports(family.transformer_class)] == [
+        "sd3",
+        "pixart",
+    ]
     with pytest.raises(EngineError, match=r"FluxTransformer2DModel: .*written for SD3 and PixArt; leave it out"):
         AtEdmStepEngine(make_tiny("flux-dev"))
 
 
 def test_what_it_cannot_run(make_tiny: MakeTiny) -> None:
     engine = AtEdmStepEngine(make_tiny("sd3"))
-    conditioning = engine.family.conditioning(arguments_of(engine), engine.config, GRID)
-    skipping = engine.family.without_layers(conditioning, (1,), engine.config)
-    dims = engine.family.dims(engine.config, GRID, batch=2, text_length=TEXT, num_kept=KEPT)
+    conditioning = engine.family.conditioning(arguments_of(engine), GRID)
+    skipping = engine.family.without_layers(conditioning, (1,))
+    dims = engine.family.dims(GRID, batch=2, text_length=TEXT, num_kept=KEPT)
     with pytest.raises(EngineError, match="no skip-layer guidance"):
         engine.session().begin(dims, skipping)
     engine.transformer.transformer_blocks[0].attn.fused_projections = True
@@ -308,7 +311,7 @@ def test_in_a_sampling_loop(engine: AtEdmStepEngine) -> None:
         assert record is not None
         assert record.kind is (StepKind.FULL if index < 2 else StepKind.PRUNED)
         if index >= 2:
-            tokens = engine.family.noise_tokens(noise, engine.config)
+            tokens = engine.family.noise_tokens(noise)
             kept = record.keep_indices
             assert torch.equal(kept[0], kept[1])
             assert len(tokens[0].unique(dim=0)) == KEPT

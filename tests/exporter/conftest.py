@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cat_pruning.exporter import cli
 from cat_pruning.exporter.step_graph import example_inputs
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.family import Family
 from cat_pruning.families.interception import StepModule
 
@@ -34,7 +34,7 @@ def step_inputs() -> MakeInputs:
     ) -> dict[str, Tensor]:
         num_tokens = grid[0] * grid[1]
         num_kept = num_tokens if kept is None else kept
-        dims = step.family.dims(step.transformer.config, grid, batch=batch, text_length=text, num_kept=num_kept)
+        dims = step.family.dims(grid, batch=batch, text_length=text, num_kept=num_kept)
         inputs = example_inputs(step, dims, seed=seed)
         if kept is None:
             inputs["keep_indices"] = torch.arange(num_tokens, dtype=torch.int32).expand(batch, -1).contiguous()
@@ -48,7 +48,6 @@ class PipelineCall:
     """One call of a transformer as its pipeline makes it."""
 
     family: Family
-    config: Mapping[str, Any]
     arguments: dict[str, Any]
 
     def noise(self, transformer: Any, **more: Any) -> Tensor:
@@ -61,9 +60,9 @@ class PipelineCall:
         """The same call as the inputs of our graphs."""
         flat = self.family.flatten_arguments(self.arguments)
         latents = flat["hidden_states"]
-        own = {name: flat[name] for name in self.family.argument_names(self.config)}
-        grid = self.family.grid(latents, own, self.config)
-        conditioning = self.family.conditioning(own, self.config, grid)
+        own = {name: flat[name] for name in self.family.argument_names()}
+        grid = self.family.grid(latents, own)
+        conditioning = self.family.conditioning(own, grid)
         inputs = {"hidden_states": latents, "timestep": flat["timestep"], **conditioning}
         return {name: tensor.to(self.family.input_dtype(name, latents.dtype)) for name, tensor in inputs.items()}
 
@@ -73,7 +72,7 @@ def pipeline_call() -> Callable[..., PipelineCall]:
     """`pipeline_call(transformer, batch=2, grid=(4, 5))`: with random tensors, in the pipeline's own types."""
 
     def make(transformer: Any, *, batch: int, grid: tuple[int, int], text: int = 7, seed: int = 1) -> PipelineCall:
-        family, config = family_of_class(type(transformer).__name__), transformer.config
+        family, config = family_of(transformer), transformer.config
         generator = torch.Generator().manual_seed(seed)
         normal = {"generator": generator, "dtype": next(transformer.parameters()).dtype}
         if family.name == "sd3":
@@ -107,7 +106,7 @@ def pipeline_call() -> Callable[..., PipelineCall]:
                 "img_ids": FluxPipeline._prepare_latent_image_ids(batch, *grid, "cpu", torch.float32),
                 "txt_ids": torch.zeros(text, 3),
             }
-        return PipelineCall(family, config, arguments)
+        return PipelineCall(family, arguments)
 
     return make
 

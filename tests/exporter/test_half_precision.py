@@ -18,7 +18,7 @@ import torch
 from cat_pruning.dtype import DType
 from cat_pruning.exporter.step_graph import export_step_graph, run_step
 from cat_pruning.exporter.verify import run_graphs, verify_step_graph
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import Part
 
@@ -26,7 +26,7 @@ FP32_INPUTS = {"timestep", "guidance", "position", "rotary_cos", "rotary_sin", "
 
 
 def exported(transformer: Any, directory: Path, *arguments: Any) -> StepModule:
-    step = StepModule(transformer, family_of_class(type(transformer).__name__))
+    step = StepModule(transformer, family_of(transformer))
     export_step_graph(step, directory, *arguments)
     return step
 

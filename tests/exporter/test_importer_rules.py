@@ -17,7 +17,7 @@ from cat_pruning.exporter.export import graph_spec
 from cat_pruning.exporter.importer_rules import importer_findings, model_findings
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.family import Family
 from cat_pruning.families.interception import StepModule
 from cat_pruning.settings import PruneSettings
@@ -35,7 +35,7 @@ def bf16_graphs(make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def export(kind: str) -> Exported:
         transformer = make_tiny(kind, num_layers=1, attention_head_dim=16, **_WIDE[kind.partition("-")[0]]).bfloat16()
         directory = tmp_path_factory.mktemp(kind)
-        step = StepModule(transformer, family_of_class(type(transformer).__name__))
+        step = StepModule(transformer, family_of(transformer))
         return directory, step.family, export_step_graph(step, directory)
 
     return export

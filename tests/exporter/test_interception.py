@@ -12,7 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from cat_pruning.exporter.step_graph import run_step
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import CacheRows, cache_names
 
@@ -22,7 +22,7 @@ NUM_TEXT = 7
 
 
 def intercepted(transformer: Any, *, in_place: bool = False) -> StepModule:
-    return StepModule(transformer, family_of_class(type(transformer).__name__), in_place=in_place)
+    return StepModule(transformer, family_of(transformer), in_place=in_place)
 
 
 def kept_mask(inputs: dict[str, Tensor]) -> Tensor:
@@ -146,7 +146,7 @@ def test_what_is_not_kept_stays_as_it_was(tiny_transformer: Any, step_inputs: An
     assert torch.equal(changed, noise_mask(mask, inputs["noise"]))
     text = torch.ones(3, NUM_TEXT, dtype=torch.bool)  # recomputed on every step
     joint = torch.cat([text, mask] if step.family.text_first else [mask, text], dim=1)
-    for layer, spec in enumerate(step.family.caches(tiny_transformer.config)):
+    for layer, spec in enumerate(step.family.caches()):
         for name in cache_names(layer + 1)[-2:]:
             rows = (outputs[f"{name}_out"] != inputs[name]).any(dim=-1)  # (B, S)
             assert torch.equal(rows, joint if spec.rows is CacheRows.JOINT else mask)
@@ -172,7 +172,7 @@ def test_scatter_in_place_and_functional_agree(tiny_transformer: Any, step_input
     outputs = run_step(in_place, inputs)
     for name, tensor in expected.items():
         assert torch.equal(outputs[name], tensor)
-    for name in cache_names(len(functional.family.caches(tiny_transformer.config))):
+    for name in cache_names(len(functional.family.caches())):
         assert outputs[f"{name}_out"] is inputs[name]
 
 

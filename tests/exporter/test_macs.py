@@ -15,6 +15,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.exporter.macs import ImageMacs, Macs, count_graph_macs, count_macs
 from cat_pruning.exporter.split import split_graph
 from cat_pruning.exporter.step_graph import trace_step
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins import onnx_ops
 from cat_pruning.settings import PruneSettings
@@ -86,7 +87,7 @@ def flux_by_hand(config: Any, width: int, patches: int, kept: int, text: int) ->
 @pytest.mark.parametrize("kept", [1, 13, 40])
 def test_the_tiny_models_against_a_count_by_hand(tiny_export: Any, batch: int, kept: int) -> None:
     family, config = tiny_export.step.family, tiny_export.step.transformer.config
-    dims = family.dims(config, (4, 10), batch=batch, text_length=7, num_kept=kept)
+    dims = family.dims((4, 10), batch=batch, text_length=7, num_kept=kept)
     counted = {}
     for part, graph in tiny_export.graphs.items():
         shapes = {name: dims.named(spec.shape) for name, spec in graph.inputs.items()}
@@ -94,7 +95,7 @@ def test_the_tiny_models_against_a_count_by_hand(tiny_export: Any, batch: int, k
     expected = by_hand(family.name, config, dims)
     assert counted == expected
     assert counted[Part.STEP].total == counted[Part.STEP].linear + counted[Part.STEP].attention
-    whole = count_macs(tiny_export.directory / "whole.onnx", family.step_shapes(config, dims))
+    whole = count_macs(tiny_export.directory / "whole.onnx", family.step_shapes(dims))
     assert whole.linear == sum(macs.linear for macs in expected.values())  # the split computes nothing twice
     assert whole.attention == expected[Part.STEP].attention
 
@@ -102,8 +103,8 @@ def test_the_tiny_models_against_a_count_by_hand(tiny_export: Any, batch: int, k
 @pytest.mark.parametrize("kind", ["pixart"])
 def test_counting_reads_no_weights(tiny_export: Any, tmp_path: Path) -> None:
     shutil.copyfile(tiny_export.directory / "step.onnx", tmp_path / "step.onnx")
-    family, config = tiny_export.step.family, tiny_export.step.transformer.config
-    dims = family.dims(config, (4, 4), batch=1, text_length=7, num_kept=4)
+    family = tiny_export.step.family
+    dims = family.dims((4, 4), batch=1, text_length=7, num_kept=4)
     shapes = {name: dims.named(spec.shape) for name, spec in tiny_export.graphs[Part.STEP].inputs.items()}
     assert count_macs(tmp_path / "step.onnx", shapes).linear > 0
 
@@ -118,12 +119,14 @@ def count_of(model: str) -> Count:
     each of the others adds. (The graph of SD3's 24 layers, which takes minutes to trace, gave the same integers.)
     """
     published = published_models()[model]
-    family, layers = published.family, published.transformer["num_layers"]
+    layers = published.transformer["num_layers"]
     splits = []
     for few in (2, 3):
         config = published.transformer | {"num_layers": few}
-        step = StepModule(hollow_transformer(published.transformer_class, config, DType.FP32), family)
-        shapes = family.step_shapes(step.transformer.config, SYMBOLIC)
+        transformer: Any = hollow_transformer(published.transformer_class, config, DType.FP32)
+        family = family_of(transformer)
+        step = StepModule(transformer, family)
+        shapes = family.step_shapes(SYMBOLIC)
         splits.append(split_graph(trace_step(step), shapes, family.part_of))
         for graph in splits[-1].values():
             onnx_ops.attach_functions(graph.model)  # whose shapes are inferred from their bodies

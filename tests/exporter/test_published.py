@@ -40,7 +40,7 @@ def test_every_config_makes_the_module_of_its_class_without_weights(name: str) -
     assert checkpoint.default_resolution == 1024
     assert checkpoint.text_length == {"sd3": 77 + 256, "pixart": 300, "flux": 512}[checkpoint.family.name]
     # As JSON holds it, with what diffusers fills in.
-    assert published.transformer.items() <= json.loads(json.dumps(checkpoint.config)).items()
+    assert published.transformer.items() <= json.loads(json.dumps(checkpoint.family.config)).items()
 
 
 def test_a_published_name_is_no_directory_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer, random_transformer
 from cat_pruning.dtype import DType
 from cat_pruning.exporter.step_graph import export_step_graph
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import Part
 
@@ -65,8 +65,8 @@ def test_an_export_that_makes_them_while_it_writes_writes_the_same_bytes(
     make_tiny: Any, tmp_path: Path, kind: str, dtype: DType
 ) -> None:
     of = architecture(make_tiny(kind, num_layers=1))
-    family = family_of_class(of[0])
     hollow, filled = hollow_transformer(*of, dtype), random_transformer(*of, dtype, 3)
+    family = family_of(hollow)
     for name in ("streamed", "held"):
         (tmp_path / name).mkdir()
     weights = RandomWeights(hollow, dtype, 3)

@@ -83,13 +83,13 @@ def test_every_node_of_the_other_graphs_is_used(tiny_export: Any) -> None:
 
 
 def test_each_graph_reads_its_own_inputs(tiny_export: Any) -> None:
-    family, config = tiny_export.step.family, tiny_export.step.transformer.config
+    family = tiny_export.step.family
     inputs = {part: declared(load(tiny_export, part).input) for part in Part}
     assert set(inputs[Part.PROMPT]) <= set(family.prompt_inputs)
     assert set(inputs[Part.TIMESTEP]) <= set(family.timestep_inputs)
     assert dynamic(inputs[Part.TIMESTEP]) == {"batch"}
     packs = {name for part in (Part.PROMPT, Part.TIMESTEP) for name in declared(load(tiny_export, part).output)}
-    expected = family.step_shapes(config, SYMBOLIC)
+    expected = family.step_shapes(SYMBOLIC)
     read = [name for part in Part for name in inputs[part] if name not in packs]
     assert sorted(read) == sorted(expected)  # every input of the unsplit step, in one graph each
     assert all(inputs[family.part_of(name)][name] == expected[name] for name in read)
@@ -104,7 +104,7 @@ def test_inputs_and_outputs_are_as_the_export_says(tiny_export: Any) -> None:
         values = [*written.input, *written.output]
         assert [value.type.tensor_type.elem_type for value in values] == [spec.dtype.value for spec in types]
     outputs, expected = tiny_export.graphs[Part.STEP].outputs, tiny_export.graphs[Part.STEP].inputs
-    caches = tiny_export.step.family.caches(tiny_export.step.transformer.config)
+    caches = tiny_export.step.family.caches()
     assert list(outputs) == output_names(len(caches))
     assert all(spec == expected[name.removesuffix("_out")] for name, spec in outputs.items())
 
@@ -157,7 +157,7 @@ def test_a_cache_is_read_by_its_scatter_alone(tiny_export: Any) -> None:
     """Not even its shape is read: TensorRT may copy what a plugin changes in place for the sake of another reader."""
     graph = load(tiny_export, "step")
     caches = [value.name for value in graph.input if "_cache_" in value.name]
-    assert len(caches) == 2 * len(tiny_export.step.family.caches(tiny_export.step.transformer.config))
+    assert len(caches) == 2 * len(tiny_export.step.family.caches())
     readers = {name: [node.op_type for node in graph.node if name in node.input] for name in (*caches, "noise")}
     assert all(readers[name] == ["TokenScatter"] for name in caches)
     # In FLUX the noise is tokens already, elsewhere the scatter's input is made of it.

@@ -18,7 +18,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.step_graph import run_step
 from cat_pruning.exporter.verify import run_graphs, verify_step_graph
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins.onnx_ops import DOMAIN, OPSET_VERSION, PLUGIN_ATTRIBUTES
 from cat_pruning.step_io import Part
@@ -84,7 +84,7 @@ def test_verify_refuses_an_export_of_other_weights(tiny_export: Any, make_tiny: 
     transformer = make_tiny(tiny_export.kind)
     with torch.no_grad():
         transformer.proj_out.weight *= 1.01
-    step = StepModule(transformer, family_of_class(type(transformer).__name__))
+    step = StepModule(transformer, family_of(transformer))
     with pytest.raises(EngineError, match=r"--verify: noise_out of a step with 21 of 70 tokens is off torch's by"):
         verify_step_graph(step, tiny_export.directory, DType.FP32)
     with pytest.raises(EngineError, match=r"--verify: ONNX Runtime cannot load prompt\.onnx"):
@@ -102,7 +102,7 @@ def test_the_checker_passes_with_and_without_shape_inference(tiny_export: Any, p
 def test_token_operators_are_nodes_of_our_domain_in_the_step_alone(tiny_export: Any) -> None:
     graph = onnx.load(tiny_export.directory / "step.onnx", load_external_data=False)
     nodes = [node for node in graph.graph.node if node.domain == DOMAIN]
-    caches = tiny_export.step.family.caches(tiny_export.step.transformer.config)
+    caches = tiny_export.step.family.caches()
     # The gather of the tokens; FLUX gathers rotary embeddings by a standard operator. Scatters: every key and value,
     # and the noise.
     expected = {"TokenGather": 1, "TokenScatter": 2 * len(caches) + 1}
@@ -132,7 +132,7 @@ def test_functions_and_opsets(tiny_export: Any, part: Part) -> None:
 def test_attention_is_one_operator_each(tiny_export: Any) -> None:
     graph = onnx.load(tiny_export.directory / "step.onnx", load_external_data=False)
     config = tiny_export.step.transformer.config
-    cached = len(tiny_export.step.family.caches(config))
+    cached = len(tiny_export.step.family.caches())
     to_the_text = config["num_layers"] if tiny_export.step.family.name == "pixart" else 0
     assert Counter(node.op_type for node in graph.graph.node)["Attention"] == cached + to_the_text
 
@@ -180,7 +180,7 @@ def test_the_files_hold_the_weights_once(tiny_export: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sd3"])
 def test_example_inputs_are_valid_and_the_same_for_the_same_seed(tiny_transformer: Any, step_inputs: Any) -> None:
-    step = StepModule(tiny_transformer, family_of_class(type(tiny_transformer).__name__))
+    step = StepModule(tiny_transformer, family_of(tiny_transformer))
     inputs = step_inputs(step, batch=3, grid=(4, 10), kept=13, seed=5)
     again = step_inputs(step, batch=3, grid=(4, 10), kept=13, seed=5)
     assert all(torch.equal(inputs[name], again[name]) for name in inputs)

@@ -29,8 +29,8 @@ def test_onnxruntime(device: torch.device, onnx_bundle: Path, assert_agrees: Cal
     if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider")
     manifest = Bundle.open(onnx_bundle).manifest
-    family, config = family_named(manifest.family), manifest.transformer_config
-    engine = OnnxRuntimeStepEngine(onnx_bundle, family, config, manifest.dtype.torch, device)
+    family = family_named(manifest.family, manifest.transformer_config)
+    engine = OnnxRuntimeStepEngine(onnx_bundle, family, manifest.dtype.torch, device)
     assert_agrees(engine)
     assert_agrees(engine, (12, 20))
 
@@ -71,8 +71,8 @@ def test_adapters_in_onnxruntime(
     if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider")
     manifest = Bundle.open(onnx_bundle).manifest
-    family, config = family_named(manifest.family), manifest.transformer_config
-    assert_takes_adapters(OnnxRuntimeStepEngine(onnx_bundle, family, config, manifest.dtype.torch, device))
+    family = family_named(manifest.family, manifest.transformer_config)
+    assert_takes_adapters(OnnxRuntimeStepEngine(onnx_bundle, family, manifest.dtype.torch, device))
 
 
 @pytest.mark.gpu

@@ -157,8 +157,8 @@ def test_an_image_that_does_not_fit(
     transformer = make(device)
     expected = sample(transformer)
     engine, session = transformer.engine, transformer._sampling().session
-    dims = engine.family.dims(engine.config, (16, 16), batch=2**20, text_length=48, num_kept=0)
-    shapes = engine.family.input_shapes(engine.config, dims)
+    dims = engine.family.dims((16, 16), batch=2**20, text_length=48, num_kept=0)
+    shapes = engine.family.input_shapes(dims)
     nothing = torch.zeros(())
     inputs = {name: nothing.expand([int(size) for size in shape]) for name, shape in shapes.items()}
     with monkeypatch.context() as patch:

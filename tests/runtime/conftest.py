@@ -238,7 +238,7 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
         cpu = torch.device("cpu")
         flavour, in_place = TENSORRT_KINDS[kind]
         manifest = Bundle.open(mini_bundle).manifest
-        family, config = family_named(manifest.family), manifest.transformer_config
+        family = family_named(manifest.family, manifest.transformer_config)
         specs = [
             profile_spec(*size, count, geometry=manifest.geometry, settings=manifest.settings, guidance=True)
             for size in sizes
@@ -246,7 +246,7 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
         ]
         plans = {}
         for graph in manifest.graphs:
-            shared = cache_names(len(family.caches(config))) if graph.part is Part.STEP and in_place else []
+            shared = cache_names(len(family.caches())) if graph.part is Part.STEP and in_place else []
             file = tmp_path / f"{graph.part}.plan"
             profiles: Any = plan_profiles(graph, specs, manifest.geometry.patch_size)
             if any_shape:
@@ -260,7 +260,6 @@ def make_tensorrt(library: TensorRTDouble, mini_bundle: Path, tmp_path: Path) ->
             "plugin" if in_place else "function",
             manifest.graphs,
             family=family,
-            config=config,
             dtype=torch.float32,
             device=cpu,
             rebuild="cat-export …",

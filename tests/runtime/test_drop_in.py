@@ -61,7 +61,7 @@ def test_guidance_rows_share_the_selection_of_the_conditional_row(
     noise: list[Tensor] = []
     pipe.transformer.register_forward_hook(lambda module, args, result: noise.append(result[0].clone()))
     run = sample(pipe, 4, SIZE)
-    relative = engine.family.noise_tokens(noise[2] - noise[1], engine.config)
+    relative = engine.family.noise_tokens(noise[2] - noise[1])
     expected = [
         _first_selection(relative[row : row + 1], run.records[3].grid, pipe.transformer.settings) for row in (0, 1)
     ]

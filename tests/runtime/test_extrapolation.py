@@ -11,7 +11,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepEngine
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.settings import PruneSettings
 
@@ -24,10 +24,10 @@ class Line:
 
     def __init__(self, kind: str, make_tiny: Callable[..., Any]) -> None:
         transformer = make_tiny(kind)
-        self.family, self.config = family_of_class(type(transformer).__name__), transformer.config
-        self.extrapolation = Extrapolation(self.family, self.config)
-        dims = self.family.dims(self.config, (3, 4), batch=2, text_length=5, num_kept=0)
-        shape = [int(size) for size in self.family.noise_shape(self.config, dims)]
+        self.family = family_of(transformer)
+        self.extrapolation = Extrapolation(self.family)
+        dims = self.family.dims((3, 4), batch=2, text_length=5, num_kept=0)
+        shape = [int(size) for size in self.family.noise_shape(dims)]
         generator = torch.Generator().manual_seed(0)
         self.offset, self.slope = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
         self.noise = torch.zeros(shape)
@@ -37,7 +37,7 @@ class Line:
 
     def step(self, timestep: float, kept: list[int]) -> Tensor:
         indices = torch.tensor([kept, kept], dtype=torch.int32)
-        mask = self.family.token_mask(indices, self.noise, self.config).bool()
+        mask = self.family.token_mask(indices, self.noise).bool()
         self.noise = torch.where(mask, self.exact(timestep), self.noise)
         return self.extrapolation(self.noise, timestep, indices)
 
@@ -52,15 +52,15 @@ def line(request: pytest.FixtureRequest, make_tiny: Callable[..., Any]) -> Line:
 
 def test_the_mask_is_of_the_tokens(line: Line) -> None:
     indices = torch.tensor([[0, 5], [7, 11]], dtype=torch.int32)
-    mask = line.family.token_mask(indices, line.noise, line.config).expand(line.noise.shape)
-    tokens = line.family.noise_tokens(mask, line.config)
+    mask = line.family.token_mask(indices, line.noise).expand(line.noise.shape)
+    tokens = line.family.noise_tokens(mask)
     for row in range(2):
         assert tokens[row].amin(dim=-1).nonzero().flatten().tolist() == indices[row].tolist()
         assert tokens[row].amax(dim=-1).nonzero().flatten().tolist() == indices[row].tolist()
 
 
 def test_the_mask_of_no_tokens(line: Line) -> None:
-    mask = line.family.token_mask(torch.empty(2, 0, dtype=torch.int32), line.noise, line.config)
+    mask = line.family.token_mask(torch.empty(2, 0, dtype=torch.int32), line.noise)
     assert not mask.expand(line.noise.shape).any()
 
 
@@ -80,7 +80,7 @@ def test_computed_tokens_are_what_was_computed(line: Line) -> None:
     line.step(1000, EVERY)
     line.step(900, EVERY)
     predicted = line.step(800, [2, 7])
-    mask = line.family.token_mask(torch.tensor([[2, 7]] * 2), line.noise, line.config).bool()
+    mask = line.family.token_mask(torch.tensor([[2, 7]] * 2), line.noise).bool()
     assert torch.equal(predicted[mask.expand_as(predicted)], line.noise[mask.expand_as(predicted)])
 
 

@@ -46,8 +46,8 @@ def test_a_session_looks_at_the_first_step_of_every_image(make_tiny_sd3: Any, ov
         transformer.proj_out.bias.data[3] = float("inf")
     engine = TorchStepEngine(transformer)
     session = engine.session()
-    dims = engine.family.dims(engine.config, (4, 4), batch=1, text_length=3, num_kept=16)
-    shapes = engine.family.input_shapes(engine.config, dims)
+    dims = engine.family.dims((4, 4), batch=1, text_length=3, num_kept=16)
+    shapes = engine.family.input_shapes(dims)
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn([int(dim) for dim in shape], generator=generator) for name, shape in shapes.items()}
     latents = inputs.pop("hidden_states").half()

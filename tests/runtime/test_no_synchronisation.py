@@ -15,7 +15,7 @@ import torch
 from deaf_device import DEAF, HostTraffic, deaf
 
 from cat_pruning.engines.timestep_states import TimestepStates
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.runtime.selection import selection
 from cat_pruning.runtime.transformer import CatTransformer
@@ -62,11 +62,11 @@ class Loop:
     """The calls that a pipeline makes for one image, on the deaf device."""
 
     def __init__(self, transformer: Any, settings: PruneSettings) -> None:
-        self.family, self.config = family_of_class(type(transformer).__name__), transformer.config
+        self.family = family_of(transformer)
         self.transformer = CatTransformer.from_model(transformer.to(DEAF), settings, cuda_graphs=False)
-        dims = self.family.dims(self.config, GRID, batch=2, text_length=7, num_kept=0)
-        shapes = self.family.input_shapes(self.config, dims)
-        names = [name for name in self.family.argument_names(self.config) if name in shapes]
+        dims = self.family.dims(GRID, batch=2, text_length=7, num_kept=0)
+        shapes = self.family.input_shapes(dims)
+        names = [name for name in self.family.argument_names() if name in shapes]
         self.arguments = {name: torch.empty(shapes[name], device=DEAF) for name in names}
         if self.family.name == "flux":  # whose grid is read on the host once per image
             places = torch.cartesian_prod(*(torch.arange(side) for side in GRID))

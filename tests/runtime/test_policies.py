@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepEngine
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.runtime.selection.policies import SELECTORS, highest, mixed, ras_dense_steps
 from cat_pruning.runtime.selection.selector import Selector
 from cat_pruning.settings import Policy, PruneSettings
@@ -25,10 +25,10 @@ class Policied:
     """A policy over noise of its own for every step, two prompts under guidance."""
 
     def __init__(self, policy: Policy, transformer: Any, **changes: Any) -> None:
-        self.family, self.config = family_of_class(type(transformer).__name__), transformer.config
+        self.family = family_of(transformer)
         settings = SETTINGS.replace(policy=policy, **changes)
         make = SELECTORS[policy]
-        self.selector: Selector = make(self.family, self.config, settings, GRID, torch.device("cpu"))
+        self.selector: Selector = make(self.family, settings, GRID, self.noise(0))
         self.latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1)
         self.noises: list[Tensor] = []
 
@@ -45,7 +45,7 @@ class Policied:
         return tokens
 
     def tokens(self, noise: Tensor) -> Tensor:
-        return self.family.noise_tokens(noise, self.config)
+        return self.family.noise_tokens(noise)
 
 
 @pytest.fixture(scope="module")

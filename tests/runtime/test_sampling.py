@@ -43,11 +43,11 @@ class NoiseSession(StepSession):
         self.timesteps.append(timestep)
 
     def _run(self, keep_indices: Tensor) -> None:
-        family, config, noise = self.engine.family, self.engine.config, self._noise
+        family, noise = self.engine.family, self._noise
         new = torch.randn(noise.shape, generator=torch.Generator().manual_seed(len(self.noises)))
         # Whether a latent pixel's token is kept, by way of a latent that holds every pixel's own number.
         pixels = torch.arange(noise[0].numel()).reshape(1, *noise.shape[1:]).expand(noise.shape)
-        tokens = family.noise_tokens(pixels, config)
+        tokens = family.noise_tokens(pixels)
         kept = torch.zeros(noise.shape[0], noise[0].numel(), dtype=torch.bool)
         for row, indices in enumerate(keep_indices.long()):
             kept[row, tokens[row, indices].flatten()] = True
@@ -77,7 +77,7 @@ def session(sessions: list[NoiseSession]) -> NoiseSession:
 
 @pytest.fixture
 def conditioning(session: NoiseSession) -> dict[str, Tensor]:
-    config = session.engine.config
+    config = session.engine.family.config
     return {
         "encoder_hidden_states": torch.zeros(2, 48, config["joint_attention_dim"]),
         "pooled_projections": torch.zeros(2, config["pooled_projection_dim"]),
@@ -124,7 +124,7 @@ def test_the_timeline(
 ) -> None:
     sampling = Sampling(session, SETTINGS)
     assert run(sampling, conditioning) == "FFFFPPPPPP"
-    tokens = [session.engine.family.noise_tokens(noise, session.engine.config) for noise in session.noises]
+    tokens = [session.engine.family.noise_tokens(noise) for noise in session.noises]
     both = torch.tensor([1, 1])  # the conditional row is both rows' guide
 
     # Clusters once, on n_{F-1} - n_{F-2}; so is the first selection.
@@ -154,7 +154,7 @@ def test_extra_full_steps_count_for_every_token(
     sampling = Sampling(session, SETTINGS.replace(extra_full_steps=(4, 6)))
     assert run(sampling, conditioning) == "FFFFFPFPPP"
     assert [kept.shape[1] for kept in session.kept] == [64] * 5 + [25] + [64] + [25] * 3
-    tokens = [session.engine.family.noise_tokens(noise, session.engine.config) for noise in session.noises]
+    tokens = [session.engine.family.noise_tokens(noise) for noise in session.noises]
     (first,) = spied["first_selection"]
     torch.testing.assert_close(first[0], (tokens[4] - tokens[2])[torch.tensor([1, 1])])
     counts = spied["next_selection"][0][2]

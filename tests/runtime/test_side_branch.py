@@ -48,7 +48,7 @@ class Spied:
         monkeypatch.setattr(engine, "session", session)
         self.sampling = Sampling(engine.session(), SETTINGS)
         generator = torch.Generator().manual_seed(0)
-        config = engine.config
+        config = engine.family.config
         self.arguments = {
             "encoder_hidden_states": torch.randn(2, 48, config["joint_attention_dim"], generator=generator),
             "pooled_projections": torch.randn(2, config["pooled_projection_dim"], generator=generator),

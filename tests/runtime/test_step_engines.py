@@ -32,21 +32,21 @@ def engine(request: pytest.FixtureRequest, engines: dict[str, StepEngine]) -> St
 
 
 def dims(engine: StepEngine, size: tuple[int, int] = SIZE) -> StepDims:
-    return engine.family.dims(engine.config, (size[0] // 2, size[1] // 2), batch=2, text_length=48, num_kept=0)
+    return engine.family.dims((size[0] // 2, size[1] // 2), batch=2, text_length=48, num_kept=0)
 
 
 def conditioning(engine: StepEngine, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    config = engine.config
+    config = engine.family.config
     arguments = {
         "encoder_hidden_states": torch.randn(2, 48, config["joint_attention_dim"], generator=generator),
         "pooled_projections": torch.randn(2, config["pooled_projection_dim"], generator=generator),
     }
-    return engine.family.conditioning(arguments, config, (8, 8))
+    return engine.family.conditioning(arguments, (8, 8))
 
 
 def latents(engine: StepEngine, seed: int = 0, size: tuple[int, int] = SIZE) -> Tensor:
-    return torch.randn(2, engine.config["in_channels"], *size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(2, engine.family.config["in_channels"], *size, generator=torch.Generator().manual_seed(seed))
 
 
 def begun(engine: StepEngine, seed: int = 0, size: tuple[int, int] = SIZE) -> StepSession:
@@ -113,8 +113,8 @@ def test_a_new_shape_needs_a_new_image(engine: StepEngine) -> None:
 
 def test_a_pruned_step_changes_the_kept_tokens_only(engine: StepEngine) -> None:
     session = begun(engine)
-    before = engine.family.noise_tokens(session.step(latents(engine), 500.0, every()), engine.config)
-    after = engine.family.noise_tokens(session.step(latents(engine, seed=1), 400.0, some()), engine.config)
+    before = engine.family.noise_tokens(session.step(latents(engine), 500.0, every()))
+    after = engine.family.noise_tokens(session.step(latents(engine, seed=1), 400.0, some()))
     changed = (before != after).any(dim=-1)
     expected = torch.zeros(2, TOKENS, dtype=torch.bool).scatter(1, some().long(), True)
     assert torch.equal(changed, expected)
@@ -167,7 +167,7 @@ def test_caches_are_allocated_once_and_updated(engine: StepEngine) -> None:
     session = begun(engine)
     session.step(latents(engine), 500.0, every())
     addresses = addresses_of(session)
-    assert len(set(addresses)) == 2 * engine.config["num_layers"] * session.num_cache_sets
+    assert len(set(addresses)) == 2 * engine.family.config["num_layers"] * session.num_cache_sets
     for seed, keep_indices in ((1, some()), (2, every()), (3, some())):
         if seed == 2:  # the memory is kept for the next image of its shape
             session.begin(dims(engine), conditioning(engine, seed))
@@ -263,25 +263,25 @@ def test_the_users_conditioning_may_go(engine: StepEngine) -> None:
 
 def test_onnx_runtime_does_not_compute_in_bf16(mini_bundle: Path) -> None:
     manifest = Bundle.open(mini_bundle).manifest
-    family = family_named(manifest.family)
+    family = family_named(manifest.family, manifest.transformer_config)
     with pytest.raises(EngineError, match=r"does not compute in bfloat16; export with --dtype fp32"):
-        OnnxRuntimeStepEngine(mini_bundle, family, manifest.transformer_config, torch.bfloat16)
+        OnnxRuntimeStepEngine(mini_bundle, family, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["prompt.onnx", "timestep.onnx", "step.onnx"])
 def test_onnx_runtime_cannot_load_a_file(mini_bundle: Path, tmp_path: Path, name: str) -> None:
     manifest = Bundle.open(mini_bundle).manifest
-    family = family_named(manifest.family)
+    family = family_named(manifest.family, manifest.transformer_config)
     for path in mini_bundle.glob("*.onnx*"):
         shutil.copyfile(path, tmp_path / path.name)
     damaged = tmp_path / name
     for content in (b"", b"no model"):
         damaged.write_bytes(content)
         with pytest.raises(EngineError, match=rf"cannot load .*{name}"):
-            OnnxRuntimeStepEngine(tmp_path, family, manifest.transformer_config, torch.float32)
+            OnnxRuntimeStepEngine(tmp_path, family, torch.float32)
     damaged.unlink()
     with pytest.raises(EngineError, match=rf"cannot load .*{name}"):
-        OnnxRuntimeStepEngine(tmp_path, family, manifest.transformer_config, torch.float32)
+        OnnxRuntimeStepEngine(tmp_path, family, torch.float32)
 
 
 def test_onnx_runtime_fails_in_a_step(engines: dict[str, StepEngine]) -> None:

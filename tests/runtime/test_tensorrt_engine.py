@@ -144,7 +144,6 @@ def test_a_plan_of_another_graph(make_tensorrt: Make) -> None:
             "plugin",
             list(engine.graphs.values()),
             family=engine.family,
-            config=engine.config,
             dtype=torch.float32,
             device=CPU,
             rebuild="cat-export …",

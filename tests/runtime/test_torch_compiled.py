@@ -34,9 +34,9 @@ def compile_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inputs_of(engine: TorchStepEngine, seed: int, batch: int) -> dict[str, Tensor]:
     """Random inputs of the model."""
-    dims = engine.family.dims(engine.config, GRID, batch=batch, text_length=7, num_kept=0)
+    dims = engine.family.dims(GRID, batch=batch, text_length=7, num_kept=0)
     generator, inputs = torch.Generator().manual_seed(seed), {}
-    for name, shape in engine.family.input_shapes(engine.config, dims).items():
+    for name, shape in engine.family.input_shapes(dims).items():
         inputs[name] = engine.family.example_input(name, [int(size) for size in shape], generator)
     return inputs
 
@@ -46,7 +46,7 @@ def three_steps(engine: TorchStepEngine, seed: int = 0, batch: int = 2, **change
     inputs = inputs_of(engine, seed, batch) | changes
     scale = engine.family.max_timestep / 1000
     session = engine.session()
-    dims = engine.family.dims(engine.config, GRID, batch=batch, text_length=7, num_kept=0)
+    dims = engine.family.dims(GRID, batch=batch, text_length=7, num_kept=0)
     session.begin(dims, inputs, [scale * timestep for timestep in TIMESTEPS[:2]])  # the third is not expected
     every = torch.arange(GRID[0] * GRID[1], dtype=torch.int32).repeat(batch, 1)
     latents, outputs = inputs["hidden_states"], []
@@ -129,7 +129,7 @@ def test_adapters_that_are_scaled_and_fused_between_images(make_tiny: Any) -> No
     transformer.add_adapter(config)
     fast = TorchStepEngine(transformer, compiled=True)
     session, inputs = fast.session(), inputs_of(fast, seed=0, batch=2)
-    dims = fast.family.dims(fast.config, GRID, batch=2, text_length=7, num_kept=0)
+    dims = fast.family.dims(GRID, batch=2, text_length=7, num_kept=0)
     every = torch.arange(GRID[0] * GRID[1], dtype=torch.int32).repeat(2, 1)
     noises = []
     for change in (

@@ -23,7 +23,7 @@ SETTINGS = PruneSettings(keep_ratio=0.4, full_steps=3, num_clusters=6)
 
 def inputs(engine: StepEngine, size: tuple[int, int] = (16, 16), timestep: float = 1000.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    config = engine.config
+    config = engine.family.config
     return {
         "hidden_states": torch.randn(2, config["in_channels"], *size, generator=generator),
         "timestep": torch.full((2,), timestep),

@@ -28,7 +28,7 @@ from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
-from cat_pruning.families import family_of_class
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.models import miniatures
 from cat_pruning.runtime.transformer import CatTransformer
@@ -114,11 +114,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
         pipeline_class, transformer_class, config = _KINDS[name]
         parts = _parts(pipeline_class)
         transformer = _random(transformer_class, config | _text_widths(pipeline_class, config, parts))
-        family = family_of_class(transformer_class.__name__)
+        family = family_of(transformer)
         directory = tmp_path_factory.mktemp(name)
         graphs = export_step_graph(StepModule(transformer, family), directory)
         engines = {
-            "onnxruntime": OnnxRuntimeStepEngine(directory, family, transformer.config, torch.float32),
+            "onnxruntime": OnnxRuntimeStepEngine(directory, family, torch.float32),
             "torch": TorchStepEngine(transformer),
         }
         return Model(name, transformer, pipeline_class, parts, directory, graphs, engines)

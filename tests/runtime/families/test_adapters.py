@@ -62,9 +62,9 @@ def drop_in(model: Any) -> Make:
     """A pipeline over an engine of the test's own, by name."""
 
     def make(engine: str = "onnxruntime", **settings: Any) -> Any:
-        family, config = model.engines["torch"].family, model.transformer.config
+        family = model.engines["torch"].family
         made = (
-            OnnxRuntimeStepEngine(model.directory, family, config, torch.float32)
+            OnnxRuntimeStepEngine(model.directory, family, torch.float32)
             if engine == "onnxruntime"
             else TorchStepEngine(copy.deepcopy(model.transformer))
         )
@@ -136,11 +136,9 @@ def test_weights_are_decided_by_what_is_loaded(model: Any, drop_in: Make, sample
 def test_a_loaded_adapter_is_a_fused_one(model: Any, drop_in: Make, sample: Make, tmp_path: Path) -> None:
     save_file(adapter(model.transformer, 1), tmp_path / "one.safetensors", metadata={"format": "pt"})
     family = model.engines["torch"].family
-    fused: Any = fuse_loras(
-        copy.deepcopy(model.transformer), family, (parse_lora(f"{tmp_path / 'one.safetensors'}:0.7"),)
-    )
+    fused: Any = fuse_loras(copy.deepcopy(model.transformer), (parse_lora(f"{tmp_path / 'one.safetensors'}:0.7"),))
     export_step_graph(StepModule(fused, family), tmp_path)
-    engine = OnnxRuntimeStepEngine(tmp_path, family, fused.config, torch.float32)
+    engine = OnnxRuntimeStepEngine(tmp_path, family, torch.float32)
     pipe = drop_in(**PRUNED)
     pipe.load_lora_weights(tmp_path, weight_name="one.safetensors", adapter_name="one")
     pipe.set_adapters("one", 0.7)
@@ -316,7 +314,7 @@ def test_alphas_of_a_file_for_flux(models: Make, sample: Make) -> None:
     weights = adapter(flux.transformer, 1)
     alphas = {f"{name.partition('.lora_A')[0]}.alpha": torch.tensor(4.0) for name in weights if "lora_A" in name}
     reference = flux.pipeline(copy.deepcopy(flux.transformer))
-    engine = OnnxRuntimeStepEngine(flux.directory, flux.engines["torch"].family, flux.transformer.config, torch.float32)
+    engine = OnnxRuntimeStepEngine(flux.directory, flux.engines["torch"].family, torch.float32)
     pipe = flux.pipeline(CatTransformer(engine, PruneSettings(keep_ratio=1.0)))
     for each in (reference, pipe):
         each.load_lora_weights(weights | alphas)
@@ -327,7 +325,7 @@ def test_alphas_of_a_file_for_flux(models: Make, sample: Make) -> None:
 def test_norms_that_an_adapter_replaces_are_refused(models: Make) -> None:
     """FLUX's pipeline would leave them out with a warning."""
     flux = models("flux-tiny")
-    engine = OnnxRuntimeStepEngine(flux.directory, flux.engines["torch"].family, flux.transformer.config, torch.float32)
+    engine = OnnxRuntimeStepEngine(flux.directory, flux.engines["torch"].family, torch.float32)
     pipe = flux.pipeline(CatTransformer(engine))
     norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(16)}
     with pytest.raises(SettingsError, match="replaces norms"):

@@ -24,12 +24,12 @@ TEXT_LENGTH = 48
 @pytest.mark.parametrize("name", ["pixart-middle", "flux-middle", "sd35-middle"])
 def test_the_middle_sizes_can_be_built(models: Make, name: str, part: Part, tmp_path: Path) -> None:
     model = models(name)
-    family, config = model.engines["torch"].family, model.transformer.config
+    family = model.engines["torch"].family
     geometry = Geometry(
         pixels_per_latent=4,
-        patch_size=family.patch_size(config),
-        latent_channels=family.latent_channels(config),
-        max_latent_size=family.max_latent_size(config),
+        patch_size=family.patch_size,
+        latent_channels=family.latent_channels,
+        max_latent_size=family.max_latent_size,
         text_length=TEXT_LENGTH,
     )
     guidance = family.batched_guidance

@@ -35,8 +35,8 @@ def schedule(engine: OnnxRuntimeStepEngine, count: int) -> list[float]:
 
 def conditioning(engine: OnnxRuntimeStepEngine) -> dict[str, Tensor]:
     """Every row of its own."""
-    dims = engine.family.dims(engine.config, (4, 4), batch=BATCH, text_length=5, num_kept=0)
-    shapes = engine.family.input_shapes(engine.config, dims)
+    dims = engine.family.dims((4, 4), batch=BATCH, text_length=5, num_kept=0)
+    shapes = engine.family.input_shapes(dims)
     names = [name for name in engine.inputs[Part.TIMESTEP] if name != TIMESTEP]
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn([int(dim) for dim in shapes[name]], generator=generator) for name in names}
@@ -44,7 +44,7 @@ def conditioning(engine: OnnxRuntimeStepEngine) -> dict[str, Tensor]:
 
 def states(engine: OnnxRuntimeStepEngine, timesteps: list[float], rows: slice = slice(None)) -> tuple[Any, list[int]]:
     """The states of a schedule for some of the rows, and the number of timesteps of each run."""
-    symbolic = engine.family.input_shapes(engine.config, SYMBOLIC)
+    symbolic = engine.family.input_shapes(SYMBOLIC)
     per_row = {name for name in conditioning(engine) if SYMBOLIC.batch in symbolic[name]}
     inputs = {name: tensor[rows] if name in per_row else tensor for name, tensor in conditioning(engine).items()}
     runs: list[int] = []
