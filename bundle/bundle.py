@@ -51,17 +51,19 @@ class Bundle:
         directory = Path(path).resolve()
         try:
             if _PARTIAL.fullmatch(directory.name):
-                raise BundleError(f"{directory} is an unfinished export; run cat-export again and load its --out")
+                raise BundleError(f"{directory} is an unfinished export", "run cat-export again and load its --out")
             if not directory.exists():
                 kept = [f", but {path}, which an export was replacing" for path in _siblings(directory, "replaced")]
-                raise BundleError(f"{directory} does not exist{''.join(kept)}; give the --out of cat-export or run it")
+                raise BundleError(
+                    f"{directory} does not exist{''.join(kept)}", "give the --out of cat-export or run it"
+                )
             if not directory.is_dir():
-                raise BundleError(f"{directory} is a file, expected a directory; give the --out of cat-export")
+                raise BundleError(f"{directory} is a file, expected a directory", "give the --out of cat-export")
             bundle = cls(path=directory, manifest=read_manifest(directory))
             for name in bundle.manifest.files:
                 bundle._checked_size(name)
         except OSError as error:
-            raise BundleError(f"{directory} cannot be read ({error}); make it readable") from error
+            raise BundleError(f"{directory} cannot be read ({error})", "make it readable") from error
         return bundle
 
     def verified(self, name: str) -> Path:
@@ -78,7 +80,7 @@ class Bundle:
             path = self._checked_size(name)
             found, expected = _sha256(path), self.manifest.files[name].sha256
         except OSError as error:
-            raise BundleError(f"{self.path / name} cannot be read ({error}); make it readable") from error
+            raise BundleError(f"{self.path / name} cannot be read ({error})", "make it readable") from error
         if found != expected:
             raise self._error(f"{name} was changed after the export: its SHA-256 is {found}, expected {expected}")
         return path
@@ -125,7 +127,7 @@ class Bundle:
         return path
 
     def _error(self, problem: str, remedy: str = "") -> BundleError:
-        return BundleError(f"{self.path}: {problem}; {remedy}run cat-export again: {self.export_command()}")
+        return BundleError(f"{self.path}: {problem}", f"{remedy}run cat-export again: {self.export_command()}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,7 @@ class BundleWriter:
         files = {}
         for path in sorted(_files_below(self.path)):
             if path.is_symlink():  # into a download cache, say, that is emptied one day
-                raise OutputError(f"{path} is a link to {path.readlink()}; copy the file into the bundle")
+                raise OutputError(f"{path} is a link to {path.readlink()}", "copy the file into the bundle")
             _sync(path)
             files[path.relative_to(self.path).as_posix()] = FileSpec(size=path.stat().st_size, sha256=_sha256(path))
         files.pop(MANIFEST_NAME, None)
@@ -180,7 +182,8 @@ def new_bundle(out: Path, *, force: bool, needed_bytes: int) -> Iterator[BundleW
         _remove(partial)  # before the free space is told
         if not _is_disk_full(error):
             raise
-        raise OutputError(f"disk full ({error}): {_space(out, needed_bytes)}") from error
+        problem, remedy = _space(out, needed_bytes)
+        raise OutputError(f"disk full ({error}): {problem}", remedy) from error
     finally:
         _remove(partial)  # KeyboardInterrupt and SystemExit too
 
@@ -191,11 +194,11 @@ def _prepare(out: Path, partial: Path, force: bool, needed_bytes: int) -> None:
         _clear_stale(out)
         _check_replaceable(out, force)
         if _free_bytes(out) < needed_bytes:
-            raise OutputError(_space(out, needed_bytes))
+            raise OutputError(*_space(out, needed_bytes))
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        raise OutputError(f"{out} cannot be written ({error}); give an --out that you may write to") from error
+        raise OutputError(f"{out} cannot be written ({error})", "give an --out that you may write to") from error
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -203,13 +206,14 @@ def _check_replaceable(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if out.is_mount():
-        raise OutputError(f"{out} is a mount point, which cannot be replaced; give --out {out / 'bundle'}")
+        raise OutputError(f"{out} is a mount point, which cannot be replaced", f"give --out {out / 'bundle'}")
     if not force:
-        raise OutputError(f"{out} exists; pass --force to replace it or give another --out")
+        raise OutputError(f"{out} exists", "pass --force to replace it or give another --out")
     if not _may_be_deleted(out):
         raise OutputError(
             f"{out} is not a bundle (it has no {MANIFEST_NAME} with a format_version), and --force replaces only "
-            "bundles and empty directories; remove it yourself or give another --out"
+            "bundles and empty directories",
+            "remove it yourself or give another --out",
         )
 
 
@@ -234,7 +238,9 @@ def _swap_in(partial: Path, out: Path) -> None:
         if replaced.exists() and not out.exists():
             replaced.rename(out)
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
-            raise OutputError(f"{partial} cannot be renamed to {out} ({error.strerror}); give another --out") from error
+            raise OutputError(
+                f"{partial} cannot be renamed to {out} ({error.strerror})", "give another --out"
+            ) from error
         raise
     _remove(replaced)
 
@@ -305,6 +311,7 @@ def _free_bytes(out: Path) -> int:
     return shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
 
 
-def _space(out: Path, needed_bytes: int) -> str:
+def _space(out: Path, needed_bytes: int) -> tuple[str, str]:
+    """That there is not enough, and what to do."""
     needed, free = (f"{num_bytes / 2**30:.4g} GiB" for num_bytes in (needed_bytes, _free_bytes(out)))
-    return f"{out} needs about {needed}, {free} free on that disk; make room or give another --out"
+    return f"{out} needs about {needed}, {free} free on that disk", "make room or give another --out"

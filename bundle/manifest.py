@@ -190,7 +190,7 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         problem = "is missing: not a bundle, or an export that was interrupted"
     except BundleError as error:
-        problem = str(error)
+        problem = error.problem
     except pydantic.ValidationError as error:
         faults = (
             (".".join(map(str, fault["loc"])) or "manifest") + f": {fault['msg']}"
@@ -199,7 +199,7 @@ def read_manifest(directory: Path) -> Manifest:
         problem = f"was edited or is damaged: {'; '.join(itertools.islice(faults, 3))}"
     except ValueError as error:  # also a UnicodeDecodeError
         problem = f"is not JSON ({error}): damaged or edited"
-    raise BundleError(f"{path} {problem}; run cat-export again: {_salvaged_command(directory, fields)}")
+    raise BundleError(f"{path} {problem}", f"run cat-export again: {_salvaged_command(directory, fields)}")
 
 
 def _salvaged_command(out: Path, fields: object) -> str:

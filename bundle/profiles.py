@@ -33,7 +33,8 @@ def profile_spec(
         near = "x".join(str(max(token, round(side / token) * token)) for side in (height, width))
         raise ShapeError(
             f"--resolution {height}x{width}: both sides must be multiples of {token} pixels "
-            f"({geometry.pixels_per_latent} per latent, {geometry.patch_size} latents per token); try {near}"
+            f"({geometry.pixels_per_latent} per latent, {geometry.patch_size} latents per token)",
+            f"try {near}",
         )
     latent_height, latent_width = height // geometry.pixels_per_latent, width // geometry.pixels_per_latent
     if geometry.max_latent_size is not None and max(latent_height, latent_width) > geometry.max_latent_size:

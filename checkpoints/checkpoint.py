@@ -135,7 +135,7 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
     transformer_class = getattr(diffusers, checkpoint.family.transformer_class)
     folder = _transformer_directory(directory)
     if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has no *.safetensors weights; download or convert them")
+        raise CheckpointError(f"{folder} has no *.safetensors weights", "download or convert them")
     try:
         with quiet_diffusers():
             module = transformer_class.from_pretrained(
@@ -147,7 +147,7 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
             )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded ({first_line(error)}); download or convert it again"
+            f"{folder} cannot be loaded ({first_line(error)})", "download or convert it again"
         ) from error
     return fuse_loras(module, source.loras).eval()
 
@@ -160,15 +160,15 @@ def check_source(source: Source) -> None:
     """
     if source.in_memory:
         raise CheckpointError(
-            f"the bundle's weights were those of a module in memory and not of {source.location}; "
-            "only its exported graphs have them: --engine onnxruntime"
+            f"the bundle's weights were those of a module in memory and not of {source.location}",
+            "only its exported graphs have them: --engine onnxruntime",
         )
     is_gone = {
         "packaged": source.location not in miniatures(),
         "directory": not Path(source.location).is_dir(),
     }
     if is_gone.get(source.kind):
-        raise CheckpointError(f"the checkpoint {source.location} is not there any more; export it again")
+        raise CheckpointError(f"the checkpoint {source.location} is not there any more", "export it again")
 
 
 def _transformer_directory(directory: Path) -> Path:
@@ -201,7 +201,8 @@ def _local(directory: Path, source: Source) -> Checkpoint:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: vae/config.json or tokenizer/tokenizer_config.json is not a {index.get('_class_name')}'s "
-            f"({type(error).__name__}: {first_line(error)}); download the checkpoint again"
+            f"({type(error).__name__}: {first_line(error)})",
+            "download the checkpoint again",
         ) from error
     return Checkpoint(
         family=bound,
@@ -260,7 +261,7 @@ def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
             return transformer_class(**arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         problem = f"is not a {family.transformer_class}'s ({first_line(error)})"
-        raise CheckpointError(f"transformer/config.json {problem}; download the checkpoint again") from error
+        raise CheckpointError(f"transformer/config.json {problem}", "download the checkpoint again") from error
 
 
 def _read_json(directory: Path, name: str, problem: str) -> dict[str, Any]:

@@ -50,7 +50,9 @@ def pipeline_snapshot(hub_id: str, revision: str | None) -> Path:
         index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
         components = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{hub_id}: {_INDEX} cannot be read ({first_line(error)}); download it again") from error
+        raise CheckpointError(
+            f"{hub_id}: {_INDEX} cannot be read ({first_line(error)})", "download it again"
+        ) from error
     allowed = [f"{component}/{part}" for component in components for part in _PARTS]
     allowed += [_INDEX, "transformer/config.json"]
     return _download(hub_id, revision, allow_patterns=allowed, ignore_patterns=_VARIANTS)[0]
@@ -69,15 +71,17 @@ def _download(
         )
     except hub_errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{at} is gated: accept its licence on its page on the hub, then log in with `hf auth login`"
+            f"{at} is gated", "accept its licence on its page on the hub, then log in with `hf auth login`"
         ) from error
     except hub_errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{hub_id} has no revision {revision!r}; see its page on the hub") from error
+        raise CheckpointError(f"{hub_id} has no revision {revision!r}", "see its page on the hub") from error
     except hub_errors.RepositoryNotFoundError as error:
-        raise CheckpointError(f"{hub_id} is not on the hub, or is private: check the id, or `hf auth login`") from error
+        raise CheckpointError(
+            f"{hub_id} is not on the hub, or is private", "check the id, or `hf auth login`"
+        ) from error
     except (OSError, hub_errors.HTTPError) as error:  # type: ignore[attr-defined]  # not in the cache, no network
         raise CheckpointError(
-            f"{at} is not in the local cache and the hub cannot be reached ({first_line(error)}); "
-            "check the network, or pass a local directory as --model"
+            f"{at} is not in the local cache and the hub cannot be reached ({first_line(error)})",
+            "check the network, or pass a local directory as --model",
         ) from error
     return directory, directory.name  # snapshots/COMMIT

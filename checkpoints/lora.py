@@ -64,11 +64,11 @@ def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:
             with quiet_diffusers(errors=False):
                 transformer = _fuse(transformer, lora)
         except ImportError as error:
-            raise CheckpointError("--lora: PEFT is not installed here; pip install 'cat-pruning[lora]'") from error
+            raise CheckpointError("--lora: PEFT is not installed here", "pip install 'cat-pruning[lora]'") from error
         except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(
-                f"--lora {lora.path} cannot be fused into this {type(transformer).__name__} ({first_line(error)}); "
-                "give an adapter of this model: a diffusers *.safetensors file or a PEFT directory"
+                f"--lora {lora.path} cannot be fused into this {type(transformer).__name__} ({first_line(error)})",
+                "give an adapter of this model: a diffusers *.safetensors file or a PEFT directory",
             ) from error
     return transformer
 

@@ -60,6 +60,6 @@ class FiniteCheck:
 def _check(finite: Tensor) -> None:
     if not finite:
         raise EngineError(
-            "the first step of this image has values that are not finite: the model overflows in fp16; export it with "
-            "--dtype bf16, whose range is fp32's"
+            "the first step of this image has values that are not finite: the model overflows in fp16",
+            "export it with --dtype bf16, whose range is fp32's",
         )

@@ -59,7 +59,7 @@ class GraphWeights:
             try:
                 graph = onnx.load(path, load_external_data=False).graph
             except (OSError, ValueError) as error:
-                raise BundleError(f"{path} cannot be read ({error}); run cat-export again") from error
+                raise BundleError(f"{path} cannot be read ({error})", "run cat-export again") from error
             for tensor in graph.initializer:
                 if tensor.data_type in _DTYPES:
                     self._add(part, tensor, directory)
@@ -101,7 +101,7 @@ class GraphWeights:
         try:
             content = np.memmap(stored.file, mode="c", offset=stored.offset, shape=(size,))
         except (OSError, ValueError) as error:
-            raise BundleError(f"{stored.file}: {name} cannot be read ({error}); run cat-export again") from error
+            raise BundleError(f"{stored.file}: {name} cannot be read ({error})", "run cat-export again") from error
         return torch.from_numpy(content).view(stored.dtype).reshape(stored.shape)
 
     def changed(self, name: str, change: Tensor) -> Tensor:

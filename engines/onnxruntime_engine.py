@@ -169,8 +169,8 @@ class OnnxRuntimeStepEngine(StepEngine):
             return ["CPUExecutionProvider"]
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise EngineError(
-                f"this ONNX Runtime {onnxruntime.__version__} has no CUDA provider; pip install onnxruntime-gpu in its "
-                "place, or load the engine on the CPU"
+                f"this ONNX Runtime {onnxruntime.__version__} has no CUDA provider",
+                "pip install onnxruntime-gpu in its place, or load the engine on the CPU",
             )
         options = {
             "device_id": str(self.device.index or 0),
@@ -183,8 +183,8 @@ class OnnxRuntimeStepEngine(StepEngine):
     def _check_provider(self, graph: Any) -> None:
         if self.device.type == "cuda" and "CUDAExecutionProvider" not in graph.get_providers():
             raise EngineError(
-                f"the CUDA provider of ONNX Runtime {onnxruntime.__version__} cannot be loaded; "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]', or take the engine torch"
+                f"the CUDA provider of ONNX Runtime {onnxruntime.__version__} cannot be loaded",
+                "pip install 'onnxruntime-gpu[cuda,cudnn]', or take the engine torch",
             )
 
 
@@ -196,7 +196,8 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     """
     if device.type == "cpu" and dtype is torch.bfloat16:
         raise EngineError(
-            "ONNX Runtime's CPU provider does not compute in bfloat16; export with --dtype fp32, or use --engine torch"
+            "ONNX Runtime's CPU provider does not compute in bfloat16",
+            "export with --dtype fp32, or use --engine torch",
         )
 
 

@@ -23,9 +23,9 @@ from cat_pruning.step_io import Shape
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
 _REMEDIES = {
-    "driver version is insufficient|cudaError 35": "; update NVIDIA's driver",
+    "driver version is insufficient|cudaError 35": "update NVIDIA's driver",
     "out of memory|OutOfMemory|memory could not be allocated": (
-        "; free memory on the device, or build for smaller images and batches"
+        "free memory on the device, or build for smaller images and batches"
     ),
 }
 Ranges = dict[str, tuple[Shape, Shape]]  # of one profile: input name -> smallest and largest shape
@@ -196,7 +196,7 @@ class Plan:
     def _error(self, problem: str, errors: list[str]) -> EngineError:
         reason = f": {first_error(errors, '')}" if errors else ""
         remedies = (remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, reason, re.IGNORECASE))
-        return EngineError(f"{self._file}: {self._title} {problem}{reason}{next(remedies, '')}")
+        return EngineError(f"{self._file}: {self._title} {problem}{reason}", next(remedies, ""))
 
 
 class PlanContext:

@@ -48,8 +48,8 @@ def plans_for(bundle: Bundle, flavour: Flavour, *, version: str, architecture: s
     if not fit.problem:
         return fit.plans
     raise EngineError(
-        f"{bundle.path} has {fit.problem}; it has {fit.has}. This machine has {title} {version} and {architecture}; "
-        f"build the plans on it: {bundle.export_command(fit.rebuild)}"
+        f"{bundle.path} has {fit.problem}; it has {fit.has}. This machine has {title} {version} and {architecture}",
+        f"build the plans on it: {bundle.export_command(fit.rebuild)}",
     )
 
 

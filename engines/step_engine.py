@@ -69,7 +69,9 @@ class StepEngine(ABC):
         Raises:
             EngineError: this engine's weights cannot be changed; what to do.
         """
-        raise EngineError(f"the engine {self.name} takes no other weights; export with the adapter: cat-export --lora")
+        raise EngineError(
+            f"the engine {self.name} takes no other weights", "export with the adapter: cat-export --lora"
+        )
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take these weights, and for all others those of the export. Waits for a GPU.
@@ -165,14 +167,15 @@ class StepSession(ABC):
         """
         dims = self._dims
         if dims is None:
-            raise EngineError("a step before an image was begun; call begin first")
+            raise EngineError("a step before an image was begun", "call begin first")
         if latents.shape != (expected := self._inputs[LATENTS].shape):
             raise ShapeError(f"{LATENTS} has shape {tuple(latents.shape)}, expected {tuple(expected)}")
         num_kept = tokens.shape[1] if isinstance(tokens, Tensor) else tokens.num_kept
         if self._steps == 0 and num_kept != dims.num_tokens:
             raise EngineError(
                 f"the first step of an image must compute all {dims.num_tokens} tokens, but was given {num_kept}: "
-                "nothing is cached yet; run a full step first"
+                "nothing is cached yet",
+                "run a full step first",
             )
         try:
             with ordinary_tensors(), self._memory_for(dims):
@@ -292,7 +295,7 @@ def enough_memory(device: torch.device, what: str, remedy: str) -> Iterator[None
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        raise EngineError(f"{device} has not enough memory for {what}: {reason}; {remedy}") from error
+        raise EngineError(f"{device} has not enough memory for {what}: {reason}", remedy) from error
 
 
 def zeros(shape: Sequence[int | str], dtype: torch.dtype, device: torch.device) -> Tensor:

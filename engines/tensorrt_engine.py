@@ -74,7 +74,7 @@ class TensorRTStepEngine(StepEngine):
         for part, graph in self.graphs.items():
             expected = ({tensor.name for tensor in graph.inputs}, {tensor.name for tensor in graph.outputs})
             if (set(plans[part].inputs), set(plans[part].outputs)) != expected:
-                raise EngineError(f"the plan of {graph.file} has other inputs or outputs than the graph; {rebuild}")
+                raise EngineError(f"the plan of {graph.file} has other inputs or outputs than the graph", rebuild)
         self.in_place = token_ops == "plugin"
         self._read_weights = functools.cache(weights) if weights else None
         self._changed: frozenset[str] = frozenset()  # initializers that are not, or may not be, the export's
@@ -90,8 +90,8 @@ class TensorRTStepEngine(StepEngine):
     def base_weights(self) -> GraphWeights:
         if self._read_weights is None:
             raise EngineError(
-                f"the plans of {TITLES[self.flavour]} were not built to take adapters; build some that do "
-                f"({self.rebuild} --refittable), or with the adapter in them (--lora)"
+                f"the plans of {TITLES[self.flavour]} were not built to take adapters",
+                f"build some that do ({self.rebuild} --refittable), or with the adapter in them (--lora)",
             )
         return self._read_weights()
 
@@ -147,12 +147,14 @@ class TensorRTSession(StepSession):
         with self.engine.turns.together():
             if self._dims is not None and self._weights != self.engine.times_refitted:
                 self.reset()
-                raise EngineError("adapters were changed while this image was in progress; generate it again")
+                raise EngineError("adapters were changed while this image was in progress", "generate it again")
             return super().step(latents, timestep, tokens)
 
     def _check(self, dims: StepDims) -> None:
         if self.engine.is_half_refitted:
-            raise EngineError("a refit of the engine's weights failed half done; unload the adapters, or load it anew")
+            raise EngineError(
+                "a refit of the engine's weights failed half done", "unload the adapters, or load it anew"
+            )
         if self._weights != self.engine.times_refitted:
             self._graphs.clear()  # contexts stay valid; what was captured of them is not promised to
             self._weights = self.engine.times_refitted
@@ -235,6 +237,7 @@ class TensorRTSession(StepSession):
             return engine.plans[part].profile_for(shapes)
         except ShapeError as error:
             raise ShapeError(
-                f"{error}; give the --resolution, --batch, --text-length or --keep-ratio that you need to this command "
-                f"and run it: {engine.rebuild}"
+                error.problem,
+                f"give the --resolution, --batch, --text-length or --keep-ratio that you need to this command "
+                f"and run it: {engine.rebuild}",
             ) from error

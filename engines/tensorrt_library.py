@@ -36,10 +36,10 @@ def tensorrt_library(flavour: Flavour) -> Any:
     try:
         module = importlib.import_module(flavour)
     except (ImportError, OSError, RuntimeError) as error:  # OSError: one of its own libraries is missing
-        raise EngineError(f"{TITLES[flavour]} cannot be imported here ({error}); {remedy}") from error
+        raise EngineError(f"{TITLES[flavour]} cannot be imported here ({error})", remedy) from error
     if flavour == "tensorrt" and _version_numbers(module.__version__) < OLDEST_TENSORRT:
         oldest = ".".join(map(str, OLDEST_TENSORRT))
-        raise EngineError(f"TensorRT {module.__version__} is too old, expected {oldest} or newer; {remedy}")
+        raise EngineError(f"TensorRT {module.__version__} is too old, expected {oldest} or newer", remedy)
     return module
 
 

@@ -203,8 +203,9 @@ def compiler_errors() -> Iterator[None]:
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise EngineError(
             f"torch.compile keeps {torch._dynamo.config.recompile_limit} graphs of a block, and this process has had "
-            "more shapes and scales of adapters; begin a new process, or pass compiled=False"
+            "more shapes and scales of adapters",
+            "begin a new process, or pass compiled=False",
         ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).strip().splitlines()[:2])  # who failed, and why
-        raise EngineError(f"torch.compile failed ({reason}); pass compiled=False for steps that are not") from error
+        raise EngineError(f"torch.compile failed ({reason})", "pass compiled=False for steps that are not") from error

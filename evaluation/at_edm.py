@@ -60,7 +60,8 @@ class AtEdmStepEngine(TorchStepEngine):
         if not isinstance(self.family, PatchFamily):
             raise EngineError(
                 f"{self.family.transformer_class}: at-edm ranks tokens by the first block's attention, which is "
-                "written for SD3 and PixArt; leave it out of --policies"
+                "written for SD3 and PixArt",
+                "leave it out of --policies",
             )
 
     @staticmethod
@@ -91,7 +92,7 @@ class AtEdmSession(TorchSession):
         """Raise EngineError for skip-layer guidance, which would need gates in the blocks; synchronises."""
         gates = self._inputs.get(LAYER_GATES)
         if gates is not None and not bool((gates == 1).all()):
-            raise EngineError("at-edm has no skip-layer guidance: a call skips blocks; leave skip_layers out")
+            raise EngineError("at-edm has no skip-layer guidance: a call skips blocks", "leave skip_layers out")
         self._module = share_parameters(self.engine.transformer).eval()
         self._pruning.install(self._module)
 
@@ -131,7 +132,7 @@ class _Pruning:
         block = transformer.transformer_blocks[0]
         attention = next(part for part in block.modules() if isinstance(part, Attention))
         if attention.fused_projections:
-            raise EngineError("at-edm reads queries and keys apart; call transformer.unfuse_qkv_projections() first")
+            raise EngineError("at-edm reads queries and keys apart", "call transformer.unfuse_qkv_projections() first")
 
         def keep_query(module: nn.Module, args: object, rows: Tensor) -> None:
             self.query = rows

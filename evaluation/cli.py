@@ -156,10 +156,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--steps {','.join(map(str, arguments.steps))}: expected numbers >= 1")
     if 0.0 in arguments.keep_ratio:
         raise SettingsError(
-            "--keep-ratio 0: expected numbers in (0, 1]; for pruned steps that compute nothing, --policies forecast"
+            "--keep-ratio 0: expected numbers in (0, 1]", "for pruned steps that compute nothing, --policies forecast"
         )
     if arguments.out.exists() and not arguments.out.is_dir():
-        raise OutputError(f"--out {arguments.out} is no directory; give another")
+        raise OutputError(f"--out {arguments.out} is no directory", "give another")
 
 
 def _metrics(arguments: argparse.Namespace, scenes: bool) -> list[Metric]:
@@ -189,8 +189,9 @@ def _methods(arguments: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
     if AT_EDM in arguments.policies and not possible:
         raise EngineError(
             f"--policies {AT_EDM} reads the first block's attention, which the torch engine alone shows, for SD3 and "
-            f"PixArt; here are --engine {arguments.engine} and {bundle.manifest.family}: leave {AT_EDM} out, or take "
-            "--engine torch"
+            f"PixArt",
+            f"here are --engine {arguments.engine} and {bundle.manifest.family}: leave {AT_EDM} out, or take "
+            "--engine torch",
         )
     return tuple(arguments.policies)
 

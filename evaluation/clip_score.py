@@ -109,10 +109,10 @@ def _load(model: str | Path) -> tuple[Any, Any]:
             if local
             else "check the network and HF_HUB_OFFLINE, `hf auth login` if it is gated, or give a local directory"
         )
-        raise SettingsError(f"the CLIP model {model} cannot be loaded ({first_line(error)}); {remedy}") from error
+        raise SettingsError(f"the CLIP model {model} cannot be loaded ({first_line(error)})", remedy) from error
     if report["missing_keys"]:
         raise SettingsError(f"the CLIP model {model} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
     tokenizer = processor.tokenizer
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes of a directory without one
-        raise SettingsError(f"the CLIP model {model} has no tokenizer; save its CLIPProcessor beside it")
+        raise SettingsError(f"the CLIP model {model} has no tokenizer", "save its CLIPProcessor beside it")
     return loaded.eval(), processor

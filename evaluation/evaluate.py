@@ -107,7 +107,9 @@ def _evaluate_batch(
         try:
             _keep_pictures(store, variant, run, seed, batch)
         except OSError as error:
-            raise OutputError(f"{store.directory} cannot be written ({error.strerror or error}); make room") from error
+            raise OutputError(
+                f"{store.directory} cannot be written ({error.strerror or error})", "make room"
+            ) from error
         if variant in due:
             scores = metrics.score(sample, reference, texts)
             done = store.done(variant, seed)

@@ -176,8 +176,8 @@ def _check_scenes(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.scene is None:
             raise SettingsError(
-                f"metric {Metric.SCENE}: the prompt {prompt.text!r} is not the caption of a scene; "
-                "leave the metric out, or take the prompts of scenes:N"
+                f"metric {Metric.SCENE}: the prompt {prompt.text!r} is not the caption of a scene",
+                "leave the metric out, or take the prompts of scenes:N",
             )
 
 
@@ -186,11 +186,13 @@ def _check_torchmetrics(metric: Metric) -> None:
         import torchmetrics  # noqa: F401
     except ImportError as error:
         raise SettingsError(
-            f"metric {metric}: torchmetrics is not installed here; pip install 'cat-pruning[eval]'"
+            f"metric {metric}: torchmetrics is not installed here", "pip install 'cat-pruning[eval]'"
         ) from error
 
 
 def _clip_scorer(model: str | Path | None, device: torch.device | str) -> ClipScorer:
     if model is None:
-        raise SettingsError(f"metric {Metric.CLIP}: no model; give a directory with a CLIPModel, or its id on the hub")
+        raise SettingsError(
+            f"metric {Metric.CLIP}: no model", "give a directory with a CLIPModel, or its id on the hub"
+        )
     return ClipScorer(model, device)

@@ -81,7 +81,7 @@ def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
         SettingsError: more than `MAX_SCENES`.
     """
     if count > MAX_SCENES:
-        raise SettingsError(f"{count} unseen scenes: there are at most {MAX_SCENES}; ask for fewer")
+        raise SettingsError(f"{count} unseen scenes: there are at most {MAX_SCENES}", "ask for fewer")
     seen = set(_first_captions())
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -131,10 +131,10 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise SettingsError(f"{file} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         reason = getattr(error, "strerror", None) or error
-        raise SettingsError(f"{file} cannot be read ({reason}); give a file of prompts, or {SCENES}N") from error
+        raise SettingsError(f"{file} cannot be read ({reason})", f"give a file of prompts, or {SCENES}N") from error
 
 
 def _parti_prompts(file: Path, text: str) -> list[str]:

@@ -57,7 +57,7 @@ def check_installed() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise SettingsError("the report needs jinja2; pip install 'cat-pruning[eval]'") from error
+        raise SettingsError("the report needs jinja2", "pip install 'cat-pruning[eval]'") from error
 
 
 def write_report(directory: Path) -> Path:
@@ -276,6 +276,6 @@ def _write(path: Path, page: str) -> Path:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise OutputError(
-            f"{path}: cannot write the report ({error.strerror or error}); make room or give another --out"
+            f"{path}: cannot write the report ({error.strerror or error})", "make room or give another --out"
         ) from error
     return path

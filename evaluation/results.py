@@ -130,7 +130,7 @@ class ResultStore:
                     f"{each.key} ({each.prompts} prompts)" for each in self.spec.variants if each not in before.variants
                 )
         except OSError as error:
-            raise OutputError(f"{directory} cannot be written ({error.strerror}); give another --out") from error
+            raise OutputError(f"{directory} cannot be written ({error.strerror})", "give another --out") from error
         self.results = load_results(directory)
 
     def _grown(self, before: RunSpec, now: RunSpec) -> RunSpec:
@@ -150,8 +150,8 @@ class ResultStore:
             variants.append(dataclasses.replace(variant, prompts=prompts))
         if different:
             raise SettingsError(
-                f"{self.directory} holds an evaluation with other {', '.join(different)} ({'; '.join(changes)});"
-                " give another --out, or --force to begin anew"
+                f"{self.directory} holds an evaluation with other {', '.join(different)} ({'; '.join(changes)})",
+                "give another --out, or --force to begin anew",
             )
         return dataclasses.replace(before, variants=(*variants, *asked.values()))
 
@@ -189,16 +189,16 @@ def alone(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{directory} cannot be written ({error.strerror}); give another --out") from error
+        raise OutputError(f"{directory} cannot be written ({error.strerror})", "give another --out") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it ends
         except BlockingIOError as error:
             raise SettingsError(
-                f"{directory}: another cat-eval is at work there; wait for it, or give another --out"
+                f"{directory}: another cat-eval is at work there", "wait for it, or give another --out"
             ) from error
         except OSError as error:
-            raise OutputError(f"{directory} cannot be locked ({error.strerror}); give another --out") from error
+            raise OutputError(f"{directory} cannot be locked ({error.strerror})", "give another --out") from error
         yield
 
 
@@ -230,7 +230,7 @@ def load_spec(directory: Path) -> RunSpec:
         raise SettingsError(f"{directory} holds no evaluation ({error.strerror})") from error
     except (ValueError, TypeError, KeyError) as error:
         raise SettingsError(
-            f"{directory / RUN} is not this version's ({error}); give another --out, or --force to begin anew"
+            f"{directory / RUN} is not this version's ({error})", "give another --out, or --force to begin anew"
         ) from error
 
 
@@ -251,7 +251,7 @@ def load_results(directory: Path) -> list[ImageResult]:
             results.append(ImageResult(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise SettingsError(
-                f"{file}, line {number} is no result ({error}); remove it or give another --out"
+                f"{file}, line {number} is no result ({error})", "remove it or give another --out"
             ) from error
     return results
 

@@ -121,7 +121,7 @@ class Evaluation:
         self.directory, self.spec = directory, load_spec(directory)
         found = load_results(directory)
         if not found:
-            raise SettingsError(f"{directory} has no results yet; start the same cat-eval again, it goes on there")
+            raise SettingsError(f"{directory} has no results yet", "start the same cat-eval again, it goes on there")
         grouped: dict[str, dict[tuple[int, int], ImageResult]] = {}
         for result in found:
             grouped.setdefault(result.variant, {})[result.prompt, result.seed] = result

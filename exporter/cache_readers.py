@@ -51,7 +51,8 @@ def check_cache_readers(model: ir.Model) -> None:
         if readers != ["TokenScatter"] or value.is_graph_output():
             raise EngineError(
                 f"the exported step reads {value.name} in {', '.join(readers) or 'nothing'}, expected its scatter "
-                "alone: TensorRT would copy it on every step; this is a fault of cat-export, please report it"
+                "alone: TensorRT would copy it on every step",
+                "this is a fault of cat-export, please report it",
             )
 
 

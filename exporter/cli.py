@@ -147,8 +147,8 @@ def _export(arguments: argparse.Namespace) -> None:
     settings = PruneSettings(keep_ratio=arguments.keep_ratio)
     if not settings.keep_ratio:
         raise SettingsError(
-            "--keep-ratio 0: expected a share of the tokens, > 0; to compute none on pruned steps needs no bundle of "
-            "its own: any runs with PruneSettings().forecast()"
+            "--keep-ratio 0: expected a share of the tokens, > 0",
+            "to compute none on pruned steps needs no bundle of its own: any runs with PruneSettings().forecast()",
         )
     from cat_pruning.checkpoints.lora import parse_lora
     from cat_pruning.exporter.export import ExportConfig, Target, default_targets, export

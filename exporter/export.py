@@ -108,16 +108,16 @@ class ExportConfig:
             raise SettingsError(f"--text-length {self.text_length}: expected a number of text tokens >= 1")
         if not self.plugin and Target.TENSORRT not in self.targets:
             raise SettingsError(
-                "--no-plugin: only TensorRT's plans have the plugin, and none are built; give --target tensorrt too"
+                "--no-plugin: only TensorRT's plans have the plugin, and none are built", "give --target tensorrt too"
             )
         if self.refittable and set(self.targets) <= {Target.ONNX}:
             raise SettingsError(
-                "--refittable: only plans need it, and none are built; ONNX Runtime takes adapters from any bundle; "
-                "give --target tensorrt, or leave it out"
+                "--refittable: only plans need it, and none are built; ONNX Runtime takes adapters from any bundle",
+                "give --target tensorrt, or leave it out",
             )
         if self.verify and self.dtype is DType.BF16:
             raise EngineError(
-                "--verify: ONNX Runtime's CPU provider does not compute in bf16; verify with --dtype fp32"
+                "--verify: ONNX Runtime's CPU provider does not compute in bf16", "verify with --dtype fp32"
             )
 
 
@@ -182,9 +182,10 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                 )
             )
     if failure is not None:
+        written = f"{bundle.path} was written without these plans and runs under ONNX Runtime or torch"
         raise EngineError(
-            f"{failure}; {bundle.path} was written without these plans and runs under ONNX Runtime or torch: to build "
-            "it anew, give --force"
+            f"{failure.problem}; {written}",
+            "; ".join(filter(None, (failure.remedy, "to build it anew, give --force"))),
         ) from failure
     return bundle
 
@@ -203,7 +204,7 @@ def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportCon
     """The checkpoint with another transformer of its class, which lies in memory."""
     if config.loras:
         raise SettingsError(
-            "loras are fused into weights that an export loads; fuse them into the transformer yourself"
+            "loras are fused into weights that an export loads", "fuse them into the transformer yourself"
         )
     if type(transformer).__name__ != checkpoint.family.transformer_class:
         raise CheckpointError(
@@ -211,7 +212,7 @@ def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportCon
             f"{checkpoint.family.transformer_class}"
         )
     if (device := next(transformer.parameters()).device).type != "cpu":
-        raise SettingsError(f"the transformer is on {device}; an export traces it on the CPU: transformer.to('cpu')")
+        raise SettingsError(f"the transformer is on {device}", "an export traces it on the CPU: transformer.to('cpu')")
     if (dtype := next(transformer.parameters()).dtype) != config.dtype.torch:
         raise SettingsError(f"the transformer's weights are {dtype}, the export's dtype is {config.dtype}")
     return dataclasses.replace(
@@ -317,8 +318,8 @@ def _add_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineSpec | None:
     variants = {variant for path in files if (variant := variant_of(path.name))}
     if len(variants) > 1:
         raise CheckpointError(
-            f"{checkpoint.directory} has some parts as {' and others as '.join(sorted(variants))} only; "
-            "no pipeline loads them together: save them all in one precision"
+            f"{checkpoint.directory} has some parts as {' and others as '.join(sorted(variants))} only",
+            "no pipeline loads them together: save them all in one precision",
         )
     return PipelineSpec(kind="copied", path=folder.name, variant=variants.pop() if variants else None)
 

@@ -37,14 +37,16 @@ def check_memory(weights_bytes: int, *, held_bytes: int, builds_plans: bool) -> 
     if writing > memory:
         raise EngineError(
             f"{weights} need about {writing / _GIB:.0f} GiB of memory to be exported, and this machine has "
-            f"{memory / _GIB:.0f} GiB; in the dtype of the checkpoint's own files, and without adapters, they need not "
-            "be held (--dtype), or export on a larger machine"
+            f"{memory / _GIB:.0f} GiB",
+            "in the dtype of the checkpoint's own files, and without adapters, they need not "
+            "be held (--dtype), or export on a larger machine",
         )
     if builds_plans and building > memory:
         raise EngineError(
             f"{weights} need about {building / _GIB:.0f} GiB of memory for an engine to be built from them, and this "
-            f"machine has {memory / _GIB:.0f} GiB; --target onnx needs about {writing / _GIB:.0f} GiB, engines can be "
-            "built from the same command on a larger machine"
+            f"machine has {memory / _GIB:.0f} GiB",
+            f"--target onnx needs about {writing / _GIB:.0f} GiB, engines can be "
+            "built from the same command on a larger machine",
         )
 
 

@@ -119,7 +119,7 @@ def compile_ptx(variant: Variant) -> str:
 
         nvrtc.nvrtcVersion()  # the library is looked for at the first call, not at the import
     except (ImportError, RuntimeError) as error:
-        raise EngineError(f"NVRTC cannot be loaded, which compiles our CUDA kernels ({error}); {_REMEDY}") from error
+        raise EngineError(f"NVRTC cannot be loaded, which compiles our CUDA kernels ({error})", _REMEDY) from error
     options = [f"--gpu-architecture=compute_{ARCHITECTURE}", *(f"--define-macro={macro}" for macro in variant.macros)]
     status, program = nvrtc.nvrtcCreateProgram(kernel_source().encode(), b"token_rows.cu", 0, None, None)
     _check(nvrtc, status)
@@ -138,7 +138,7 @@ def _stamped(ptx: str) -> str:
     stamped, count = re.subn(r"(?m)^\.version \S+$", f".version {PTX_VERSION}", ptx)
     if count != 1:
         raise EngineError(
-            f"NVRTC's PTX has {count} lines `.version`, expected one; install cuda-bindings 13 and its NVRTC"
+            f"NVRTC's PTX has {count} lines `.version`, expected one", "install cuda-bindings 13 and its NVRTC"
         )
     return stamped
 
@@ -153,4 +153,4 @@ def _text(nvrtc: Any, size_of: Any, read: Any, program: Any) -> str:
 
 def _check(nvrtc: Any, status: Any) -> None:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise EngineError(f"NVRTC failed with {status.name}; {_REMEDY}")
+        raise EngineError(f"NVRTC failed with {status.name}", _REMEDY)

@@ -176,7 +176,7 @@ def _driver() -> Any:
         _check("cuInit", driver.cuInit(0))  # the library is looked for at the first call, not at the import
     except (ImportError, RuntimeError) as error:
         remedy = "install NVIDIA's driver, and pip install 'cat-pruning[tensorrt]'"
-        raise EngineError(f"the CUDA driver cannot be called ({error}); {remedy}") from error
+        raise EngineError(f"the CUDA driver cannot be called ({error})", remedy) from error
     return driver
 
 

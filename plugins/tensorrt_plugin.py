@@ -66,12 +66,13 @@ def _plugin_module(trt: Any) -> Any:
     if not hasattr(trt, "QuickPluginCreationRequest"):
         raise EngineError(
             f"{trt.__name__} {getattr(trt, '__version__', '')} has no ahead-of-time plugins, expected TensorRT 10.15 "
-            "or newer; pip install 'cat-pruning[tensorrt]'"
+            "or newer",
+            "pip install 'cat-pruning[tensorrt]'",
         )
     try:
         return importlib.import_module(f"{trt.__name__}.plugin")
     except ImportError as error:
-        raise EngineError(f"TensorRT's plugins cannot be imported ({error}); reinstall tensorrt") from error
+        raise EngineError(f"TensorRT's plugins cannot be imported ({error})", "reinstall tensorrt") from error
 
 
 def _declare_gather(plugin: Any, plugin_id: str) -> None:
@@ -159,6 +160,6 @@ def _kernel(plugin: Any, kernel: str, tokens: Any, indices: Any) -> tuple[str, s
 def _bytes(dtype: Any, known: dict[str, int]) -> int:
     if dtype.name not in known:
         raise EngineError(
-            f"a token plugin got {dtype.name}, expected one of {', '.join(known)}; export with another --dtype"
+            f"a token plugin got {dtype.name}, expected one of {', '.join(known)}", "export with another --dtype"
         )
     return known[dtype.name]

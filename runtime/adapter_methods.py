@@ -80,8 +80,8 @@ class AdapterMethods:
         """
         if not isinstance(self.adapters.engine, TorchStepEngine):
             raise SettingsError(
-                f"fuse_lora: adapters are always in the weights of the engine {self.adapters.engine.name}; leave it "
-                "out, give scales to set_adapters, or keep an adapter for good with cat-export --lora"
+                f"fuse_lora: adapters are always in the weights of the engine {self.adapters.engine.name}",
+                "leave it out, give scales to set_adapters, or keep an adapter for good with cat-export --lora",
             )
         self._change("fuse_lora", lora_scale, **options)
 

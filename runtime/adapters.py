@@ -83,11 +83,11 @@ class Adapters:
             active = self.active
             if not hasattr(module, "load_lora_adapter"):
                 raise SettingsError(
-                    f"diffusers loads no adapters into a {type(module).__name__}; "
-                    "fuse a PEFT directory with cat-export --lora"
+                    f"diffusers loads no adapters into a {type(module).__name__}",
+                    "fuse a PEFT directory with cat-export --lora",
                 )
             if (name := options.get("adapter_name")) in before and not options.get("hotswap"):
-                raise SettingsError(f"an adapter {name!r} is loaded already; give another adapter_name, or unload it")
+                raise SettingsError(f"an adapter {name!r} is loaded already", "give another adapter_name, or unload it")
             try:
                 with quiet_diffusers(errors=False), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # PEFT's, of a second adapter
@@ -141,8 +141,8 @@ class Adapters:
     def _unfit(self, name: str | None, reason: str) -> CheckpointError:
         called = f"the adapter {name}" if name else "the adapter"
         return CheckpointError(
-            f"{called} cannot be loaded into this {self.engine.family.transformer_class} ({reason}); "
-            "give a LoRA of this model"
+            f"{called} cannot be loaded into this {self.engine.family.transformer_class} ({reason})",
+            "give a LoRA of this model",
         )
 
     def _restore(self, names: set[str], active: list[str]) -> None:
@@ -182,7 +182,9 @@ class Adapters:
         """
         if (unknown := [name for name in names if name not in self.loaded]) and not self._has_others:
             has = ", ".join(self.loaded) or "none"
-            raise SettingsError(f"no adapter {unknown[0]!r} is loaded; loaded: {has}; pipe.load_lora_weights loads one")
+            raise SettingsError(
+                f"no adapter {unknown[0]!r} is loaded; loaded: {has}", "pipe.load_lora_weights loads one"
+            )
         self.change("set_adapters", names, scales)
 
     def _apply(self) -> None:
@@ -212,7 +214,9 @@ class AdaptedWeights(Mapping[str, Tensor]):
             if _active(layer):
                 names = base.initializers(f"{name}.weight")
                 if not names:
-                    raise EngineError(f"the graphs have no {name}.weight, which the adapter changes; cat-export --lora")
+                    raise EngineError(
+                        f"the graphs have no {name}.weight, which the adapter changes", "cat-export --lora"
+                    )
                 self._layers |= dict.fromkeys(names, layer)
 
     def __getitem__(self, name: str) -> Tensor:

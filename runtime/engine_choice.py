@@ -50,7 +50,7 @@ def engine_from_bundle(
     if engine == "auto":
         engine = best_engine(bundle)
     if compiled and engine != "torch":
-        raise EngineError(f"compiled: torch.compile has no use for the engine {engine}; leave it out, or take torch")
+        raise EngineError(f"compiled: torch.compile has no use for the engine {engine}", "leave it out, or take torch")
     for flavour in FLAVOURS:
         if engine == flavour:
             return _tensorrt(bundle, flavour, cuda_graphs)

@@ -59,8 +59,8 @@ def load_pipeline(
             )
     except (OSError, ValueError) as error:
         raise BundleError(
-            f"{parts}: the pipeline's other parts cannot be loaded ({first_line(error)}); "
-            "export again from a checkpoint that diffusers itself loads"
+            f"{parts}: the pipeline's other parts cannot be loaded ({first_line(error)})",
+            "export again from a checkpoint that diffusers itself loads",
         ) from error
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
     pipe = type(loaded)(**{**loaded.components, "transformer": transformer})
@@ -84,8 +84,8 @@ def pipeline_directory(bundle: Bundle) -> Path:
     spec = bundle.manifest.pipeline
     if spec is None:
         raise BundleError(
-            f"{bundle.path} was exported with random weights and has no text encoders, VAE or scheduler; "
-            "use CatTransformer.from_bundle in a pipeline of your own"
+            f"{bundle.path} was exported with random weights and has no text encoders, VAE or scheduler",
+            "use CatTransformer.from_bundle in a pipeline of your own",
         )
     if spec.kind == "copied":
         assert spec.path is not None

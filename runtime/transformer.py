@@ -193,7 +193,8 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
             tensors[name] = tensor
         if unsupported := sorted(name for name, value in given.items() if _is_given(value)):
             raise SettingsError(
-                f"{', '.join(unsupported)}: not supported by pruned steps; leave it out or use the original transformer"
+                f"{', '.join(unsupported)}: not supported by pruned steps",
+                "leave it out or use the original transformer",
             )
         return tensors
 

@@ -115,4 +115,4 @@ def write_summary(comparison: Comparison, path: Path) -> None:
     try:
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"--summary {path} cannot be written ({error.strerror}); give another path") from error
+        raise OutputError(f"--summary {path} cannot be written ({error.strerror})", "give another path") from error

@@ -118,7 +118,7 @@ def isolated(
         topic: of the finding, if it fails.
         check: any of those below.
         arguments: for the check.
-        remedy: for errors that name none. Our own end with one, after a semicolon.
+        remedy: for errors that name none.
         missing: the status if a module is not installed; of those that one can do without, a warning.
     """
     try:
@@ -126,8 +126,7 @@ def isolated(
     except Exception as error:  # noqa: BLE001  # a broken library may raise whatever it likes
         text, told = f"{type(error).__name__}: {error}", ""
         if isinstance(error, CatError):
-            text, separator, told = str(error).rpartition("; ")
-            text, told = (text, told) if separator else (told, "")
+            text, told = error.problem, error.remedy
         for cause in _causes(error):
             if isinstance(cause, ModuleNotFoundError) and cause.name:
                 return Finding(topic, missing, f"{cause.name} is not installed", told or f"pip install {cause.name}")
@@ -273,7 +272,7 @@ def check_plans(flavour: Flavour, bundle: Bundle) -> Finding:
     spec = next(iter(fit.plans.values()))
     plans = f"of version {spec.version} for {', '.join(spec.architectures)}"
     if missing is not None:
-        return Finding(topic, "warning", f"{plans}; {TITLES[flavour]} does not run here", _remedy_of(missing))
+        return Finding(topic, "warning", f"{plans}; {TITLES[flavour]} does not run here", missing.remedy)
     if architecture is None:
         return Finding(topic, "warning", f"{plans}: the installed version, but there is no GPU to run them")
     return Finding(topic, "ok", f"{plans}: the installed version and this GPU, {architecture}")
@@ -342,17 +341,20 @@ def _auto(bundle: Bundle | None, running: list[str]) -> tuple[Finding, str | Non
         first = f"{planned} where a bundle has plans for it, else " if planned else ""
         return Finding("auto", "ok" if running else "problem", f"takes {first}onnxruntime"), runs
 
+    chosen: list[str] = []
+
     def check() -> Finding:
         from cat_pruning.runtime.engine_choice import best_engine
 
         choice = best_engine(bundle)
         if choice in running:
+            chosen.append(choice)
             return Finding("auto", "ok", f"takes {choice}")
         remedy = f"take --engine {runs}" if runs else ""
         return Finding("auto", "problem", f"takes {choice}, which does not run here", remedy)
 
     finding = isolated("auto", check)
-    return finding, finding.text.removeprefix("takes ") if finding.status == "ok" else runs
+    return finding, chosen[0] if chosen else runs
 
 
 # What can be built
@@ -402,8 +404,8 @@ def _started(flavour: Flavour) -> str:
                 library.Runtime(log.handle)
         except (RuntimeError, TypeError, ValueError) as error:  # of the bindings, TypeError for a null pointer
             raise EngineError(
-                f"{TITLES[flavour]} {library.__version__} does not start ({first_error(errors, str(error))}); "
-                f"update NVIDIA's driver, or install it again: pip install 'cat-pruning[{TARGETS[flavour]}]'"
+                f"{TITLES[flavour]} {library.__version__} does not start ({first_error(errors, str(error))})",
+                f"update NVIDIA's driver, or install it again: pip install 'cat-pruning[{TARGETS[flavour]}]'",
             ) from error
     return str(library.__version__)
 
@@ -435,10 +437,6 @@ def _smallest_graph() -> bytes:
 
 def _on(device: Any) -> str:
     return "on the GPU" if device.type == "cuda" else "on the CPU"
-
-
-def _remedy_of(error: CatError) -> str:
-    return str(error).rpartition("; ")[2]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

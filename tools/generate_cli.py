@@ -116,7 +116,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         later = f", then one in {settings.refresh_every} (--refresh-every)" if settings.refresh_every else ""
         none = f"none of {config.steps} steps is pruned: the first {settings.full_steps} are full (--full-steps){later}"
         if arguments.token_map:
-            raise SettingsError(f"--token-map: {none}; give more --steps, or fewer full ones")
+            raise SettingsError(f"--token-map: {none}", "give more --steps, or fewer full ones")
         terminal.print(f"[yellow]{none}[/]", highlight=False)
     elif not settings.keep_ratio and not settings.refresh_every and not settings.extra_full_steps:
         terminal.print(
@@ -149,11 +149,13 @@ def _check(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seed < 2**63:
         raise SettingsError(f"--seed {arguments.seed}: expected a number in [0, 2^63)")
     if any(not prompt.strip() for prompt in arguments.prompt):
-        raise SettingsError("an empty prompt; say what to draw")
+        raise SettingsError("an empty prompt", "say what to draw")
     if arguments.out.suffix.lower() != ".png":
         raise SettingsError(f"--out {arguments.out}: expected a name that ends in .png")
     if not arguments.out.parent.is_dir():
-        raise OutputError(f"--out {arguments.out}: the directory {arguments.out.parent} does not exist; make it first")
+        raise OutputError(
+            f"--out {arguments.out}: the directory {arguments.out.parent} does not exist", "make it first"
+        )
     if arguments.summary is not None and not arguments.compare:
         raise SettingsError("--summary needs --compare, which measures what it holds")
 
@@ -184,7 +186,7 @@ def _save(arguments: argparse.Namespace, run: Run) -> None:
         try:
             image.save(path)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error.strerror or error}); give another --out") from error
+            raise OutputError(f"{path} cannot be written ({error.strerror or error})", "give another --out") from error
         Console().print(f"{path}  {run.seconds:.2f} s", highlight=False)
 
 

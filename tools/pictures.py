@@ -172,8 +172,8 @@ def _pruned_steps(records: Sequence[StepRecord], row: int) -> list[StepRecord]:
     pruned = [record for record in records if record.kind is StepKind.PRUNED]
     if not pruned:
         raise SettingsError(
-            f"all {len(records)} steps were full, so there is no pruned step to draw; "
-            "use more steps or fewer full steps (full_steps)"
+            f"all {len(records)} steps were full, so there is no pruned step to draw",
+            "use more steps or fewer full steps (full_steps)",
         )
     if len(grids := {record.grid for record in pruned}) > 1:
         raise ShapeError(f"records of different token grids {sorted(grids)}: expected the steps of one image")
@@ -275,7 +275,7 @@ def _wrapped(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str
 def _png_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise SettingsError(f"{path}: pictures are written as PNG; give a path that ends in .png")
+        raise SettingsError(f"{path}: pictures are written as PNG", "give a path that ends in .png")
     return path
 
 
@@ -288,6 +288,6 @@ def _write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise OutputError(
-            f"{path}: cannot write the picture ({error.strerror or error}); "
-            "give a path in a folder that exists, is writable and has space left"
+            f"{path}: cannot write the picture ({error.strerror or error})",
+            "give a path in a folder that exists, is writable and has space left",
         ) from error

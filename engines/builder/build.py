@@ -69,19 +69,20 @@ def plan_specs(flavour: Flavour, token_ops: TokenOps = "function", *, refittable
     try:
         version = tensorrt_library(flavour).__version__
     except EngineError as error:
-        raise EngineError(f"{target}: {error}") from error
+        raise EngineError(f"{target}: {error.problem}", error.remedy) from error
     if refittable and flavour == "tensorrt_rtx" and gpu_architecture() is None:
         raise EngineError(
             f"--refittable {target}: TensorRT-RTX builds no refittable plans without a GPU, and torch can use none "
-            f"here ({missing_gpu()}); build on a machine with one, or fuse the adapter with --lora; ONNX Runtime takes "
-            "adapters from any bundle"
+            f"here ({missing_gpu()})",
+            "build on a machine with one, or fuse the adapter with --lora; ONNX Runtime takes adapters from any bundle",
         )
     architectures, built_for = _RTX_ARCHITECTURES, f"{_RTX_ARCHITECTURES[0]}-and-later"
     if flavour == "tensorrt":
         if (architecture := gpu_architecture()) is None:
             raise EngineError(
                 f"{target}: TensorRT measures its kernels on the GPU that will run them, and torch can use none here "
-                f"({missing_gpu()}); run it on that machine, or --target rtx, which builds anywhere"
+                f"({missing_gpu()})",
+                "run it on that machine, or --target rtx, which builds anywhere",
             )
         architectures, built_for = (architecture,), architecture
     folder = f"plans/{flavour}-{version}-{built_for}"
@@ -145,7 +146,8 @@ def build_plan(
     if "errno" in report:
         raise OSError(report["errno"], report["problem"], str(plan))
     raise EngineError(
-        f"{TITLES[spec.flavour]} cannot build {onnx.name}: {report.get('problem') or _last_words(result)}"
+        f"{TITLES[spec.flavour]} cannot build {onnx.name}: {report.get('problem') or _last_words(result)}",
+        report.get("remedy", ""),
     )
 
 

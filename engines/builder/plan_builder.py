@@ -90,7 +90,7 @@ def build(job: PlanJob) -> PlanReport:
         try:
             report = _build_plan(trt, log, job)
         except (RuntimeError, TypeError, ValueError) as error:  # of the bindings, TypeError for a null pointer
-            raise EngineError(first_error(errors, str(error)) + _plugins_words(job)) from error
+            raise _refused(job, first_error(errors, str(error))) from error
     return report if job.flavour == "tensorrt_rtx" else _inspect(trt, log, Path(job.plan), report)
 
 
@@ -138,7 +138,7 @@ def _parsed(trt: Any, log: Log, builder: Any, job: PlanJob, onnx: Path) -> tuple
     with log.collected() as errors:
         if not parser.parse_from_file(str(onnx)):  # the log names the file or node, the parser what is wrong with it
             words = dict.fromkeys((*errors[:1], str(parser.get_error(0))))
-            raise EngineError(first_error([" ".join(words)], "") + _plugins_words(job))
+            raise _refused(job, first_error([" ".join(words)], ""))
     layers = (network.get_layer(index) for index in range(network.num_layers))
     plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
     _check_plugins(len(plugins), job.plugin_nodes, trt.__version__)
@@ -152,7 +152,7 @@ def _register_plugins(trt: Any) -> None:
         from cat_pruning.plugins.tensorrt_plugin import register_token_plugins
     except ImportError as error:
         raise EngineError(
-            f"the token plugin cannot be made here ({error}); pip install 'cat-pruning[tensorrt]', or --no-plugin"
+            f"the token plugin cannot be made here ({error})", "pip install 'cat-pruning[tensorrt]', or --no-plugin"
         ) from error
     register_token_plugins(trt)
 
@@ -174,10 +174,10 @@ def _callback_errors(job: PlanJob) -> list[str]:
     return callback_errors
 
 
-def _plugins_words(job: PlanJob) -> str:
-    """What an error's text says besides where our plugins take part: what they raised, and what to do."""
+def _refused(job: PlanJob, problem: str) -> EngineError:
+    """The library's refusal; where our plugins take part, with what they raised and how to do without them."""
     said = "".join(f"; the token plugin said: {words}" for words in _callback_errors(job)[:1])
-    return f"{said}; --no-plugin builds without our kernels" if job.plugin_nodes else ""
+    return EngineError(problem + said, "--no-plugin builds without our kernels" if job.plugin_nodes else "")
 
 
 def _check_plugins(found: int, expected: Mapping[str, int], version: str) -> None:
@@ -186,8 +186,8 @@ def _check_plugins(found: int, expected: Mapping[str, int], version: str) -> Non
         nodes = ", ".join(f"{count} {operator}" for operator, count in expected.items())
         raise EngineError(
             f"the plugin was asked for, and TensorRT {version} took the function bodies of the token operators "
-            f"instead: {found} plugin layers, expected {sum(expected.values())} ({nodes}); build with --no-plugin, "
-            "which needs none"
+            f"instead: {found} plugin layers, expected {sum(expected.values())} ({nodes})",
+            "build with --no-plugin, which needs none",
         )
 
 
@@ -280,7 +280,7 @@ def main() -> int:
         report.write(json.dumps({"errno": error.errno, "problem": error.strerror}) + "\n")
         return 1
     except EngineError as error:
-        report.write(json.dumps({"problem": str(error)}) + "\n")
+        report.write(json.dumps({"problem": error.problem, "remedy": error.remedy}) + "\n")
         return 1
     report.write(json.dumps(dataclasses.asdict(built)) + "\n")
     return 0

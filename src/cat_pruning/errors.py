@@ -8,15 +8,27 @@
     ├── EngineError       a target that cannot be built here, or an engine that cannot run here
     └── OutputError       an output path that exists, cannot be written, or a disk that is full
 
-A message says what came, what was expected and what to do. The command-line tools
-print it as one line and exit with code 2.
+An error's problem says what came and what was expected, its remedy what to do. The command-line tools print both as
+one line and exit with code 2.
 """
 
 from __future__ import annotations
 
 
 class CatError(Exception):
-    """Base of every error that cat-pruning raises on purpose."""
+    """Base of every error that cat-pruning raises on purpose.
+
+    Attributes:
+        problem: what came, and what was expected.
+        remedy: what to do: a command, or words; empty where the problem says it all.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
 
 
 class SettingsError(CatError, ValueError):

@@ -144,8 +144,8 @@ class PruneSettings:
         """
         if num_tokens < self.num_clusters:
             raise ShapeError(
-                f"the image has {num_tokens} tokens, fewer than num_clusters={self.num_clusters}; "
-                f"use a larger resolution or num_clusters <= {num_tokens}"
+                f"the image has {num_tokens} tokens, fewer than num_clusters={self.num_clusters}",
+                f"use a larger resolution or num_clusters <= {num_tokens}",
             )
         return max(1, math.floor(self.keep_ratio * num_tokens + 1e-6)) if self.keep_ratio else 0
 

@@ -102,7 +102,7 @@ def test_a_model_alone_of_another_class(tmp_path: Path, index: dict[str, str]) -
 def test_an_old_config_gets_what_it_leaves_out_and_loses_what_is_unknown(tiny_checkpoint: Path) -> None:
     path = tiny_checkpoint / "transformer" / "config.json"
     path.write_text(path.read_text().replace('"qk_norm": null', '"of_the_future": 1'))
-    config = find_checkpoint(str(tiny_checkpoint)).config
+    config = find_checkpoint(str(tiny_checkpoint)).family.config
     assert config["qk_norm"] is None
     assert "of_the_future" not in config
     assert not [key for key in config if key.startswith("_")]

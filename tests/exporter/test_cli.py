@@ -212,7 +212,7 @@ def hub_error(error: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (hub_errors.GatedRepoError, "some/sd3 at v2 is gated: accept its licence .*`hf auth login`"),
+        (hub_errors.GatedRepoError, "some/sd3 at v2 is gated; accept its licence .*`hf auth login`"),
         (hub_errors.RepositoryNotFoundError, "some/sd3 is not on the hub, or is private"),
         (hub_errors.RevisionNotFoundError, "some/sd3 has no revision 'v2'"),
         (hub_errors.LocalEntryNotFoundError, "some/sd3 at v2 is not in the local cache.*cannot be reached"),

@@ -237,7 +237,7 @@ def test_the_graphs_outlive_a_plan_that_fails(
     assert (code, printed) == (2, "")
     assert errors[-1] == (
         f"cat-export: TensorRT-RTX cannot build timestep.onnx: no; {out} was written without these plans and runs "
-        "under ONNX Runtime or torch: to build it anew, give --force"
+        "under ONNX Runtime or torch; to build it anew, give --force"
     )
     assert failing_builder == ["prompt.onnx", "timestep.onnx"]  # a plan of the step's alone would be of no use
     bundle = Bundle.open(out)

@@ -440,7 +440,7 @@ def test_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError("libnvinfer.so.11: cannot open shared object file"),
          Finding("x", "problem", "OSError: libnvinfer.so.11: cannot open shared object file", "do this")),
         (ImportError("two\n  lines"), Finding("x", "problem", "ImportError: two lines", "do this")),
-        (EngineError("broken (a; b); mend it"), Finding("x", "problem", "broken (a; b)", "mend it")),
+        (EngineError("broken (a; b)", "mend it"), Finding("x", "problem", "broken (a; b)", "mend it")),
         (EngineError("broken"), Finding("x", "problem", "broken", "do this")),
         (ModuleNotFoundError("No module named 'abacus'", name="abacus"),
          Finding("x", "warning", "abacus is not installed", "pip install abacus")),
