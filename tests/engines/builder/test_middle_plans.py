@@ -1,4 +1,4 @@
-"""TensorRT-RTX plans of the middle sizes, 1024 tokens, in fp32; `tests/engines/test_build.py` has the tiny ones."""
+"""TensorRT-RTX plans of the middle sizes, 1024 tokens, in fp32; `test_build.py` has the tiny ones."""
 
 from __future__ import annotations
 
