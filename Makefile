@@ -22,7 +22,7 @@ install: .venv/installed
 	  { echo "cat-pruning needs Python 3.11 or newer, $(PYTHON) is older; run: make PYTHON=/path/to/python3.12 install"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --config-settings editable_mode=strict --editable '.[rtx,dev]'
+	  --config-settings editable_mode=strict --editable '.[tensorrt-rtx,dev]'
 	touch $@
 
 check: install

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--model", default="sd3")
     parser.add_argument("--dtype", type=DType, choices=list(DType), default=DType.BF16)
     parser.add_argument("--resolution", default="1024x1024")
-    parser.add_argument("--target", default="rtx", choices=["onnx", "rtx"])
+    parser.add_argument("--target", default="tensorrt_rtx", choices=["onnx", "tensorrt_rtx"])
     parser.add_argument("--from-directory", action="store_true", help="export a checkpoint on disk")
     parser.add_argument("--name", help="of the file in benchmarks/results (default: export-MODEL[-from-directory])")
     arguments = parser.parse_args()

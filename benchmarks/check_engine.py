@@ -21,19 +21,18 @@ from token_engines import check_token_engines
 
 from cat_pruning import load_pipeline
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import Flavour
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import plan_specs
-from cat_pruning.engines.tensorrt_library import TARGETS
 from cat_pruning.errors import CatError, EngineError
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
+from cat_pruning.names import FLAVOURS, Flavour, Target
 from cat_pruning.settings import PruneSettings
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 SIZE, STEPS, TEXT_LENGTH = 128, 28, 48
-ENGINES = (*TARGETS, "onnxruntime")
+ENGINES = (*FLAVOURS, "onnxruntime")
 DTYPES: dict[str, tuple[DType, ...]] = {
-    **dict.fromkeys(TARGETS, (DType.BF16, DType.FP16, DType.FP32)),  # what deploys comes first
+    **dict.fromkeys(FLAVOURS, (DType.BF16, DType.FP16, DType.FP32)),  # what deploys comes first
     "onnxruntime": (DType.FP32,),
 }
 
@@ -62,7 +61,7 @@ def check(engine: str, result: dict[str, Any]) -> None:
     Raises:
         CatError: the engine cannot be built or run here, or a token operator is wrong in it.
     """
-    if engine in TARGETS:
+    if engine in FLAVOURS:
         check_operators(engine, result)  # type: ignore[arg-type]
     refusals = []
     for dtype in DTYPES[engine]:
@@ -101,7 +100,7 @@ def check_model(engine: str, dtype: DType, result: dict[str, Any]) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "sd3-mini"
-        targets = (Target.ONNX, *([Target(TARGETS[engine])] if engine in TARGETS else []))  # type: ignore[index]
+        targets = (Target.ONNX, *([Target(engine)] if engine in FLAVOURS else []))  # type: ignore[index]
         started = time.perf_counter()
         sizes = ((SIZE, SIZE),)
         config = ExportConfig(

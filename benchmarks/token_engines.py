@@ -18,11 +18,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from cat_pruning.bundle.schema import Flavour, PlanSpec
+from cat_pruning.bundle.schema import PlanSpec
 from cat_pruning.engines.builder.build import build_plan
 from cat_pruning.engines.plan import Plan
 from cat_pruning.engines.side_stream import SideStream
 from cat_pruning.errors import EngineError
+from cat_pruning.names import Flavour
 from cat_pruning.plugins import onnx_ops
 from cat_pruning.plugins.token_ops import token_gather, token_scatter
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Final, Self
 
 from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
-from cat_pruning.bundle.schema import FileSpec, Flavour
+from cat_pruning.bundle.schema import FileSpec
 from cat_pruning.errors import BundleError, CatError, OutputError
+from cat_pruning.names import Flavour
 
 _log = logging.getLogger(__name__)
 

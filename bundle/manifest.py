@@ -28,7 +28,6 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 from cat_pruning.bundle.schema import (
     BundlePath,
     FileSpec,
-    Flavour,
     Geometry,
     GraphSpec,
     MacsSpec,
@@ -39,8 +38,8 @@ from cat_pruning.bundle.schema import (
     Source,
 )
 from cat_pruning.dtype import DType
-from cat_pruning.engines.tensorrt_library import TARGETS
 from cat_pruning.errors import BundleError
+from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
@@ -163,7 +162,7 @@ class Manifest(Record):
         words += ["--text-length", str(self.geometry.text_length), "--keep-ratio", str(self.settings.keep_ratio)]
         words += [] if self.guidance else ["--no-guidance"]
         for flavour in targets:
-            words += ["--target", TARGETS[flavour]]
+            words += ["--target", flavour]
         if any(plan.flavour == "tensorrt" and plan.token_ops == "function" for plan in self.plans):
             words += ["--no-plugin"]
         words += ["--refittable"] if any(plan.refittable for plan in self.plans) else []

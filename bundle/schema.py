@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, Strict, model_validator
 
+from cat_pruning.names import Flavour
 from cat_pruning.step_io import Part, Shape, StepDims
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
 AttentionKernels = Literal["fused", "decomposable"]  # one kernel and no score matrix, or whatever the builder takes
 TokenOps = Literal["plugin", "function"]  # the token operators of a plan: our kernels, or TensorRT's from their bodies
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_pruning.bundle.schema import Flavour
 from cat_pruning.engines.cuda_graphs import capturing
 from cat_pruning.engines.plan_caches import read_cache, write_cache
 from cat_pruning.engines.side_stream import SideStream
-from cat_pruning.engines.tensorrt_library import TITLES, first_error, library_log, tensorrt_library
+from cat_pruning.engines.tensorrt_library import first_error, library_log, tensorrt_library
 from cat_pruning.errors import EngineError, ShapeError
+from cat_pruning.names import TITLES, Flavour
 from cat_pruning.step_io import Shape
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import Flavour, PlanSpec
-from cat_pruning.engines.tensorrt_library import TITLES
+from cat_pruning.bundle.schema import PlanSpec
 from cat_pruning.errors import EngineError
+from cat_pruning.names import TITLES, Flavour
 from cat_pruning.step_io import Part
 
 

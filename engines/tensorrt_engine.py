@@ -22,16 +22,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from cat_pruning import step_io
-from cat_pruning.bundle.schema import Flavour, GraphSpec, TokenOps
+from cat_pruning.bundle.schema import GraphSpec, TokenOps
 from cat_pruning.engines.graph_weights import GraphWeights
 from cat_pruning.engines.plan import Plan, PlanContext
 from cat_pruning.engines.side_stream import SideStream
 from cat_pruning.engines.step_engine import StepEngine, StepSession, TokenChoice, zeros
-from cat_pruning.engines.tensorrt_library import TITLES
 from cat_pruning.engines.timestep_states import TimestepStates
 from cat_pruning.engines.turns import Turns
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.families.family import Family
+from cat_pruning.names import TITLES, Flavour
 from cat_pruning.step_io import KEEP_INDICES, NOISE, Part, Shape, StepDims
 
 

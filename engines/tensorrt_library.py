@@ -15,13 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from cat_pruning.bundle.schema import Flavour
 from cat_pruning.errors import EngineError
+from cat_pruning.names import TITLES, Flavour, install_command
 
 logger = logging.getLogger(__name__)
 
-TITLES: Final[dict[Flavour, str]] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-TARGETS: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # as cat-export spells them
 OLDEST_TENSORRT: Final = (10, 15)  # that prefers our plugin over the function body where a node asks for it
 
 
@@ -32,7 +30,7 @@ def tensorrt_library(flavour: Flavour) -> Any:
     Raises:
         EngineError: it is not installed, is broken, or is older than `OLDEST_TENSORRT`.
     """
-    remedy = f"pip install 'cat-pruning[{TARGETS[flavour]}]'"
+    remedy = install_command(flavour)
     try:
         module = importlib.import_module(flavour)
     except (ImportError, OSError, RuntimeError) as error:  # OSError: one of its own libraries is missing

@@ -18,6 +18,7 @@ from cat_pruning.checkpoints.published import published_models
 from cat_pruning.dtype import DType
 from cat_pruning.errors import SettingsError
 from cat_pruning.models import miniatures
+from cat_pruning.names import TITLES, Target
 from cat_pruning.settings import PruneSettings
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ examples:
   cat-export --model sd3 --dtype bf16 --out sd3                            SD3-medium from the hub (gated: log in first)
   cat-export --model ./my-finetune --dtype bf16 --out tuned                a local directory in the diffusers layout
   cat-export --model flux-dev --dtype bf16 --lora style.safetensors:0.8 --out styled    an adapter fused in
-  cat-export --model sd3 --random-weights --dtype bf16 --target rtx --out random    the architecture alone, no network
+  cat-export --model sd3 --random-weights --dtype bf16 --target onnx --out random    the architecture alone, no network
   cat-export --model sd3 --dtype bf16 --target tensorrt --out sd3          on the machine with the GPU that will run it
   cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
                                                                            plans for two resolutions, 1 and 4 prompts
@@ -49,6 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `cat-export`."""
     arguments = _parser().parse_args(argv)
     return console.run("cat-export", lambda: _export(arguments))
+
+
+def _target(text: str) -> str:
+    """A target as it is spelt now; `rtx` is what it was called before."""
+    if text == "rtx":
+        sys.stderr.write("cat-export: --target rtx is spelt tensorrt_rtx, as --engine is\n")
+        return Target.TENSORRT_RTX
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,9 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--target",
         action="append",
-        choices=["onnx", "rtx", "tensorrt"],
-        help="what to build; repeatable. The ONNX graphs always are; rtx (TensorRT-RTX) needs no GPU, tensorrt the one "
-        "that will run the plans (default: all that this machine can build)",
+        type=_target,
+        choices=list(Target),
+        help="what to build; repeatable. The ONNX graphs always are; tensorrt_rtx needs no GPU, tensorrt the one that "
+        "will run the plans (default: all that this machine can build)",
     )
     output.add_argument(
         "--no-plugin",
@@ -151,7 +161,7 @@ def _export(arguments: argparse.Namespace) -> None:
             "to compute none on pruned steps needs no bundle of its own: any runs with PruneSettings().forecast()",
         )
     from cat_pruning.checkpoints.lora import parse_lora
-    from cat_pruning.exporter.export import ExportConfig, Target, default_targets, export
+    from cat_pruning.exporter.export import ExportConfig, default_targets, export
 
     console.quiet_libraries()
     config = ExportConfig(
@@ -191,7 +201,6 @@ def _stage(terminal: Console, title: str) -> Iterator[Advance]:
 
 
 def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds: float) -> None:
-    from cat_pruning.engines.tensorrt_library import TITLES
 
     manifest = bundle.manifest
     files = Table(title=f"{bundle.path}  ({seconds:.0f} s)", title_justify="left", title_style="bold")

@@ -9,7 +9,6 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from cat_pruning.bundle.bundle import Bundle, new_bundle
 from cat_pruning.bundle.manifest import Manifest
 from cat_pruning.bundle.profiles import profile_spec, step_dims
 from cat_pruning.bundle.schema import (
-    Flavour,
     Geometry,
     GraphSpec,
     LoraSpec,
@@ -35,7 +33,6 @@ from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transfo
 from cat_pruning.checkpoints.variants import variant_of, without_other_variants
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import can_build, can_build_refittable, plan_specs
-from cat_pruning.engines.tensorrt_library import TARGETS
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes
@@ -45,6 +42,7 @@ from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verify import verify_step_graph
 from cat_pruning.families.interception import StepModule
+from cat_pruning.names import FLAVOURS, Flavour, Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
 from cat_pruning.versions import versions_of
@@ -58,18 +56,10 @@ _PIPELINE_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}
 _VERSIONED = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "cat-pruning")
 
 
-class Target(StrEnum):
-    """What an export builds; the ONNX graphs always, and plans from them."""
-
-    ONNX = "onnx"
-    RTX = "rtx"
-    TENSORRT = "tensorrt"
-
-
 def default_targets(*, refittable: bool = False) -> tuple[Target, ...]:
     """What this machine can build, refittable or not."""
     can = can_build_refittable if refittable else can_build
-    return (Target.ONNX, *(Target(target) for flavour, target in TARGETS.items() if can(flavour)))
+    return (Target.ONNX, *(Target(flavour) for flavour in FLAVOURS if can(flavour)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,8 +184,8 @@ def _plan_specs(config: ExportConfig) -> tuple[PlanSpec, ...]:
     token_ops: dict[Flavour, TokenOps] = {"tensorrt": "plugin" if config.plugin else "function"}
     return tuple(
         plan
-        for flavour, target in TARGETS.items()
-        if target in config.targets
+        for flavour in FLAVOURS
+        if flavour in config.targets
         for plan in plan_specs(flavour, token_ops.get(flavour, "function"), refittable=config.refittable)
     )
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from cat_pruning.bundle.bundle import BundleWriter
 from cat_pruning.bundle.profiles import plan_profiles
-from cat_pruning.bundle.schema import Flavour, GraphSpec, PlanSpec, ProfileSpec
+from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec
 from cat_pruning.engines.builder.build import build_plan, with_report
 from cat_pruning.engines.plan_caches import timing_cache_path
-from cat_pruning.engines.tensorrt_library import TITLES
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.importer_rules import importer_findings
 from cat_pruning.exporter.progress import Stage
+from cat_pruning.names import TITLES, Flavour
 
 logger = logging.getLogger(__name__)
 

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import get_args
 
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import Flavour
 from cat_pruning.checkpoints.checkpoint import load_transformer
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
 from cat_pruning.engines.graph_weights import GraphWeights
 from cat_pruning.engines.plan_caches import runtime_cache_path
 from cat_pruning.engines.plan_choice import plans_for
 from cat_pruning.engines.step_engine import StepEngine, enough_memory
-from cat_pruning.engines.tensorrt_library import TITLES, tensorrt_library
+from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.families import family_named
+from cat_pruning.names import ENGINES, FLAVOURS, TITLES, Flavour
 from cat_pruning.step_io import Part
 
 logger = logging.getLogger(__name__)
-
-FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
-ENGINES = ("auto", *FLAVOURS, "onnxruntime", "torch")
 
 
 def engine_from_bundle(

@@ -12,10 +12,10 @@ from typing import Any, Final, Literal
 
 from cat_pruning import __version__
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import Flavour
 from cat_pruning.engines.plan_choice import plan_fit, runs_on
-from cat_pruning.engines.tensorrt_library import TARGETS, TITLES, first_error, library_log, tensorrt_library
+from cat_pruning.engines.tensorrt_library import first_error, library_log, tensorrt_library
 from cat_pruning.errors import CatError, EngineError
+from cat_pruning.names import FLAVOURS, TITLES, Flavour, install_command
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -104,7 +104,7 @@ def examine(bundle: Bundle | None = None) -> Report:
         engines=(*engines, auto),
         targets=(
             isolated("onnx", check_onnx_target),
-            *(isolated(target, check_plans_target, flavour, graphics, plugin) for flavour, target in TARGETS.items()),
+            *(isolated(flavour, check_plans_target, flavour, graphics, plugin) for flavour in FLAVOURS),
         ),
     )
 
@@ -368,19 +368,18 @@ def check_onnx_target() -> Finding:
 
 
 def check_plans_target(flavour: Flavour, graphics: Finding, plugin: Finding) -> Finding:
-    """`--target rtx` or `tensorrt`."""
+    """`--target tensorrt` or `tensorrt_rtx`."""
     from cat_pruning.engines.builder.build import plan_specs
     from cat_pruning.engines.gpu import gpu_architecture
 
-    target = TARGETS[flavour]
     if flavour == "tensorrt" and gpu_architecture() is None:
-        return Finding(target, "problem", "needs the NVIDIA GPU that will run the plans", graphics.remedy)
+        return Finding(flavour, "problem", "needs the NVIDIA GPU that will run the plans", graphics.remedy)
     spec = plan_specs(flavour)[0]
     _started(flavour)
     text = f"{TITLES[flavour]} {spec.version} plans for {', '.join(spec.architectures)}"
     if flavour == "tensorrt" and plugin.status != "ok":
-        return Finding(target, "warning", f"{text}, with --no-plugin only: the plugin {plugin.text}", plugin.remedy)
-    return Finding(target, "ok", text + (" and later" if flavour == "tensorrt_rtx" else ""))
+        return Finding(flavour, "warning", f"{text}, with --no-plugin only: the plugin {plugin.text}", plugin.remedy)
+    return Finding(flavour, "ok", text + (" and later" if flavour == "tensorrt_rtx" else ""))
 
 
 # What several ask
@@ -405,7 +404,7 @@ def _started(flavour: Flavour) -> str:
         except (RuntimeError, TypeError, ValueError) as error:  # of the bindings, TypeError for a null pointer
             raise EngineError(
                 f"{TITLES[flavour]} {library.__version__} does not start ({first_error(errors, str(error))})",
-                f"update NVIDIA's driver, or install it again: pip install 'cat-pruning[{TARGETS[flavour]}]'",
+                f"update NVIDIA's driver, or install it again: {install_command(flavour)}",
             ) from error
     return str(library.__version__)
 

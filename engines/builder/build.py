@@ -22,12 +22,13 @@ from pathlib import Path
 from onnx import load as load_onnx
 
 from cat_pruning.bundle.profiles import PlanProfile
-from cat_pruning.bundle.schema import Flavour, PlanSpec, TokenOps
+from cat_pruning.bundle.schema import PlanSpec, TokenOps
 from cat_pruning.engines.builder.fused_attention import decomposable_path
 from cat_pruning.engines.builder.plan_builder import PlanJob, PlanReport
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
-from cat_pruning.engines.tensorrt_library import TARGETS, TITLES, tensorrt_library
+from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.errors import EngineError
+from cat_pruning.names import TITLES, Flavour
 from cat_pruning.plugins.onnx_ops import DOMAIN
 from cat_pruning.step_io import Part
 
@@ -65,7 +66,7 @@ def plan_specs(flavour: Flavour, token_ops: TokenOps = "function", *, refittable
     Raises:
         EngineError: the flavour is not installed or too old, or there is no GPU that it needs to build.
     """
-    target = f"--target {TARGETS[flavour]}"
+    target = f"--target {flavour}"
     try:
         version = tensorrt_library(flavour).__version__
     except EngineError as error:
@@ -82,7 +83,7 @@ def plan_specs(flavour: Flavour, token_ops: TokenOps = "function", *, refittable
             raise EngineError(
                 f"{target}: TensorRT measures its kernels on the GPU that will run them, and torch can use none here "
                 f"({missing_gpu()})",
-                "run it on that machine, or --target rtx, which builds anywhere",
+                "run it on that machine, or --target tensorrt_rtx, which builds anywhere",
             )
         architectures, built_for = (architecture,), architecture
     folder = f"plans/{flavour}-{version}-{built_for}"

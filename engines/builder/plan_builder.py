@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cat_pruning.bundle.profiles import PlanProfile
-from cat_pruning.bundle.schema import AttentionKernels, Flavour
+from cat_pruning.bundle.schema import AttentionKernels
 from cat_pruning.engines.builder.engine_layers import count_layers
 from cat_pruning.engines.builder.fused_attention import (
     attention_layers,
@@ -32,6 +32,7 @@ from cat_pruning.engines.builder.fused_attention import (
 from cat_pruning.engines.plan_caches import read_cache, write_cache
 from cat_pruning.engines.tensorrt_library import Log, first_error, library_log, tensorrt_library
 from cat_pruning.errors import EngineError
+from cat_pruning.names import Flavour
 
 logger = logging.getLogger(__name__)
 

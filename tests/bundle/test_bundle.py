@@ -197,7 +197,7 @@ def test_a_relative_path_and_a_link(tmp_path: Path, bundle: Bundle, monkeypatch:
 def test_export_command(bundle: Bundle) -> None:
     assert bundle.export_command("tensorrt_rtx") == (
         "cat-export --model some/sd3 --dtype fp32 --revision 0123 --resolution 256x256 --batch 1 --text-length 13 "
-        f"--keep-ratio 0.3 --target rtx --out {bundle.path} --force"
+        f"--keep-ratio 0.3 --target tensorrt_rtx --out {bundle.path} --force"
     )
 
 

@@ -334,9 +334,9 @@ def test_export_command_makes_the_bundle_again() -> None:
     manifest = Manifest.model_validate_json(json.dumps(FIELDS))
     assert manifest.export_command(Path("/b/sd3")) == (
         "cat-export --model some/sd3 --dtype fp16 --revision 0123abcd --lora /adapters/ink.safetensors:0.5 "
-        "--resolution 256x256 --batch 1 --text-length 13 --keep-ratio 0.3 --target rtx --out /b/sd3 --force"
+        "--resolution 256x256 --batch 1 --text-length 13 --keep-ratio 0.3 --target tensorrt_rtx --out /b/sd3 --force"
     )
-    assert "--target rtx --target tensorrt " in manifest.export_command(Path("/b"), "tensorrt", "tensorrt_rtx")
+    assert "--target tensorrt_rtx --target tensorrt " in manifest.export_command(Path("/b"), "tensorrt", "tensorrt_rtx")
 
 
 @pytest.mark.parametrize("token_ops", ["plugin", "function"])
@@ -344,7 +344,7 @@ def test_export_command_tells_the_token_operators_of_tensorrt(token_ops: str) ->
     plan = FIELDS["plans"][0] | {"flavour": "tensorrt", "architectures": ["sm90"], "token_ops": token_ops}
     manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"plans": [plan]}))
     words = shlex.split(manifest.export_command(Path("/b"), "tensorrt_rtx"))
-    assert words[words.index("--target") :][:4] == ["--target", "tensorrt", "--target", "rtx"]
+    assert words[words.index("--target") :][:4] == ["--target", "tensorrt", "--target", "tensorrt_rtx"]
     assert ("--no-plugin" in words) == (token_ops == "function")
     assert "--refittable" not in words
     manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"plans": [plan | {"refittable": True}]}))

@@ -19,11 +19,12 @@ from cat_pruning.checkpoints.checkpoint import load_transformer
 from cat_pruning.checkpoints.lora import fuse_loras, parse_lora
 from cat_pruning.dtype import DType
 from cat_pruning.errors import CatError, CheckpointError, SettingsError
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.exporter.verify import run_graphs
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
+from cat_pruning.names import Target
 
 TARGETS = ["to_q", "to_k", "add_v_proj", "norm1.linear"]  # the last one is in timestep.onnx
 SCALE = 0.7

@@ -8,10 +8,11 @@ import pytest
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import Manifest
-from cat_pruning.bundle.schema import Flavour, Geometry, GraphSpec, PlanSpec, ProfileSpec, Source
+from cat_pruning.bundle.schema import Geometry, GraphSpec, PlanSpec, ProfileSpec, Source
 from cat_pruning.dtype import DType
 from cat_pruning.engines.plan_choice import plan_fit, plans_for, runs_on
 from cat_pruning.errors import EngineError
+from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
@@ -92,7 +93,7 @@ def test_the_plans_of_this_machine(
     [
         ((), "tensorrt", ("11.4", "sm90"), "no plans for TensorRT;", "no plans at all", "--target tensorrt"),
         (RTX, "tensorrt", ("11.4", "sm90"), "no plans for TensorRT;",
-         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "--target rtx --target tensorrt"),
+         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "--target tensorrt_rtx --target tensorrt"),
         (SM90, "tensorrt_rtx", ("1.7", "sm90"), "no plans for TensorRT-RTX;", "TensorRT 11.4 for sm90",
          "--target tensorrt"),
         (OLD, "tensorrt", ("11.4", "sm90"), "no plans for TensorRT 11.4, and plans of one version do not load",
@@ -100,7 +101,7 @@ def test_the_plans_of_this_machine(
         ((*SM90, *OLD), "tensorrt", ("11.4", "sm120"), "no plans for sm120, this machine's GPU",
          "TensorRT 11.4 for sm90; TensorRT 10.15 for sm90", "--target tensorrt"),
         (RTX, "tensorrt_rtx", ("1.7", "sm90"), "no plans for sm90, this machine's GPU",
-         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "--target rtx --target tensorrt"),
+         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "--target tensorrt_rtx --target tensorrt"),
         (SM90[:2], "tensorrt", ("11.4", "sm90"), "no plan of step.onnx for TensorRT 11.4 on sm90",
          "TensorRT 11.4 for sm90", "--target tensorrt"),
     ],

@@ -18,9 +18,12 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.plan import Plan
 from cat_pruning.errors import EngineError
-from cat_pruning.runtime.engine_choice import FLAVOURS, engine_from_bundle
+from cat_pruning.names import FLAVOURS
+from cat_pruning.runtime.engine_choice import engine_from_bundle
 
-needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+needs_rtx = pytest.mark.skipif(
+    not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[tensorrt-rtx]'"
+)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 # What the runtime takes only where the flavour is TensorRT-RTX.

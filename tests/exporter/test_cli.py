@@ -14,6 +14,7 @@ from huggingface_hub import errors as hub_errors
 
 from cat_pruning.checkpoints.checkpoint import model_names
 from cat_pruning.engines.tensorrt_library import tensorrt_library
+from cat_pruning.exporter import cli
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
 PUBLISHED = r"flux-dev, flux-schnell, pixart-sigma, sd3\.5-large, sd3\.5-medium, sd3"
@@ -108,16 +109,17 @@ def clean_library() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("flavour", "target", "title"), [("tensorrt_rtx", "rtx", "TensorRT-RTX"), ("tensorrt", "tensorrt", "TensorRT")]
+    ("flavour", "extra", "title"),
+    [("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX"), ("tensorrt", "tensorrt", "TensorRT")],
 )
 @pytest.mark.usefixtures("clean_library")
 def test_a_target_that_is_not_installed(
-    refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, flavour: str, target: str, title: str
+    refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, flavour: str, extra: str, title: str
 ) -> None:
     monkeypatch.setitem(sys.modules, flavour, None)
     refused(
-        rf"--target {target}: {title} cannot be imported here .*; pip install 'cat-pruning\[{target}\]'$",
-        "--model", "nowhere", "--target", target,
+        rf"--target {flavour}: {title} cannot be imported here .*; pip install 'cat-pruning\[{extra}\]'$",
+        "--model", "nowhere", "--target", flavour,
     )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def test_tensorrt_without_a_gpu(refused: Callable[..., None], monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "init", init)
     words = re.escape(" ".join(reason.split()))
     refused(
-        rf"--target tensorrt: .*torch can use none here \({words}\); run it on that machine, or --target rtx",
+        rf"--target tensorrt: .*torch can use none here \({words}\); run it on that machine, or --target tensorrt_rtx",
         "--model", "nowhere", "--target", "tensorrt",
     )  # fmt: skip
 
@@ -236,3 +238,9 @@ def test_what_the_hub_refuses(
 def test_offline(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     refused(r"is not in the local cache and the hub cannot be reached .*pass a local directory", "--model", model)
+
+
+def test_the_former_name_of_a_target_is_taken_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = cli._parser().parse_args(["--model", "sd3", "--target", "rtx", "--target", "onnx"])
+    assert arguments.target == ["tensorrt_rtx", "onnx"]
+    assert capsys.readouterr().err == "cat-export: --target rtx is spelt tensorrt_rtx, as --engine is\n"

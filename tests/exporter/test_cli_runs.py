@@ -20,7 +20,8 @@ from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.builder.plan_builder import PlanReport
 from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.exporter import cli
-from cat_pruning.exporter.export import Target, default_targets
+from cat_pruning.exporter.export import default_targets
+from cat_pruning.names import Target
 from cat_pruning.step_io import Part
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
@@ -29,7 +30,8 @@ CatExport = Callable[..., tuple[int, str, list[str]]]
 KILLED = """
 import contextlib, os, signal, sys
 from pathlib import Path
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
+from cat_pruning.names import Target
 
 def dies_in(title, at_progress):
     def die(*_):
@@ -94,7 +96,7 @@ def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None
 
 def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "outs" / "tiny"
-    target = ["--target", "rtx"] if can_build("tensorrt_rtx") else ["--target", "onnx"]
+    target = ["--target", "tensorrt_rtx"] if can_build("tensorrt_rtx") else ["--target", "onnx"]
     shapes = ["--resolution", "64x64", "--resolution", "72x48", "--batch", "1", "--batch", "2", "--batch", "2"]
     code, printed, errors = cat_export(
         "--model", tiny_checkpoint, "--out", out, "--verify", "--keep-ratio", "0.5", *shapes, *target
@@ -118,7 +120,7 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert again.resolution == [(64, 64), (72, 48)]
     assert again.batch == [1, 2]
     assert again.text_length == 13 + 256
-    assert again.target == (["rtx"] if can_build("tensorrt_rtx") else None)
+    assert again.target == (["tensorrt_rtx"] if can_build("tensorrt_rtx") else None)
 
 
 def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_the_graphs_outlive_a_plan_that_fails(
 ) -> None:
     monkeypatch.setattr("cat_pruning.exporter.plans.importer_findings", lambda path: ["TopK: K is 5000"])
     out = tmp_path / "bundle"
-    code, printed, errors = cat_export("--model", tiny_checkpoint, "--target", "rtx", "--out", out)
+    code, printed, errors = cat_export("--model", tiny_checkpoint, "--target", "tensorrt_rtx", "--out", out)
     assert (code, printed) == (2, "")
     assert errors[-1] == (
         f"cat-export: TensorRT-RTX cannot build timestep.onnx: no; {out} was written without these plans and runs "
@@ -256,6 +258,6 @@ def test_the_graphs_outlive_a_plan_that_fails(
     # With a bundle there, which may have plans, a failure changes nothing.
     failing_builder.clear()
     before = (out / "manifest.json").stat().st_mtime_ns
-    code, printed, errors = cat_export("--model", tiny_checkpoint, "--target", "rtx", "--out", out, "--force")
+    code, printed, errors = cat_export("--model", tiny_checkpoint, "--target", "tensorrt_rtx", "--out", out, "--force")
     assert (code, errors[-1]) == (2, "cat-export: TensorRT-RTX cannot build timestep.onnx: no")
     assert (out / "manifest.json").stat().st_mtime_ns == before

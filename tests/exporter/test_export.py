@@ -8,8 +8,9 @@ import pytest
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import step_dims
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.exporter.macs import Macs, count_macs
+from cat_pruning.names import Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 

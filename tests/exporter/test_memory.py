@@ -47,7 +47,7 @@ def test_enough_memory(monkeypatch: pytest.MonkeyPatch, weights: int, held: int,
     check_memory(weights * GIB, held_bytes=held * GIB, builds_plans=builds_plans)
 
 
-@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+@pytest.mark.parametrize("target", ["tensorrt_rtx", "tensorrt"])
 def test_the_exporter_of_a_machine_that_is_too_small_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, cat_export: Callable[..., Any], tmp_path: Path, target: str
 ) -> None:

@@ -22,8 +22,9 @@ from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.engines.cuda_graphs import CudaGraphs
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.models import miniatures
+from cat_pruning.names import Target
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings

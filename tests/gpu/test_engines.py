@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import Flavour
 from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
 from cat_pruning.engines.step_engine import StepEngine
-from cat_pruning.engines.tensorrt_library import TARGETS, TITLES
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.families import family_named
-from cat_pruning.runtime.engine_choice import FLAVOURS, engine_from_bundle
+from cat_pruning.names import FLAVOURS, TITLES, Flavour, Target
+from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.transformer import CatTransformer
 
 Make = Callable[..., Any]
@@ -85,7 +84,7 @@ def test_adapters_in_plans(
         pytest.skip(f"{TITLES[flavour]} is not installed, or builds nothing here")
     if flavour == "tensorrt_rtx" and torch.cuda.get_device_capability()[0] == 9:
         pytest.skip("TensorRT-RTX does not run on Hopper")
-    targets = (Target.ONNX, Target(TARGETS[flavour]))
+    targets = (Target.ONNX, Target(flavour))
     out = tmp_path / "bundle"
     sizes = ((64, 64),)  # 16 x 16 latents
     export(ExportConfig(model="sd3-mini", out=out, text_length=48, resolutions=sizes, targets=targets, refittable=True))
@@ -103,7 +102,7 @@ def test_plans(flavour: Flavour, cuda_graphs: bool, tmp_path: Path, assert_agree
         pytest.skip("TensorRT-RTX does not run on Hopper")
     sizes = ((128, 128), (96, 160))
     out = tmp_path / "bundle"
-    targets = (Target.ONNX, Target(TARGETS[flavour]))
+    targets = (Target.ONNX, Target(flavour))
     export(ExportConfig(model="sd3-mini", out=out, text_length=48, resolutions=sizes, targets=targets))
     bundle = Bundle.open(out)
     engine, pixels = (

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 
 from cat_pruning.errors import BundleError, CheckpointError, EngineError
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
+from cat_pruning.names import Target
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings

@@ -19,22 +19,24 @@ import pytest
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import Flavour, PipelineSpec, PlanSpec, Source
+from cat_pruning.bundle.schema import PipelineSpec, PlanSpec, Source
 from cat_pruning.dtype import DType
 from cat_pruning.engines import gpu
 from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.export import Target, default_targets
+from cat_pruning.exporter.export import default_targets
+from cat_pruning.names import ENGINES, Flavour, Target
 from cat_pruning.plugins import cuda_kernels, cuda_launch
-from cat_pruning.runtime.engine_choice import ENGINES
 from cat_pruning.step_io import Part
 from cat_pruning.tools import doctor_cli
 from cat_pruning.tools.doctor import Finding, Report, examine, isolated
 
 SECTIONS = ("machine", "bundle", "engines", "targets")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+needs_rtx = pytest.mark.skipif(
+    not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[tensorrt-rtx]'"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +264,7 @@ def test_a_gpu_and_everything_installed(make_gpu: MakeGpu) -> None:
     assert engines["tensorrt"].text == "on the GPU, from plans of version 11.4 for sm89"
     assert engines["torch"].text == "on the GPU"
     assert engines["auto"].text == ("takes tensorrt or tensorrt_rtx where a bundle has plans for it, else onnxruntime")
-    assert statuses(report.targets) == {"onnx": "ok", "tensorrt": "ok", "rtx": "ok"}
+    assert statuses(report.targets) == {"onnx": "ok", "tensorrt": "ok", "tensorrt_rtx": "ok"}
     assert by_topic(report.targets)["tensorrt"].text == "TensorRT 11.4 plans for sm89"
     assert (report.can_generate, report.engine) == (True, "tensorrt")
 
@@ -306,7 +308,7 @@ def test_hopper_is_no_gpu_of_tensorrt_rtx(make_gpu: MakeGpu) -> None:
         "TensorRT-RTX builds no plans for sm90, this machine's GPU",
     )
     assert report.engine == "onnxruntime"
-    assert by_topic(report.targets)["rtx"].status == "ok"  # for other machines
+    assert by_topic(report.targets)["tensorrt_rtx"].status == "ok"  # for other machines
 
 
 def test_plans_that_fit(make_gpu: MakeGpu, mini_bundle: Path) -> None:

@@ -15,16 +15,19 @@ import torch
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import PlanProfile, plan_profiles, profile_spec
-from cat_pruning.bundle.schema import Flavour, Geometry, PlanSpec, TokenOps
+from cat_pruning.bundle.schema import Geometry, PlanSpec, TokenOps
 from cat_pruning.engines.builder import build
 from cat_pruning.engines.builder.build import build_plan, can_build, can_build_refittable, plan_specs
 from cat_pruning.engines.builder.plan_builder import PlanReport
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.export import graph_spec
+from cat_pruning.names import FLAVOURS, Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
-needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+needs_rtx = pytest.mark.skipif(
+    not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[tensorrt-rtx]'"
+)
 
 RTX = PlanSpec(
     part=Part.STEP,
@@ -194,7 +197,8 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_specs("tensorrt", "plugin")
     assert str(caught.value) == (
         "--target tensorrt: TensorRT measures its kernels on the GPU that will run them, and torch can use none here "
-        "(Found no NVIDIA driver on your system.); run it on that machine, or --target rtx, which builds anywhere"
+        "(Found no NVIDIA driver on your system.); run it on that machine, or --target tensorrt_rtx, which builds "
+        "anywhere"
     )
 
 
@@ -202,7 +206,7 @@ def test_refittable_plans_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, architecture=None)
     assert not can_build_refittable("tensorrt_rtx")
     with pytest.raises(
-        EngineError, match=r"--refittable --target rtx: .*no NVIDIA driver.*ONNX Runtime takes adapters"
+        EngineError, match=r"--refittable --target tensorrt_rtx: .*no NVIDIA driver.*ONNX Runtime takes adapters"
     ):
         plan_specs("tensorrt_rtx", refittable=True)
     installed(monkeypatch, architecture="sm89")
@@ -223,8 +227,8 @@ def test_the_real_tensorrt_rtx_builds_none_without_a_gpu(mini_bundle: Path, tmp_
         build_plan(spec, mini_bundle / "prompt.onnx", tmp_path / "prompt.plan", shapes)
 
 
-@pytest.mark.parametrize(("flavour", "target"), [("tensorrt", "tensorrt"), ("tensorrt_rtx", "rtx")])
-def test_not_installed(monkeypatch: pytest.MonkeyPatch, flavour: Flavour, target: str) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_not_installed(monkeypatch: pytest.MonkeyPatch, flavour: Flavour) -> None:
     installed(monkeypatch, architecture="sm90")
 
     def broken(flavour: Flavour) -> None:
@@ -232,7 +236,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch, flavour: Flavour, target
 
     monkeypatch.setattr(build, "tensorrt_library", broken)
     assert not can_build(flavour)
-    with pytest.raises(EngineError, match=rf"^--target {target}: it cannot be imported; pip install it$"):
+    with pytest.raises(EngineError, match=rf"^--target {flavour}: it cannot be imported; pip install it$"):
         plan_specs(flavour)
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     assert not can_build(flavour)

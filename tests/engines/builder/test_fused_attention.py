@@ -15,7 +15,9 @@ from cat_pruning.engines.builder.fused_attention import decomposable_path, make_
 from cat_pruning.engines.builder.plan_builder import PlanJob, build
 from cat_pruning.errors import EngineError
 
-needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+needs_rtx = pytest.mark.skipif(
+    not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[tensorrt-rtx]'"
+)
 no_plugins = pytest.mark.parametrize("tensorrt", [False], indirect=True)
 
 ATTENTION = """

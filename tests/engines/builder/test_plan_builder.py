@@ -31,7 +31,9 @@ from cat_pruning.exporter.export import graph_spec
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
-needs_rtx = pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[rtx]'")
+needs_rtx = pytest.mark.skipif(
+    not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[tensorrt-rtx]'"
+)
 # "Timing cache operations are no-ops in TensorRT-RTX"; the double uses them all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX")
 

@@ -11,8 +11,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, PixArtSigmaPipeline
 
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
-from cat_pruning.exporter.export import ExportConfig, Target, export
+from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.models import miniatures
+from cat_pruning.names import Target
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.settings import PruneSettings
 
