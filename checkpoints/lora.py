@@ -74,6 +74,7 @@ def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:
 
 
 def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
+    import diffusers.loaders
     import peft
 
     path = Path(lora.path)
@@ -90,7 +91,7 @@ def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
     lora_loader = family_of(transformer).lora_loader
     if lora_loader is None:
         raise ValueError("diffusers loads no LoRA files for this class; a PEFT directory works")
-    weights, alphas, metadata = _read(path, lora_loader)
+    weights, alphas, metadata = _read(path, getattr(diffusers.loaders, lora_loader))
     _check(weights, transformer)
     # Its own metadata says what the alphas would, and diffusers takes one of them only.
     transformer.load_lora_adapter(weights, network_alphas=None if metadata else alphas, metadata=metadata)

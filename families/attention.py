@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from cat_pruning.families.interception import LayerCache, TokenReuse
@@ -89,6 +88,8 @@ class CachedAttention:
 
 def intercept_attention(attn: Any, reuse: TokenReuse, rows: CacheRows) -> None:
     """Let `attn` attend over caches of its own, which are the next of `reuse`: see `CachedAttention`."""
+    from diffusers.models.attention_processor import Attention
+
     # diffusers' older class keeps its flag when the projections are taken apart again; its processor does not.
     is_fused = getattr(attn, "fused_projections", False) and (
         not isinstance(attn, Attention) or type(attn.processor).__name__.startswith("Fused")

@@ -45,7 +45,7 @@ class Family(ABC):
         fp32_inputs: the inputs that stay fp32 whatever the model computes in.
         text_first: joint attention's order of rows, as the model's blocks have it.
         max_timestep: where its timesteps begin; they end at 0.
-        lora_loader: diffusers' reader of its LoRA files; None where there is none.
+        lora_loader: the class in `diffusers.loaders` that reads its LoRA files; None where there is none.
         former_norm_type: the `norm_type` of its config under the former class, Transformer2DModel; None without one.
         batched_guidance: classifier-free guidance doubles the rows of a batch, [negative; positive].
         noise_is_tokens: the output is what the last scatter returns, not a picture made of it.
@@ -61,7 +61,7 @@ class Family(ABC):
     fp32_inputs: ClassVar[tuple[str, ...]] = (TIMESTEP,)
     text_first: ClassVar[bool] = False
     max_timestep: ClassVar[float] = 1000.0
-    lora_loader: ClassVar[Any] = None
+    lora_loader: ClassVar[str | None] = None
     former_norm_type: ClassVar[str | None] = None
     batched_guidance: ClassVar[bool] = True
     noise_is_tokens: ClassVar[bool] = False

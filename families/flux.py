@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.loaders import FluxLoraLoaderMixin
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -39,7 +37,7 @@ class Flux(Family):
     fp32_inputs = (TIMESTEP, "guidance", *ROTARY)
     text_first = True
     max_timestep = 1.0
-    lora_loader = FluxLoraLoaderMixin
+    lora_loader = "FluxLoraLoaderMixin"
     batched_guidance = False
     noise_is_tokens = True
 
@@ -146,6 +144,8 @@ class Flux(Family):
 
     @override
     def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+        from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
         inputs = dict(arguments)
         text_ids, image_ids = (inputs.pop(name) for name in ("txt_ids", "img_ids"))
         # With a leading dimension of the batch in older pipelines.

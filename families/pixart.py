@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 from typing_extensions import override
 
@@ -103,6 +102,8 @@ class PixArt(PatchFamily):
 
     @override
     def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
         side = self.config["sample_size"]
         position = get_2d_sincos_pos_embed(
             self._width,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import SD3LoraLoaderMixin
 from torch import Tensor
 from typing_extensions import override
 
@@ -33,7 +32,7 @@ class StableDiffusion3(PatchFamily):
     transformer_class = "SD3Transformer2DModel"
     timestep_inputs = (TIMESTEP, "pooled_projections", LAYER_GATES)
     prompt_inputs = ("encoder_hidden_states",)
-    lora_loader = SD3LoraLoaderMixin
+    lora_loader = "SD3LoraLoaderMixin"
 
     @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:

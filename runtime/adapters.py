@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -250,6 +249,8 @@ def _active(layer: Any) -> list[str]:
 
 def _without_weights(transformer_class: str, config: Mapping[str, Any]) -> nn.Module:
     """A diffusers transformer for adapters to lie in: its parameters take no memory, it cannot run."""
+    import diffusers
+
     cls = getattr(diffusers, transformer_class)
     with torch.device("meta"):
         module: nn.Module = cls(**cls.extract_init_dict(dict(config))[0])

@@ -8,7 +8,6 @@ import logging
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.checkpoints.checkpoint import load_transformer
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
 from cat_pruning.engines.graph_weights import GraphWeights
 from cat_pruning.engines.plan_caches import runtime_cache_path
@@ -52,6 +51,7 @@ def engine_from_bundle(
             return _tensorrt(bundle, flavour, cuda_graphs)
     if engine == "onnxruntime":
         return _onnxruntime(bundle)
+    from cat_pruning.checkpoints.checkpoint import load_transformer
     from cat_pruning.engines.torch_engine import TorchStepEngine
 
     transformer, device = load_transformer(bundle.manifest.source, bundle.manifest.dtype), _device()

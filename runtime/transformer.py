@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from cat_pruning.bundle.bundle import Bundle
@@ -28,11 +26,11 @@ from cat_pruning.settings import PruneSettings
 MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt
 
 
-class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipelines ask models of this class only
+class CatTransformer(AdapterMethods, nn.Module):
     """A diffusers transformer that computes only the tokens worth computing (Cheng, Chen, Jia 2025).
 
     Put it in the place of `pipe.transformer`; the pipeline and its scheduler stay as they are. Every thread that
-    calls it has an image of its own in progress; the weights are shared.
+    calls it has an image of its own in progress; the weights are shared. Every instance is a `ModelMixin` of diffusers.
 
         pipe.transformer = CatTransformer.from_model(pipe.transformer, PruneSettings(keep_ratio=0.3))
 
@@ -42,7 +40,14 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
         adapters: those that are loaded, of this and every copy of it.
     """
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """An instance of this class and of `ModelMixin`; so diffusers is imported here, and not with this module."""
+        instance: Self = super().__new__(_diffusers_model(cls))  # type: ignore[arg-type]  # a class is hashable
+        return instance
+
     def __init__(self, engine: StepEngine, settings: PruneSettings | None = None) -> None:
+        from diffusers.configuration_utils import FrozenDict
+
         super().__init__()
         self.engine = engine
         self.settings = settings or PruneSettings()
@@ -156,6 +161,8 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
             ShapeError: a size that the patch size does not divide, that the position table does not hold, or
                 with fewer tokens than clusters.
         """
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
         if not isinstance(timestep, Tensor):
             raise SettingsError(f"timestep: expected a tensor, got {type(timestep).__name__}")
         if tuple(timestep.shape) not in ((), (1,), tuple(hidden_states.shape[:1])):
@@ -207,6 +214,17 @@ class CatTransformer(AdapterMethods, ModelMixin):  # type: ignore[misc]  # pipel
     def extra_repr(self) -> str:
         """What `print(pipe.transformer)` says."""
         return f"engine={self.engine.name}, device={self.device}, dtype={self.dtype}, settings={self.settings}"
+
+
+@functools.cache
+def _diffusers_model(cls: Any) -> Any:
+    """`cls` with `ModelMixin` as a base; pipelines load adapters into models of that class only."""
+    from diffusers.models.modeling_utils import ModelMixin
+
+    if issubclass(cls, ModelMixin):
+        return cls
+    named_alike = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, ModelMixin), named_alike)
 
 
 def _is_given(value: object) -> bool:
