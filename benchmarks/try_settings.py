@@ -32,7 +32,7 @@ from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 
 STEPS, BATCH, GUIDANCE, TEXT_TOKENS = 28, 8, 3.0, 24
 FEWER = "16 full steps"  # as many MACs as the paper's settings, to 0.1 %
-REFRESHED, FORECAST = PruneSettings().refreshed(), PruneSettings().forecast()
+REFRESHED, FORECAST = PruneSettings.preset("refreshed"), PruneSettings.preset("forecast")
 TRIALS: dict[str, PruneSettings] = {
     "the paper's": PruneSettings(),
     "extrapolated": PruneSettings(reuse=Reuse.EXTRAPOLATE),

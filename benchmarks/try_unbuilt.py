@@ -39,7 +39,7 @@ from cat_pruning.schedule import StepKind, schedule
 from cat_pruning.settings import Policy, PruneSettings
 
 PAPER = PruneSettings()
-REFRESHED = PAPER.refreshed()
+REFRESHED = PruneSettings.preset("refreshed")
 FIRST, LAST = PAPER.full_steps, STEPS - 1  # pruned steps of the paper's schedule
 KEEP: dict[str, Callable[[int], float]] = {  # of a step, by its number; 0.3 on average
     "keep 0.3 on every step": lambda step: 0.3,

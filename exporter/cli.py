@@ -158,7 +158,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if not settings.keep_ratio:
         raise SettingsError(
             "--keep-ratio 0: expected a share of the tokens, > 0",
-            "to compute none on pruned steps needs no bundle of its own: any runs with PruneSettings().forecast()",
+            "to compute none on pruned steps needs no bundle of its own: any runs with cat-generate --preset forecast",
         )
     from cat_pruning.checkpoints.lora import parse_lora
     from cat_pruning.exporter.export import ExportConfig, default_targets, export

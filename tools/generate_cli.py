@@ -16,11 +16,10 @@ from rich.table import Table
 from cat_pruning import console
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.schedule import StepKind, step_kinds
-from cat_pruning.settings import Reuse
+from cat_pruning.settings import Preset, PruneSettings, Reuse
 
 if TYPE_CHECKING:
     from cat_pruning.bundle.manifest import Manifest
-    from cat_pruning.settings import PruneSettings
     from cat_pruning.tools.comparison import Comparison
     from cat_pruning.tools.generate import GenerateConfig, Run
 
@@ -28,6 +27,7 @@ _EXAMPLES = """\
 examples:
   cat-generate build/sd3-mini "a large red circle above a small blue star on a plain black background" -o out.png
   cat-generate build/sd3-mini "…" -o out.png --compare --token-map         out.comparison.png, out.token_map.png
+  cat-generate build/sd3-mini "…" -o out.png --preset forecast             nearest to the full run's picture on sd3-mini
   cat-generate build/sd3-mini "…" "…" -o out.png --keep-ratio 0.5          two prompts, one batch: out-0.png, out-1.png
 """
 
@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on (default: 0)")
     parser.add_argument(
         "--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's first)"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(Preset),
+        help="settings that have a name; the next four options change them (default: the bundle's settings)",
     )
     parser.add_argument(
         "--keep-ratio", type=float, metavar="R", help="tokens of a pruned step, in [0, 1] (default: the bundle's)"
@@ -161,9 +166,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _settings(manifest: Manifest, arguments: argparse.Namespace) -> PruneSettings:
+    settings = PruneSettings.preset(arguments.preset) if arguments.preset else manifest.settings
     names = ("keep_ratio", "full_steps", "refresh_every", "reuse")
     changes = {name: getattr(arguments, name) for name in names}
-    return manifest.settings.replace(**{name: value for name, value in changes.items() if value is not None})
+    return settings.replace(**{name: value for name, value in changes.items() if value is not None})
 
 
 def _given_or_default(given: Any, pipe: Any, parameter: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cat_pruning.settings import PRESETS, Preset
 from gpu.bounds import fewer_steps, loop_bound
 from gpu.case import Case, shared_case
 from gpu.setting import Results, Run, Setting
@@ -82,8 +83,8 @@ def presets(setting: Setting) -> Results:
     paths = {
         "full": CatTransformer(engine, never_pruned(prune, max(setting.steps))),
         "CAT": CatTransformer(engine, prune),
-        "refreshed": CatTransformer(engine, prune.refreshed()),
-        "forecast": CatTransformer(engine, prune.forecast()),
+        "refreshed": CatTransformer(engine, prune.replace(**PRESETS[Preset.REFRESHED])),
+        "forecast": CatTransformer(engine, prune.replace(**PRESETS[Preset.FORECAST])),
     }
     warm_up(case, *paths.values())
     for num_steps in setting.steps:

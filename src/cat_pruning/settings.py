@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
 
 from cat_pruning.errors import SettingsError, ShapeError
+
+_Settings = TypeVar("_Settings")
 
 
 class Policy(StrEnum):
@@ -37,15 +43,77 @@ class Pooling(StrEnum):
     MEAN = "mean"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset(StrEnum):
+    """Settings that have a name. See `PruneSettings.preset`."""
+
+    PAPER = "paper"
+    REFRESHED = "refreshed"
+    FORECAST = "forecast"
+
+
+# What each preset changes of the defaults, which are the paper's.
+PRESETS: Mapping[Preset, Mapping[str, Any]] = MappingProxyType(
+    {
+        Preset.PAPER: {},
+        Preset.REFRESHED: {"keep_ratio": 0.1, "full_steps": 4, "refresh_every": 3, "reuse": Reuse.EXTRAPOLATE},
+        Preset.FORECAST: {"keep_ratio": 0.0, "full_steps": 4, "refresh_every": 2, "reuse": Reuse.EXTRAPOLATE},
+    }
+)
+
+
+def _one_of(names: type[StrEnum]) -> Any:
+    """A field that takes a member of `names` or its value."""
+    return Field(strict=False, description=f"one of {', '.join(names)}")
+
+
+# A field's description is what an error says that it expected.
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, description="a number in [0, 1]")]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0, description="a number in [0, 1)")]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="a finite number >= 0")]
+Quota = Annotated[float, Field(gt=0.0, le=1.0, description="a number in (0, 1]")]
+Quotas = Annotated[tuple[Quota, ...], Field(strict=False, min_length=1, description="one or more numbers in (0, 1]")]
+Count = Annotated[int, Field(ge=1, description="an integer >= 1")]
+FullSteps = Annotated[int, Field(ge=2, description="an integer >= 2")]
+Interval = Annotated[int, Field(ge=0, description="an integer >= 1, or 0 for none")]
+Steps = Annotated[tuple[int, ...], Field(strict=False, description="integers")]
+
+
+def _refuse_with_settings_errors(cls: type[_Settings]) -> type[_Settings]:
+    """Give a pydantic dataclass an `__init__` that raises our own error, in one line."""
+    pydantic_init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(pydantic_init)
+    def __init__(self: _Settings, **fields: Any) -> None:
+        try:
+            pydantic_init(self, **fields)
+        except ValidationError as error:
+            raise SettingsError(_first_problem(cls, fields, error)) from None
+
+    cls.__init__ = __init__  # type: ignore[assignment]
+    return cls
+
+
+def _first_problem(cls: Any, fields: Mapping[str, Any], error: ValidationError) -> str:
+    """What came and what was expected. Unknown fields come before values that were refused."""
+    known = cls.__pydantic_fields__
+    if unknown := sorted(set(fields) - set(known)):
+        return f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+    problem = error.errors()[0]
+    name = str(problem["loc"][0])
+    expected = problem.get("ctx", {}).get("error") or known[name].description
+    return f"{name}={fields[name]!r}: expected {expected}"
+
+
+@_refuse_with_settings_errors
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class PruneSettings:
     """What to compute on which step (Cheng, Chen, Jia 2025, algorithm 2). The defaults are the paper's.
 
     The ones that matter:
         keep_ratio: fraction of the image tokens that a pruned step computes, in [0, 1]; 1 is the unpruned model. 0
-            computes nothing at all, the text's rows neither: `forecast`.
+            computes nothing at all, the text's rows neither, as the preset `forecast` does.
         full_steps: full steps at the start, F >= 2. Step F-2 is the reference of the relative noise.
-        refresh_every: after them, every so-manieth step is full as well (`schedule`); 0 is the paper's: none.
+        refresh_every: after them, every K-th step is full as well (`schedule`); 0 is the paper's: none.
 
         policy: how the tokens are chosen; the paper's is CAT.
         reuse: what the others contribute; the paper's is REPEAT.
@@ -65,69 +133,49 @@ class PruneSettings:
         SettingsError: a value is outside its domain.
     """
 
-    keep_ratio: float = 0.3
-    full_steps: int = 8
-    refresh_every: int = 0
-    policy: Policy = Policy.CAT
-    reuse: Reuse = Reuse.REPEAT
-    num_clusters: int = 20
-    noise_scale: float = 0.05
-    fresh_fraction: float = 0.25
-    staleness_decay: float = 0.5
-    pooling: Pooling = Pooling.MAX
-    first_quota: float = 0.10
-    fresh_quotas: tuple[float, ...] = (0.15, 0.10, 0.05)
-    kmeans_iterations: int = 10
-    extra_full_steps: tuple[int, ...] = ()
+    keep_ratio: Fraction = 0.3
+    full_steps: FullSteps = 8
+    refresh_every: Interval = 0
+    policy: Annotated[Policy, _one_of(Policy)] = Policy.CAT
+    reuse: Annotated[Reuse, _one_of(Reuse)] = Reuse.REPEAT
+    num_clusters: Count = 20
+    noise_scale: Weight = 0.05
+    fresh_fraction: Fraction = 0.25
+    staleness_decay: Decay = 0.5
+    pooling: Annotated[Pooling, _one_of(Pooling)] = Pooling.MAX
+    first_quota: Quota = 0.10
+    fresh_quotas: Quotas = (0.15, 0.10, 0.05)
+    kmeans_iterations: Count = 10
+    extra_full_steps: Steps = ()
 
-    def __post_init__(self) -> None:
-        _check(0.0 <= self.keep_ratio <= 1.0, "keep_ratio", self.keep_ratio, "a number in [0, 1]")
-        _check(_is_int(self.full_steps) and self.full_steps >= 2, "full_steps", self.full_steps, "an integer >= 2")
-        _check(
-            _is_int(self.refresh_every) and self.refresh_every >= 0,
-            "refresh_every",
-            self.refresh_every,
-            "an integer >= 1, or 0 for none",
-        )
-        _check(self.policy in set(Policy), "policy", self.policy, f"one of {', '.join(Policy)}")
-        _check(self.reuse in set(Reuse), "reuse", self.reuse, f"one of {', '.join(Reuse)}")
-        _check(
-            _is_int(self.num_clusters) and self.num_clusters >= 1, "num_clusters", self.num_clusters, "an integer >= 1"
-        )
-        _check(
-            math.isfinite(self.noise_scale) and self.noise_scale >= 0.0,
-            "noise_scale",
-            self.noise_scale,
-            "a number >= 0",
-        )
-        _check(0.0 <= self.fresh_fraction <= 1.0, "fresh_fraction", self.fresh_fraction, "a number in [0, 1]")
-        _check(0.0 <= self.staleness_decay < 1.0, "staleness_decay", self.staleness_decay, "a number in [0, 1)")
-        _check(self.pooling in set(Pooling), "pooling", self.pooling, f"one of {', '.join(Pooling)}")
-        _check(0.0 < self.first_quota <= 1.0, "first_quota", self.first_quota, "a number in (0, 1]")
-        _check(
-            len(self.fresh_quotas) > 0 and all(0.0 < q <= 1.0 for q in self.fresh_quotas),
-            "fresh_quotas",
-            self.fresh_quotas,
-            "one or more numbers in (0, 1]",
-        )
-        _check(
-            _is_int(self.kmeans_iterations) and self.kmeans_iterations >= 1,
-            "kmeans_iterations",
-            self.kmeans_iterations,
-            "an integer >= 1",
-        )
-        _check(
-            all(_is_int(step) and step >= self.full_steps for step in self.extra_full_steps),
-            "extra_full_steps",
-            self.extra_full_steps,
-            f"integers >= full_steps ({self.full_steps})",
-        )
-        # What came from JSON or a careless caller gets the declared types; frozen, so through object.
-        object.__setattr__(self, "policy", Policy(self.policy))
-        object.__setattr__(self, "reuse", Reuse(self.reuse))
-        object.__setattr__(self, "pooling", Pooling(self.pooling))
-        object.__setattr__(self, "fresh_quotas", tuple(self.fresh_quotas))
-        object.__setattr__(self, "extra_full_steps", tuple(self.extra_full_steps))
+    @field_validator("extra_full_steps")
+    @classmethod
+    def _after_the_first_ones(cls, steps: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        # Pydantic leaves `full_steps` out of `info.data` if it was refused; then its own error is the one to tell.
+        if any(step < info.data.get("full_steps", 0) for step in steps):
+            raise ValueError(f"integers >= full_steps ({info.data['full_steps']})")
+        return steps
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The settings called `name`, with some fields changed.
+
+        * `paper`: 8 full steps, then 0.3 of the tokens on every step. These are the defaults.
+        * `refreshed`: 4 full steps, then every 3rd step full, 0.1 of the tokens on the steps between, and the output of
+          the others extrapolated. Of 28 steps 12 are full. It costs the MACs of `paper` to 2 % on sd3-mini, for a
+          third of the latents' error there.
+        * `forecast`: 4 full steps, then every 2nd step full, and nothing computed between: the output is extrapolated
+          from the last two full steps. Of 28 steps 16 are full. It costs the MACs of `paper`, for a seventh of the
+          latents' error on sd3-mini; of 12 steps it gains nothing.
+
+        The numbers are of benchmarks/RESULTS.md. For another cost, change `full_steps` and `refresh_every`.
+
+        Raises:
+            SettingsError: there is no such preset, or a value is outside its domain.
+        """
+        if name not in set(Preset):
+            raise SettingsError(f"preset {name!r} is not known; known are {', '.join(Preset)}")
+        return cls(**{**PRESETS[Preset(name)], **changes})
 
     @property
     def reference_step(self) -> int:
@@ -149,37 +197,6 @@ class PruneSettings:
             )
         return max(1, math.floor(self.keep_ratio * num_tokens + 1e-6)) if self.keep_ratio else 0
 
-    def refreshed(self) -> Self:
-        """A third of the tokens, half of the full steps at the start, then every third step full, reuse extrapolated.
-
-        What is saved on tokens goes into full steps: of 28 steps, the defaults become 12 full ones with 0.1 of the
-        tokens between them, for the same MACs to 2 % on sd3-mini, and there for a third of the latents' error
-        (benchmarks/RESULTS.md). On another model, count (`cat-eval` does) and choose the interval.
-        """
-        return self.replace(
-            keep_ratio=self.keep_ratio / 3,
-            full_steps=max(2, self.full_steps // 2),
-            refresh_every=3,
-            extra_full_steps=(),
-            reuse=Reuse.EXTRAPOLATE,
-        )
-
-    def forecast(self) -> Self:
-        """Half of the full steps at the start, then every second step full; between them nothing is computed.
-
-        What the last two full steps predict is extrapolated to the step between. Of 28 steps, the defaults become 16
-        full ones, for the MACs of the paper's settings, and on sd3-mini for a seventh of the latents' error
-        (benchmarks/RESULTS.md; of 12 steps it gains nothing). For another cost, choose `full_steps` and
-        `refresh_every`, as `cat-eval` does.
-        """
-        return self.replace(
-            keep_ratio=0.0,
-            full_steps=max(2, self.full_steps // 2),
-            refresh_every=2,
-            extra_full_steps=(),
-            reuse=Reuse.EXTRAPOLATE,
-        )
-
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; validated like a new one."""
         return dataclasses.replace(self, **changes)
@@ -195,19 +212,4 @@ class PruneSettings:
         Raises:
             SettingsError: an unknown field, or a value of the wrong type or outside its domain.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise SettingsError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise SettingsError(f"settings of the wrong type: {error}") from error
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise SettingsError(f"{name}={value!r}: expected {expected}")
+        return cls(**fields)

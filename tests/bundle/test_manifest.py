@@ -208,7 +208,7 @@ def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
         ("source/kind", "random", "source: .*need a seed"),
         ("settings", [], "settings: .*expected an object"),
         ("settings/keep_ratio", 1.5, r"settings: .*keep_ratio=1\.5: expected a number in \[0, 1\]"),
-        ("settings/keep_ratio", "0.3", "settings: .*wrong type"),
+        ("settings/keep_ratio", "0.3", "settings: .*keep_ratio='0.3': expected a number"),
         ("settings/keep_ration", 0.3, "settings: .*unknown settings keep_ration"),
         ("geometry/patch_size", 0, r"geometry\.patch_size: .*greater than 0"),
         ("graphs/0/part", "image", r"graphs\.0\.part: Input should be 'prompt', 'timestep' or 'step'"),

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from typing import Any
 
 import pytest
 
 from cat_pruning.errors import CatError, SettingsError, ShapeError
-from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
+from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.settings import PRESETS, Policy, Pooling, Preset, PruneSettings, Reuse
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -21,7 +23,7 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("keep_ratio", value) for value in (-0.1, 1.0000001, math.nan, math.inf)),
+        *(("keep_ratio", value) for value in (-0.1, 1.0000001, math.nan, math.inf, True, "0.3")),
         *(("full_steps", value) for value in (1, 0, -1, 2.0, True)),
         *(("refresh_every", value) for value in (-1, 5.0, True, None)),
         *(("num_clusters", value) for value in (0, 1.5, True)),
@@ -98,23 +100,44 @@ def test_replace_validates_and_leaves_the_original() -> None:
         settings.replace(extra_full_steps=(9,)).replace(full_steps=10)
 
 
-def test_refreshed_has_fewer_tokens_and_more_full_steps() -> None:
-    settings = PruneSettings(policy=Policy.RAS, extra_full_steps=(12, 20), num_clusters=9).refreshed()
-    assert settings == PruneSettings(
-        policy=Policy.RAS,
-        num_clusters=9,
-        keep_ratio=0.3 / 3,
-        full_steps=4,
-        refresh_every=3,
-        reuse=Reuse.EXTRAPOLATE,
+def test_the_presets() -> None:
+    assert PruneSettings.preset("paper") == PruneSettings()
+    assert PruneSettings.preset("refreshed") == PruneSettings(
+        keep_ratio=0.1, full_steps=4, refresh_every=3, reuse=Reuse.EXTRAPOLATE
     )
-    assert PruneSettings(full_steps=3).refreshed().full_steps == 2
+    forecast = PruneSettings.preset(Preset.FORECAST)
+    assert forecast == PruneSettings(keep_ratio=0.0, full_steps=4, refresh_every=2, reuse=Reuse.EXTRAPOLATE)
+    assert forecast.num_kept(4096) == 0
+    full_steps = {name: step_kinds(28, PruneSettings.preset(name)).count(StepKind.FULL) for name in Preset}
+    assert full_steps == {"paper": 8, "refreshed": 12, "forecast": 16}  # as the docstring has them
+    assert set(PRESETS) == set(Preset)
 
 
-def test_the_forecast_computes_nothing_between_full_steps() -> None:
-    settings = PruneSettings(extra_full_steps=(12, 20), num_clusters=9).forecast()
-    assert settings == PruneSettings(
-        num_clusters=9, keep_ratio=0.0, full_steps=4, refresh_every=2, reuse=Reuse.EXTRAPOLATE
-    )
-    assert settings.num_kept(4096) == 0
-    assert PruneSettings(full_steps=3).forecast().full_steps == 2
+def test_a_preset_with_changes() -> None:
+    settings = PruneSettings.preset("forecast", full_steps=6, policy="stale")
+    assert settings == PruneSettings.preset("forecast").replace(full_steps=6, policy=Policy.STALE)
+    with pytest.raises(SettingsError, match=r"full_steps=1: expected an integer >= 2"):
+        PruneSettings.preset("refreshed", full_steps=1)
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"preset 'fast' is not known; known are paper, refreshed, forecast"):
+        PruneSettings.preset("fast")
+
+
+def test_an_unknown_setting_is_named_by_the_constructor_too() -> None:
+    with pytest.raises(SettingsError, match=r"unknown settings ratio; known are .*keep_ratio"):
+        PruneSettings(ratio=0.3)  # type: ignore[call-arg]
+
+
+def test_settings_survive_a_pickle() -> None:
+    settings = PruneSettings(keep_ratio=0.5, policy=Policy.RAS)
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+def test_the_refusal_is_one_line_about_the_value() -> None:
+    """Pydantic's own several lines, with an address to read about them, are not shown."""
+    with pytest.raises(SettingsError) as caught:
+        PruneSettings(fresh_quotas=(0.1, 2.0))
+    assert str(caught.value) == "fresh_quotas=(0.1, 2.0): expected one or more numbers in (0, 1]"
+    assert caught.value.__cause__ is None

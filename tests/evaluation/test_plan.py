@@ -85,7 +85,7 @@ def test_refreshes_as_often_as_most_nearly_the_same_macs_allow(plan: Any) -> Non
             assert refreshed.macs_all == pytest.approx(cat.macs_all, rel=0.07)
             assert refreshed.settings["keep_ratio"] == pytest.approx(ratio / 3)
     defaults = PruneSettings.from_dict(variants["cat+refresh-28-0.3"].settings)
-    assert defaults == PruneSettings().refreshed()  # so its interval is the one that fits
+    assert defaults == PruneSettings.preset("refreshed", keep_ratio=0.3 / 3)  # so its interval is the one that fits
     assert variants["cat+refresh-28-0.3"].name == "cat+refresh (keep 0.1, 12 full, every 3)"
 
 
@@ -97,7 +97,7 @@ def test_the_forecast_has_as_many_full_steps_as_fewer_steps_have(plan: Any) -> N
             assert forecast.full_steps == fewer.full_steps
             assert forecast.macs_all == pytest.approx(fewer.macs_all, rel=0.005)
     defaults = PruneSettings.from_dict(variants["forecast-28-0.3"].settings)
-    assert defaults == PruneSettings().forecast()
+    assert defaults == PruneSettings.preset("forecast")
     assert variants["forecast-28-0.3"].name == "forecast (keep 0, 16 full, every 2)"
 
 

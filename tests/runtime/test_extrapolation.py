@@ -124,7 +124,7 @@ def test_the_forecast_computes_full_steps_only(
     engine: StepEngine, drop_in: Any, sample: Any, computed: list[Tensor]
 ) -> None:
     """A step between two of them is on the line through the last two; a scheduler that calls twice agrees."""
-    settings = PruneSettings(full_steps=4).forecast().to_dict()
+    settings = PruneSettings.preset("forecast", full_steps=2).to_dict()
     pipe = drop_in(engine, **settings)
     outputs: list[Tensor] = []
     pipe.transformer.register_forward_hook(lambda module, arguments, output: outputs.append(output[0].clone()))
@@ -141,7 +141,8 @@ def test_the_forecast_computes_full_steps_only(
 
 def test_a_scheduler_that_calls_twice_is_told_the_same_twice(engine: StepEngine, drop_in: Any, sample: Any) -> None:
     """On a step that computes nothing, Heun's two calls at one timestep are on the same line."""
-    pipe = drop_in(engine, scheduler=FlowMatchHeunDiscreteScheduler, **PruneSettings(full_steps=4).forecast().to_dict())
+    settings = PruneSettings.preset("forecast", full_steps=2).to_dict()
+    pipe = drop_in(engine, scheduler=FlowMatchHeunDiscreteScheduler, **settings)
     outputs: list[Tensor] = []
     pipe.transformer.register_forward_hook(lambda module, arguments, output: outputs.append(output[0].clone()))
     calls = sample(pipe, 10).calls

@@ -132,7 +132,10 @@ def test_what_the_command_line_changes_of_the_settings(
     changes = ["--keep-ratio", "0.1", "--full-steps", "4", "--refresh-every", "3", "--reuse", "extrapolate"]
     run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *size, *changes)
     expected = PruneSettings(keep_ratio=0.1, full_steps=4, refresh_every=3, reuse=Reuse.EXTRAPOLATE)
-    assert used == [PruneSettings(), expected]
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *size, "--preset", "forecast")
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *size, "--preset", "refreshed", "--full-steps", "6")
+    forecast, refreshed = PruneSettings.preset("forecast"), PruneSettings.preset("refreshed", full_steps=6)
+    assert used == [PruneSettings(), expected, forecast, refreshed]
 
 
 def test_everything_that_it_draws(mini_bundle: Path, tmp_path: Path) -> None:
