@@ -133,9 +133,9 @@ def _measurement(name: str) -> str:
 
 
 def _write(out: Path, collected: dict[str, Any]) -> None:
-    half = out.with_name(f"{out.name}.part")
-    half.write_text(json.dumps(collected, indent=2) + "\n", encoding="utf-8")
-    half.replace(out)
+    from cat_pruning.files import write_whole
+
+    write_whole(out, json.dumps(collected, indent=2) + "\n")
 
 
 def _without_rounds(result: Any) -> Any:

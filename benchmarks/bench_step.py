@@ -12,7 +12,6 @@ import argparse
 import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from machine import write_result
 from rich.console import Console
 from rich.table import Table
+from timing import interleaved, medians
 from torch import Tensor
 
 from cat_pruning import step_io
@@ -125,7 +125,7 @@ def main() -> None:
             **_small_graphs(engine, step, full_dims),
             "selection": _selection(settings, int(pruned_dims.num_kept), int(pruned_dims.batch)),
         }
-        times = _interleaved(contestants, arguments.rounds)
+        times = interleaved(contestants, arguments.rounds, torch.device("cpu"))
         weights = {part.value: (directory / f"{part.onnx}.data").stat().st_size for part in Part}
     result = {
         "family": arguments.family,
@@ -262,39 +262,27 @@ def _selection(settings: PruneSettings, num_kept: int, rows: int) -> Callable[[]
     return select
 
 
-def _interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every contestant in every round; two rounds before them are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_index in range(-2, rounds):
-        for name, run in contestants.items():
-            started = time.perf_counter()
-            run()
-            if round_index >= 0:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return times
-
-
 def _report(result: dict[str, Any], times: dict[str, list[float]], bound: float, name: str, rounds: int) -> None:
-    medians = {contestant: statistics.median(values) for contestant, values in times.items()}
+    by_contestant = medians(times)
     result |= {
         "rounds": rounds,
-        "median_ms": medians,
+        "median_ms": by_contestant,
         "mac_bound": bound,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
     table = Table(title=f"one step, medians of {rounds} interleaved rounds; bound by MACs {bound:.3f}×")
     for column in ("", "full", "pruned", "speedup", "of the bound", "selection"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("diffusers", f"{medians['diffusers']:.1f} ms")
+    table.add_row("diffusers", f"{by_contestant['diffusers']:.1f} ms")
     for engine in ("onnxruntime", "torch", "whole graph"):
         full, pruned = times[f"{engine} full"], times[f"{engine} pruned"]
         ratio = _ratio(full, pruned)
-        share = medians["selection"] / (medians[f"{engine} pruned"] + medians["selection"])
+        share = by_contestant["selection"] / (by_contestant[f"{engine} pruned"] + by_contestant["selection"])
         result[engine] = {"speedup": ratio, "of_bound": ratio / bound, "selection_share": share}
         table.add_row(
             engine,
-            f"{medians[f'{engine} full']:.1f} ms",
-            f"{medians[f'{engine} pruned']:.1f} ms",
+            f"{by_contestant[f'{engine} full']:.1f} ms",
+            f"{by_contestant[f'{engine} pruned']:.1f} ms",
             f"{ratio:.3f}×",
             f"{ratio / bound:.1%}",
             f"{share:.2%}",
@@ -305,7 +293,7 @@ def _report(result: dict[str, Any], times: dict[str, list[float]], bound: float,
     Console().print(table)
     Console().print(
         ", ".join(f"{contestant} {ms:.2f} ms" for contestant, ms in medians.items() if "." in contestant)
-        + f", selection {medians['selection']:.2f} ms\n"
+        + f", selection {by_contestant['selection']:.2f} ms\n"
         f"whole graph over split step: {result['whole_over_split']['full']:.3f} (full), "
         f"{result['whole_over_split']['pruned']:.3f} (pruned); peak memory {result['peak_rss_gb']:.2f} GB"
     )

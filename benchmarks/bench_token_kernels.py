@@ -20,6 +20,7 @@ import torch
 from machine import write_result
 from rich.console import Console
 from rich.table import Table
+from timing import interleaved
 from torch import Tensor
 
 from cat_pruning.plugins.cuda_launch import Launch
@@ -72,7 +73,8 @@ def main() -> int:
 def measure(name: str, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """All contestants on caches of one of `DTYPES`; see `summarize`."""
     dtype = DTYPES[name]
-    return summarize(interleaved(contestants(*make_buffers(device, dtype)), rounds), moved_bytes(dtype))
+    graphs = {name: captured(run).replay for name, run in contestants(*make_buffers(device, dtype)).items()}
+    return summarize(interleaved(graphs, rounds, device, warm_rounds=0), moved_bytes(dtype))
 
 
 def make_buffers(
@@ -115,21 +117,6 @@ def contestants(buffers: list[Buffers], indices: Tensor) -> dict[str, Callable[[
         "scatter": over_all(lambda launch: launch.run(device), scatters),
         "torch scatter": over_all(lambda each: each.tokens.scatter_(1, wide, each.rows), buffers),
     }
-
-
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every contestant in every round, one after the other."""
-    graphs = {name: captured(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return times
 
 
 def captured(run: Callable[[], None]) -> Any:

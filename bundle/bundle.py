@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from typing import Final, Self
 from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 from cat_pruning.bundle.schema import FileSpec
 from cat_pruning.errors import BundleError, CatError, OutputError
+from cat_pruning.files import sha256
 from cat_pruning.names import Flavour
 
 _log = logging.getLogger(__name__)
@@ -294,8 +294,7 @@ def _sha256(path: Path) -> str:
 @functools.cache
 def _hashed(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
     """SHA-256 of a file; what comes after the path only tells one state of the file from another."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _sync(path: Path) -> None:

@@ -7,15 +7,14 @@ runtime. Both libraries check that a cache is theirs and the GPU's, but not its 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from cat_pruning.bundle.schema import PlanSpec
 from cat_pruning.engines.gpu import gpu_file_name
+from cat_pruning.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +49,11 @@ def read_cache(path: Path) -> bytes | None:
 
 def write_cache(path: Path, data: bytes) -> None:
     """Replace the cache at `path`, at once or not at all; where it cannot be written, a line in the log says so."""
-    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            partial = Path(file.name)
-            file.write(hashlib.sha256(data).digest() + data)
-        partial.replace(path)
+        write_whole(path, hashlib.sha256(data).digest() + data)
     except OSError as error:
         logger.warning("%s cannot be written (%s): the next start will be slow again", path, error.strerror)
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                partial.unlink()
 
 
 def _cache_folder(bundle: Path) -> Path:

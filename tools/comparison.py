@@ -16,6 +16,7 @@ from cat_pruning.errors import OutputError
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.families import family_named
+from cat_pruning.files import write_whole
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, Run, never_pruned
@@ -113,6 +114,6 @@ def write_summary(comparison: Comparison, path: Path) -> None:
         "psnr_db": [value if math.isfinite(value) else None for value in comparison.psnr_db],
     }
     try:
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(fields, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"--summary {path} cannot be written ({error.strerror})", "give another path") from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-import contextlib
 import io
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from cat_pruning.errors import OutputError, SettingsError, ShapeError
+from cat_pruning.files import write_whole
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.schedule import StepKind
 
@@ -280,13 +279,9 @@ def _png_path(path: str | Path) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # beside it, so that the rename is atomic
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise OutputError(
             f"{path}: cannot write the picture ({error.strerror or error})",
             "give a path in a folder that exists, is writable and has space left",

@@ -7,14 +7,14 @@ import functools
 from typing import Any
 
 import torch
+from timing import REPEATS, Run, interleaved, medians, ratio, seconds_of
 from torch import Tensor
 
 from gpu.case import TIMESTEPS, Case, shared_case
 from gpu.loops import warm_up
 from gpu.profiles import profiles_of
-from gpu.setting import Results, Run, Setting
+from gpu.setting import Results, Setting
 from gpu.steps import step_contestants
-from gpu.timing import REPEATS, interleaved, medians, ratio, seconds_of
 
 # Keywords of `Case.engine`.
 ENGINES: dict[str, dict[str, bool]] = {

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import REPEATS, Run, graph_of, interleaved, medians
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.setting import Results, Run, Setting
-from gpu.timing import REPEATS, graph_of, interleaved, medians
+from gpu.setting import Results, Setting
 
 LAUNCHES = 10  # in one captured graph, so that the host's time is in none of it
 # Rows of SD3-medium's products for two rows of the batch: 4096 tokens, 1228, 1280, and the text.

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timing import Run, interleaved, medians, ratio
 
 from cat_pruning.settings import PRESETS, Preset
 from gpu.bounds import fewer_steps, loop_bound
 from gpu.case import Case, shared_case
-from gpu.setting import Results, Run, Setting
-from gpu.timing import interleaved, medians, ratio
+from gpu.setting import Results, Setting
 
 WARM_STEPS = 14  # by then the paper's and the presets' schedules have had pruned and full steps enough to be captured
 

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from timing import seconds_of, synchronize
 from torch import Tensor
 
 from gpu.case import Case, shared_case
 from gpu.loops import warm_up
 from gpu.setting import Results, Setting
-from gpu.timing import seconds_of, synchronize
 
 
 def memory(setting: Setting) -> Results:

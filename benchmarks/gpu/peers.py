@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import REPEATS, Run, interleaved, medians, ratio, seconds_of
 from torch import Tensor
 
 from gpu.bounds import step_macs
 from gpu.case import Case, shared_case
 from gpu.loops import warm_up
-from gpu.setting import Results, Run, Setting
+from gpu.setting import Results, Setting
 from gpu.steps import attention_backends, step_contestants
-from gpu.timing import REPEATS, interleaved, medians, ratio, seconds_of
 
 EAGER, WHOLE, REGIONAL = "diffusers", "torch.compile, default", "torch.compile, blocks"
 AUTOTUNED = "torch.compile, max-autotune-no-cudagraphs"

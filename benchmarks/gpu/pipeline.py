@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 import torch
+from timing import Run, interleaved, medians, ratio, synchronize
 
 from gpu.case import GUIDANCE, Case, shared_case
 from gpu.loops import WARM_STEPS
-from gpu.setting import Results, Run, Setting
+from gpu.setting import Results, Setting
 from gpu.text_encoders import Embeddings, TextEncoders, random_vae
-from gpu.timing import interleaved, medians, ratio, synchronize
 
 IMAGE_FACTOR = 8  # pixels of a side of a latent pixel
 

@@ -7,11 +7,11 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from timing import REPEATS, Run, synchronize, timed
 
 from gpu.case import Case, shared_case
-from gpu.setting import Results, Run, Setting
+from gpu.setting import Results, Setting
 from gpu.steps import step_contestants
-from gpu.timing import REPEATS, synchronize, timed
 
 TOP, NAME_LENGTH, REPLAYS = 25, 120, 3
 GEMM, ATTENTION, SCATTER = "GEMM", "attention", "scatter and index"

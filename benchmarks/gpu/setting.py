@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from cat_pruning.settings import PruneSettings
 
 Results = Iterator[tuple[str, Any]]  # named, as they come
-Run = Callable[[], object]
 
 LOOP_STEPS = (28, 50)
 PIXELS = 1024  # of a side

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timing import REPEATS, Run, graph_of, interleaved, medians, ratio
 from torch import Tensor
 
 from gpu.bounds import step_bound, step_macs
 from gpu.case import TIMESTEPS, Case, shared_case
 from gpu.kernels import matmul_tflops
-from gpu.setting import Results, Run, Setting
-from gpu.timing import REPEATS, graph_of, interleaved, medians, ratio
+from gpu.setting import Results, Setting
 
 SIZES = ((512, 1), (1024, 1), (1536, 1), (1024, 2), (1024, 4))  # pixels of a side, prompts
 KEPT = (1024, 1088, 1152, 1216, 1228, 1280, 1344, 1408, 1410, 1472, 1536)  # of 4096

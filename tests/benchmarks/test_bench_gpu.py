@@ -15,9 +15,10 @@ from unittest.mock import create_autospec
 
 import bench_gpu
 import pytest
+import timing
 import torch
 from deaf_device import DEAF, HostTraffic, deaf
-from gpu import bounds, fast, kernels, memory, peers, profiles, setting, steps, text_encoders, timing
+from gpu import bounds, fast, kernels, memory, peers, profiles, setting, steps, text_encoders
 from gpu.case import Case, forget_shared, shared_case
 from gpu.setting import LARGE_MODEL, MODELS, Setting
 

@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_logged(
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr("cat_pruning.engines.plan_caches.tempfile.NamedTemporaryFile", read_only)
+    monkeypatch.setattr("cat_pruning.engines.plan_caches.write_whole", read_only)
     write_cache(tmp_path / "cache", b"timings")
     assert "(Read-only file system)" in caplog.messages[1]
     assert not (tmp_path / "cache").exists()
