@@ -34,8 +34,8 @@ from cat_pruning.bundle.schema import (
     PipelineSpec,
     PlanSpec,
     ProfileSpec,
-    Record,
     Source,
+    Spec,
 )
 from cat_pruning.dtype import DType
 from cat_pruning.errors import BundleError
@@ -71,7 +71,7 @@ _Settings = Annotated[
 ]
 
 
-class Manifest(Record):
+class Manifest(Spec):
     """All that a bundle says about itself. `files` maps each file's path in the bundle to its size and hash."""
 
     format_version: int = FORMAT_VERSION

@@ -1,4 +1,4 @@
-"""The records that a manifest is made of: every one frozen, strict, and refusing unknown fields."""
+"""What a manifest is made of: every part frozen, strict, and refusing unknown fields."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Architecture = Annotated[str, Field(pattern=r"^sm\d{2,3}$")]  # sm90: compute ca
 _DimName = Annotated[str, AfterValidator(_dimension)]
 
 
-class Record(BaseModel):
+class Spec(BaseModel):
     """The base of all."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class LoraSpec(Record):
+class LoraSpec(Spec):
     """An adapter that was fused into the weights, and the factor of its change."""
 
     path: str
     scale: float
 
 
-class Source(Record):
+class Source(Spec):
     """Where the weights came from; `seed` belongs to random ones, `revision` to the hub's.
 
     `in_memory` weights were a module's that a program passed; what `kind` says is where the rest came from.
@@ -65,7 +65,7 @@ class Source(Record):
         return self
 
 
-class Geometry(Record):
+class Geometry(Spec):
     """How pixels become tokens. `max_latent_size` is the side of the position table, None where there is none."""
 
     pixels_per_latent: PositiveInt
@@ -75,7 +75,7 @@ class Geometry(Record):
     text_length: PositiveInt
 
 
-class ProfileSpec(Record):
+class ProfileSpec(Spec):
     """One set of shapes that the engine runs at; `height` and `width` in pixels, `batch` in rows."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -95,7 +95,7 @@ class ProfileSpec(Record):
         return f"{self.height}x{self.width}"
 
 
-class TensorSpec(Record):
+class TensorSpec(Spec):
     """An input or output of a graph: its ONNX type, and its shape with the dynamic dimensions by name."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -107,7 +107,7 @@ class TensorSpec(Record):
         return dims.named(self.shape)
 
 
-class GraphSpec(Record):
+class GraphSpec(Spec):
     """One ONNX graph of the bundle. The outputs of the prompt's and the timestep's are inputs of the step's.
 
     The dimension `batch` of the timestep's graph counts the rows of all the steps that it computes at once.
@@ -123,7 +123,7 @@ class GraphSpec(Record):
         return {tensor.name: tensor.shape_at(dims) for tensor in self.inputs}
 
 
-class MacsSpec(Record):
+class MacsSpec(Spec):
     """Multiply-accumulates at a profile: linear and convolution layers, and apart from them QKᵀ and PV.
 
     full, pruned: of one step. prompt: of what is computed once per image. timestep: of what is computed once for every
@@ -149,7 +149,7 @@ class MacsSpec(Record):
         return self.pruned_linear + self.pruned_attention
 
 
-class PlanSpec(Record):
+class PlanSpec(Spec):
     """A built engine of one graph: the builder and its version, and the GPU architectures that it was built for.
 
     token_ops: what computes them, as the network had it when it was built. plugin_layers: how many plugin layers the
@@ -178,7 +178,7 @@ class PlanSpec(Record):
         return self
 
 
-class PipelineSpec(Record):
+class PipelineSpec(Spec):
     """The pipeline's other parts: copied below `path`, or on the hub under `hub_id` at `revision`.
 
     variant: of the copied weights, where a part has no plain ones; as diffusers' `from_pretrained` takes it.
@@ -198,7 +198,7 @@ class PipelineSpec(Record):
         return self
 
 
-class FileSpec(Record):
+class FileSpec(Spec):
     """What a file of the bundle must be; `sha256` in lower-case hexadecimal."""
 
     size: NonNegativeInt

@@ -33,7 +33,7 @@ _SIZES = (
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorType:
     """An input or output of a graph: its ONNX type and its shape, with dynamic dimensions by name."""
 
     dtype: ir.DataType
@@ -45,8 +45,8 @@ class Graph:
     """One graph of a split step."""
 
     model: ir.Model
-    inputs: dict[str, TensorSpec]
-    outputs: dict[str, TensorSpec]
+    inputs: dict[str, TensorType]
+    outputs: dict[str, TensorType]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ class _Pack:
     """Results of one shape and dtype: the name of the tensor that they are stacked in, and their own."""
 
     name: str
-    spec: TensorSpec  # of one result
+    spec: TensorType  # of one result
     members: list[str]
 
     @property
-    def packed(self) -> TensorSpec:
-        return TensorSpec(self.spec.dtype, (len(self.members), *self.spec.shape))
+    def packed(self) -> TensorType:
+        return TensorType(self.spec.dtype, (len(self.members), *self.spec.shape))
 
 
 def split_graph(model: ir.Model, shapes: Mapping[str, Shape], part_of: PartOf) -> dict[Part, Graph]:
@@ -92,7 +92,7 @@ def split_graph(model: ir.Model, shapes: Mapping[str, Shape], part_of: PartOf) -
     known = {**shapes, **{pack.name: pack.packed.shape for pack in hoisted_values}}
     _read_sizes_from(model.graph, known)
     outputs = {
-        output.name or "": TensorSpec(_dtype(output), shapes[(output.name or "").removesuffix("_out")])
+        output.name or "": TensorType(_dtype(output), shapes[(output.name or "").removesuffix("_out")])
         for output in model.graph.outputs
     }
     return {**graphs, Part.STEP: _finished(model, known, outputs)}
@@ -202,11 +202,11 @@ def _read_sizes_from(graph: ir.Graph, shapes: Mapping[str, Shape]) -> None:
 
 def _pack(model: ir.Model, part: Part, names: Sequence[str], shapes: Mapping[str, Shape]) -> list[_Pack]:
     first, second = (_infer(model, sizes, shapes) for sizes in _SIZES)
-    members: dict[TensorSpec, list[str]] = defaultdict(list)
+    members: dict[TensorType, list[str]] = defaultdict(list)
     for name in names:
         dtype, shape = first[name]
         named = tuple(_dimension(name, a, b) for a, b in zip(shape, second[name][1], strict=True))
-        members[TensorSpec(dtype, named)].append(name)
+        members[TensorType(dtype, named)].append(name)
     return [_Pack(f"{part}_states_{index}", *group) for index, group in enumerate(members.items())]
 
 
@@ -280,8 +280,8 @@ def _append(graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value], **attribu
     return node.outputs[0]
 
 
-def _finished(model: ir.Model, shapes: Mapping[str, Shape], outputs: dict[str, TensorSpec]) -> Graph:
-    inputs = {value.name or "": TensorSpec(_dtype(value), shapes[value.name or ""]) for value in model.graph.inputs}
+def _finished(model: ir.Model, shapes: Mapping[str, Shape], outputs: dict[str, TensorType]) -> Graph:
+    inputs = {value.name or "": TensorType(_dtype(value), shapes[value.name or ""]) for value in model.graph.inputs}
     for value in model.graph.inputs:
         value.shape = ir.Shape(inputs[value.name or ""].shape)
     for value in model.graph.outputs:

@@ -1,7 +1,7 @@
 """The token operators as CUDA kernels: source, PTX and launch geometry, for TensorRT's plugins and our own launches.
 
-One source file, `token_rows.cu`, holds both kernels. A `Variant` of it is compiled for each width of a word and of an
-index, by NVRTC, which needs neither a GPU nor a driver.
+One source file, `token_rows.cu`, holds both kernels. A `Specialization` of it is compiled for each width of a word and
+of an index, by NVRTC, which needs neither a GPU nor a driver.
 
 Which machines take the PTX: it is compiled for the oldest architecture that NVRTC still knows, so a driver can assemble
 it for every later one. NVRTC also stamps it with its own PTX version (13.5 says 9.5, which asks for a driver as new as
@@ -32,7 +32,7 @@ _REMEDY: Final = "pip install 'cat-pruning[tensorrt]'"
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class Specialization:
     """What is fixed when the kernels are compiled.
 
     Attributes:
@@ -63,7 +63,7 @@ class Variant:
         return cls(next(size for size in _WORDS if row_bytes % size == 0), index_bytes)
 
     def entry(self, kernel: str) -> str:
-        """The name of `GATHER` or `SCATTER` in the PTX: no two variants share one, wherever an engine puts them."""
+        """The name of `GATHER` or `SCATTER` in the PTX: no two specializations share one in an engine."""
         return f"{kernel}_{self.word_bytes}_{self.index_bytes}"
 
     @property
@@ -77,11 +77,13 @@ class Variant:
         )
 
 
-def kernel_sizes(variant: Variant, element_bytes: int, tokens: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
+def kernel_sizes(
+    specialization: Specialization, element_bytes: int, tokens: Sequence[Any], indices: Sequence[Any]
+) -> list[Any]:
     """The scalars that both kernels take, in their order; each has to fit an int32.
 
     Args:
-        variant: of the kernel.
+        specialization: of the kernel.
         element_bytes: of the tokens.
         tokens: their shape (B, N, D), ints or symbolic expressions of TensorRT's.
         indices: their shape (B, n), the same.
@@ -91,7 +93,7 @@ def kernel_sizes(variant: Variant, element_bytes: int, tokens: Sequence[Any], in
     """
     _, num_tokens, width = tokens
     batch, num_kept = indices
-    return [batch, num_tokens, num_kept, width * element_bytes // variant.word_bytes]
+    return [batch, num_tokens, num_kept, width * element_bytes // specialization.word_bytes]
 
 
 def num_blocks(batch: Any, num_kept: Any) -> Any:
@@ -108,8 +110,8 @@ def kernel_source() -> str:
 
 
 @functools.cache
-def compile_ptx(variant: Variant) -> str:
-    """Both kernels as PTX, compiled once per process and variant, on the CPU.
+def compile_ptx(specialization: Specialization) -> str:
+    """Both kernels as PTX, compiled once per process and specialization, on the CPU.
 
     Raises:
         EngineError: NVRTC is not installed, too old or broken, or refuses the source.
@@ -120,7 +122,10 @@ def compile_ptx(variant: Variant) -> str:
         nvrtc.nvrtcVersion()  # the library is looked for at the first call, not at the import
     except (ImportError, RuntimeError) as error:
         raise EngineError(f"NVRTC cannot be loaded, which compiles our CUDA kernels ({error})", _REMEDY) from error
-    options = [f"--gpu-architecture=compute_{ARCHITECTURE}", *(f"--define-macro={macro}" for macro in variant.macros)]
+    options = [
+        f"--gpu-architecture=compute_{ARCHITECTURE}",
+        *(f"--define-macro={macro}" for macro in specialization.macros),
+    ]
     status, program = nvrtc.nvrtcCreateProgram(kernel_source().encode(), b"token_rows.cu", 0, None, None)
     _check(nvrtc, status)
     try:

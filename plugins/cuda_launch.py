@@ -23,7 +23,7 @@ from cat_pruning.plugins.cuda_kernels import (
     LANES,
     ROWS_PER_BLOCK,
     SCATTER,
-    Variant,
+    Specialization,
     compile_ptx,
     kernel_sizes,
     num_blocks,
@@ -40,13 +40,13 @@ class Launch:
 
     Attributes:
         kernel: `GATHER` or `SCATTER`.
-        variant: which compilation of it.
+        specialization: which compilation of it.
         blocks: the grid's x.
         parameters: input addresses, sizes, output address, as the kernel declares them.
     """
 
     kernel: str
-    variant: Variant
+    specialization: Specialization
     blocks: int
     parameters: tuple[int, ...]
 
@@ -78,12 +78,12 @@ class Launch:
                 f"{kernel} got tokens of {tokens.dtype}, indices of {indices.dtype} and rows of {rows.dtype}, "
                 "expected one of fp32, fp16 and bf16, and int32 or int64 indices"
             )
-        variant = Variant.of(tokens.itemsize, tokens.shape[2], indices.itemsize)
-        sizes = kernel_sizes(variant, tokens.itemsize, tokens.shape, indices.shape)
+        specialization = Specialization.of(tokens.itemsize, tokens.shape[2], indices.itemsize)
+        sizes = kernel_sizes(specialization, tokens.itemsize, tokens.shape, indices.shape)
         if max(sizes) > _LARGEST_SIZE:
             raise ShapeError(f"{kernel} got shapes {shapes}, expected dimensions of at most {_LARGEST_SIZE}")
         addresses = [tensor.data_ptr() for tensor in (*inputs, output)]
-        return cls(kernel, variant, num_blocks(*indices.shape), (*addresses[:-1], *sizes, addresses[-1]))
+        return cls(kernel, specialization, num_blocks(*indices.shape), (*addresses[:-1], *sizes, addresses[-1]))
 
     @property
     def parameter_types(self) -> tuple[Any, ...]:
@@ -99,7 +99,7 @@ class Launch:
         """
         driver = _driver()
         with torch.cuda.device(device):
-            context, function = _load(self.kernel, self.variant, torch.cuda.current_device())
+            context, function = _load(self.kernel, self.specialization, torch.cuda.current_device())
             stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
             _check("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))  # torch sets it late, and per thread
             parameters = (self.parameters, self.parameter_types)
@@ -157,14 +157,16 @@ def self_test_cases(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor,
 
 
 @functools.cache
-def _load(kernel: str, variant: Variant, device_index: int) -> tuple[Any, Any]:
+def _load(kernel: str, specialization: Specialization, device_index: int) -> tuple[Any, Any]:
     """The device's primary context, which torch uses too, and the kernel in it; both stay for the process's life."""
     driver = _driver()
     (device,) = _check("cuDeviceGet", driver.cuDeviceGet(device_index))
     (context,) = _check("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
     _check("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
-    (module,) = _check("cuModuleLoadData", driver.cuModuleLoadData(compile_ptx(variant).encode() + b"\0"))
-    (function,) = _check("cuModuleGetFunction", driver.cuModuleGetFunction(module, variant.entry(kernel).encode()))
+    (module,) = _check("cuModuleLoadData", driver.cuModuleLoadData(compile_ptx(specialization).encode() + b"\0"))
+    (function,) = _check(
+        "cuModuleGetFunction", driver.cuModuleGetFunction(module, specialization.entry(kernel).encode())
+    )
     return context, function
 
 

@@ -28,7 +28,7 @@ from cat_pruning.plugins.cuda_kernels import (
     LANES,
     ROWS_PER_BLOCK,
     SCATTER,
-    Variant,
+    Specialization,
     compile_ptx,
     kernel_sizes,
     num_blocks,
@@ -135,7 +135,7 @@ def compile_kernels(tokens: Any, indices: Any) -> None:
         EngineError: a dtype that the kernels do not move, or NVRTC is missing or refuses the source.
     """
     element_bytes, index_bytes = _bytes(tokens.dtype, _ELEMENT_BYTES), _bytes(indices.dtype, _INDEX_BYTES)
-    compile_ptx(Variant.of(element_bytes, tokens.shape[2], index_bytes))
+    compile_ptx(Specialization.of(element_bytes, tokens.shape[2], index_bytes))
 
 
 def _formats(plugin: Any, *tensors: Any) -> list[Any]:
@@ -146,15 +146,15 @@ def _formats(plugin: Any, *tensors: Any) -> list[Any]:
 def _kernel(plugin: Any, kernel: str, tokens: Any, indices: Any) -> tuple[str, str, Any, Any]:
     """A kernel's name, its PTX, its launch and its scalars; sizes are symbolic, for any profile's shapes."""
     element_bytes, index_bytes = _bytes(tokens.dtype, _ELEMENT_BYTES), _bytes(indices.dtype, _INDEX_BYTES)
-    variant = Variant.of(element_bytes, tokens.shape[2], index_bytes)
-    sizes = kernel_sizes(variant, element_bytes, tokens.shape_expr, indices.shape_expr)
+    specialization = Specialization.of(element_bytes, tokens.shape[2], index_bytes)
+    sizes = kernel_sizes(specialization, element_bytes, tokens.shape_expr, indices.shape_expr)
     scalars = plugin.SymIntExprs(len(sizes))
     for i, size in enumerate(sizes):
         scalars[i] = plugin.SymInt32(size)
     launch = plugin.KernelLaunchParams(
         grid_x=num_blocks(*indices.shape_expr), block_x=LANES, block_y=ROWS_PER_BLOCK, shared_mem=0
     )
-    return variant.entry(kernel), compile_ptx(variant), launch, scalars
+    return specialization.entry(kernel), compile_ptx(specialization), launch, scalars
 
 
 def _bytes(dtype: Any, known: dict[str, int]) -> int:

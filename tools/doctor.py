@@ -208,9 +208,9 @@ def check_library(flavour: Flavour) -> Finding:
 
 def check_nvrtc() -> Finding:
     """NVRTC, and cuda-bindings, by which we call it."""
-    from cat_pruning.plugins.cuda_kernels import Variant, compile_ptx
+    from cat_pruning.plugins.cuda_kernels import Specialization, compile_ptx
 
-    compile_ptx(Variant(word_bytes=16, index_bytes=8))  # says what is wrong, and how to mend it
+    compile_ptx(Specialization(word_bytes=16, index_bytes=8))  # says what is wrong, and how to mend it
     import cuda.bindings
     from cuda.bindings import nvrtc
 
@@ -220,14 +220,16 @@ def check_nvrtc() -> Finding:
 
 def check_plugin(nvrtc: Finding) -> Finding:
     """Our CUDA kernels: compiled anywhere, run where there is a GPU."""
-    from cat_pruning.plugins.cuda_kernels import Variant, compile_ptx
+    from cat_pruning.plugins.cuda_kernels import Specialization, compile_ptx
 
     if nvrtc.status != "ok":
         return Finding("plugin", nvrtc.status, "needs NVRTC", nvrtc.remedy)
-    variants = [Variant(word_bytes, index_bytes) for word_bytes in (2, 4, 8, 16) for index_bytes in (4, 8)]
-    for variant in variants:
-        compile_ptx(variant)
-    compiled = f"all {len(variants)} variants of its kernels compile"
+    specializations = [
+        Specialization(word_bytes, index_bytes) for word_bytes in (2, 4, 8, 16) for index_bytes in (4, 8)
+    ]
+    for specialization in specializations:
+        compile_ptx(specialization)
+    compiled = f"all {len(specializations)} specializations of its kernels compile"
     import torch
 
     from cat_pruning.engines.gpu import gpu_architecture

@@ -1,4 +1,4 @@
-// A CUDA driver of one variant, as far as our launches ask one: its kernels are those of the host, its memory too.
+// A CUDA driver of one specialization, as far as our launches ask one: its kernels are those of the host, its memory too.
 #include "host_cuda.cpp"
 
 static char context, module, functions[2];  // their addresses are the handles

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.plugins import cuda_kernels
-from cat_pruning.plugins.cuda_kernels import GATHER, SCATTER, Variant, compile_ptx, num_blocks
+from cat_pruning.plugins.cuda_kernels import GATHER, SCATTER, Specialization, compile_ptx, num_blocks
 from cat_pruning.plugins.cuda_launch import Launch, self_test_cases
 from cat_pruning.plugins.token_ops import token_gather, token_scatter
 
 Run = Callable[[Launch], None]
 
-VARIANTS = [Variant(word, index) for word, index in itertools.product((16, 8, 4, 2), (4, 8))]
+SPECIALIZATIONS = [Specialization(word, index) for word, index in itertools.product((16, 8, 4, 2), (4, 8))]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 POINTER, INTEGER = ".u64", ".u32"
 PARAMETERS = {
@@ -125,7 +125,7 @@ def test_offsets_of_more_than_32_bits(run_on_host: Run, batch: int, num_tokens: 
     indices = torch.tensor([[num_tokens - 1, 0, num_tokens // 2]] * batch)
     rows = torch.randn(batch, 3, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     launch = Launch.scatter(tokens, indices, rows)
-    assert launch.variant == Variant(2, 8)
+    assert launch.specialization == Specialization(2, 8)
     run_on_host(launch)
     gathered = torch.empty_like(rows)
     run_on_host(Launch.gather(tokens, indices, gathered))
@@ -135,18 +135,18 @@ def test_offsets_of_more_than_32_bits(run_on_host: Run, batch: int, num_tokens: 
             assert torch.equal(tokens[row, index], rows[row, i])
 
 
-def test_self_test_cases_pass_on_the_host_and_use_every_variant(run_on_host: Run) -> None:
+def test_self_test_cases_pass_on_the_host_and_use_every_specialization(run_on_host: Run) -> None:
     seen = set()
     for name, tokens, indices, rows in self_test_cases(torch.device("cpu")):
         launch = Launch.scatter(tokens, indices, rows)
-        seen.add(launch.variant)
+        seen.add(launch.specialization)
         gathered, expected = torch.empty_like(rows), token_gather(tokens, indices)
         run_on_host(Launch.gather(tokens, indices, gathered))
         assert torch.equal(gathered, expected), name
         expected = token_scatter(tokens, indices, rows)
         run_on_host(launch)
         assert torch.equal(tokens, expected), name
-    assert seen == set(VARIANTS)
+    assert seen == set(SPECIALIZATIONS)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ def test_self_test_cases_pass_on_the_host_and_use_every_variant(run_on_host: Run
     ],
 )
 def test_words_are_the_widest_that_a_row_is_made_of(element_bytes: int, width: int, word_bytes: int) -> None:
-    assert Variant.of(element_bytes, width, 4) == Variant(word_bytes, 4)
+    assert Specialization.of(element_bytes, width, 4) == Specialization(word_bytes, 4)
 
 
 def test_other_elements_and_indices_are_refused() -> None:
     with pytest.raises(EngineError, match="elements of 1 bytes, expected fp32, fp16 or bf16"):
-        Variant.of(1, 16, 4)
+        Specialization.of(1, 16, 4)
     with pytest.raises(EngineError, match="indices have 2 bytes, expected int32 or int64"):
-        Variant.of(2, 16, 2)
+        Specialization.of(2, 16, 2)
 
 
 def wrong_launches() -> Iterator[tuple[type[Exception], str, tuple[Tensor, Tensor, Tensor]]]:
@@ -204,33 +204,37 @@ def test_the_grid_covers_every_row_and_is_never_empty(batch: int, num_kept: int)
     assert max(batch * num_kept, 1) <= blocks * cuda_kernels.ROWS_PER_BLOCK <= batch * num_kept + 8
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_ptx_is_for_the_oldest_architecture_and_declares_what_a_launch_passes(variant: Variant) -> None:
-    ptx = compile_ptx(variant)
+@pytest.mark.parametrize("specialization", SPECIALIZATIONS, ids=str)
+def test_ptx_is_for_the_oldest_architecture_and_declares_what_a_launch_passes(specialization: Specialization) -> None:
+    ptx = compile_ptx(specialization)
     assert re.findall(r"(?m)^\.(?:version|target) .*$", ptx) == [".version 8.0", ".target sm_75"]
     entries = dict(re.findall(r"\.entry (\w+)\(([^)]*)\)", ptx))
     declared = {name: re.findall(r"\.param (\.\w+)", text) for name, text in entries.items()}
-    assert declared == {variant.entry(kernel): parameters for kernel, parameters in PARAMETERS.items()}
-    widest = {16: ".v4.u32", 8: ".v2.u32", 4: ".u32", 2: ".u16"}[variant.word_bytes]
+    assert declared == {specialization.entry(kernel): parameters for kernel, parameters in PARAMETERS.items()}
+    widest = {16: ".v4.u32", 8: ".v2.u32", 4: ".u32", 2: ".u16"}[specialization.word_bytes]
     for name in entries:
         body = ptx.split(f".entry {name}(")[1].split(".entry")[0]
-        assert len(re.findall(rf"st\.global\{widest}", body)) == 4 + (variant.word_bytes == 2)
+        assert len(re.findall(rf"st\.global\{widest}", body)) == 4 + (specialization.word_bytes == 2)
         assert len(re.findall(rf"ld\.global\.nc\{widest}", body)) >= 4
     assert not re.search(r"\b(atom|bar|call|\.shared|\.local)\b", ptx)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_ptx_assembles_for_every_architecture(variant: Variant, architecture: int) -> None:
-    assert assemble(compile_ptx(variant), architecture) > 0
+@pytest.mark.parametrize("specialization", SPECIALIZATIONS, ids=str)
+def test_ptx_assembles_for_every_architecture(specialization: Specialization, architecture: int) -> None:
+    assert assemble(compile_ptx(specialization), architecture) > 0
 
 
 def test_no_two_variants_share_a_name() -> None:
-    assert len({variant.entry(kernel) for variant in VARIANTS for kernel in PARAMETERS}) == 2 * len(VARIANTS)
+    assert len(
+        {specialization.entry(kernel) for specialization in SPECIALIZATIONS for kernel in PARAMETERS}
+    ) == 2 * len(SPECIALIZATIONS)
 
 
 def test_the_assembler_holds_instructions_against_the_stamp() -> None:
-    ptx = compile_ptx(Variant(16, 4)).replace("\tret;", "\tfence.proxy.tensormap::generic.release.gpu;\n\tret;", 1)
+    ptx = compile_ptx(Specialization(16, 4)).replace(
+        "\tret;", "\tfence.proxy.tensormap::generic.release.gpu;\n\tret;", 1
+    )
     with pytest.raises(nvjitlink.nvJitLinkError):
         assemble(ptx, 90)
 
@@ -252,11 +256,11 @@ def test_nvrtc_says_what_it_does_not_understand(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         EngineError, match=r'refused token_rows.cu with .*compute_75.*identifier "nonsense" is undefined'
     ):
-        compile_ptx.__wrapped__(Variant(16, 4))
+        compile_ptx.__wrapped__(Specialization(16, 4))
 
 
 def test_without_nvrtc_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
     monkeypatch.delattr("cuda.bindings.nvrtc")
     with pytest.raises(EngineError, match=r"pip install 'cat-pruning\[tensorrt\]'"):
-        compile_ptx.__wrapped__(Variant(16, 4))
+        compile_ptx.__wrapped__(Specialization(16, 4))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cat_pruning.errors import EngineError
 from cat_pruning.plugins import cuda_launch, token_ops
-from cat_pruning.plugins.cuda_kernels import Variant
+from cat_pruning.plugins.cuda_kernels import Specialization
 
 # What torch would say of the current device and stream; then launches through NVIDIA's bindings into a driver that
 # takes what it is given to the kernels as compiled for the host.
@@ -21,10 +21,10 @@ from types import SimpleNamespace
 import pytest, torch
 from cat_pruning.errors import EngineError
 from cat_pruning.plugins import cuda_launch
-from cat_pruning.plugins.cuda_kernels import Variant, compile_ptx
+from cat_pruning.plugins.cuda_kernels import Specialization, compile_ptx
 from cat_pruning.plugins.token_ops import token_gather, token_scatter
 
-compile_ptx(Variant(16, 4))  # NVRTC looks for a driver too, and would take ours
+compile_ptx(Specialization(16, 4))  # NVRTC looks for a driver too, and would take ours
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.current_device = lambda: 0
@@ -44,10 +44,10 @@ with pytest.raises(EngineError, match="cuLaunchKernel failed with CUDA_ERROR_INV
 
 
 def test_launches_reach_a_driver_as_the_kernels_declare_them(
-    build_host_kernels: Callable[[Variant, str], Path], tmp_path: Path
+    build_host_kernels: Callable[[Specialization, str], Path], tmp_path: Path
 ) -> None:
     library = tmp_path / "libcuda.so.1"
-    library.symlink_to(build_host_kernels(Variant(16, 4), "fake_driver.cpp"))
+    library.symlink_to(build_host_kernels(Specialization(16, 4), "fake_driver.cpp"))
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITH_FAKE_DRIVER, str(library)], capture_output=True, text=True
     )

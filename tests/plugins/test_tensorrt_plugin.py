@@ -19,7 +19,7 @@ import torch
 
 from cat_pruning.errors import EngineError
 from cat_pruning.plugins import onnx_ops, tensorrt_plugin
-from cat_pruning.plugins.cuda_kernels import GATHER, LANES, ROWS_PER_BLOCK, SCATTER, Variant, compile_ptx
+from cat_pruning.plugins.cuda_kernels import GATHER, LANES, ROWS_PER_BLOCK, SCATTER, Specialization, compile_ptx
 from cat_pruning.plugins.cuda_launch import Launch
 from cat_pruning.plugins.tensorrt_plugin import compile_kernels, register_token_plugins
 
@@ -88,10 +88,10 @@ def test_declarations_as_the_builder_sees_them(probed: dict[str, Any], index: in
         **{"block_x": LANES, "block_y": ROWS_PER_BLOCK, "block_z": 1, "shared_mem": 0},
     }
     element_bytes = DTYPES[dtype].itemsize
-    variant = Variant.of(element_bytes, width, INDEX_DTYPES[index_dtype].itemsize)
-    assert answer["kernel"] == variant.entry(KERNELS[name])
-    assert answer["ptx"] == compile_ptx(variant)
-    assert answer["scalars"] == [batch, num_tokens, num_kept, width * element_bytes // variant.word_bytes]
+    specialization = Specialization.of(element_bytes, width, INDEX_DTYPES[index_dtype].itemsize)
+    assert answer["kernel"] == specialization.entry(KERNELS[name])
+    assert answer["ptx"] == compile_ptx(specialization)
+    assert answer["scalars"] == [batch, num_tokens, num_kept, width * element_bytes // specialization.word_bytes]
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
@@ -112,7 +112,7 @@ def test_what_the_builder_would_launch_computes_the_onnx_function(
     output = torch.empty_like(rows) if name == "TokenGather" else tokens  # aliased
     launch = Launch(
         KERNELS[name],
-        Variant.of(dtype.itemsize, width, indices.itemsize),
+        Specialization.of(dtype.itemsize, width, indices.itemsize),
         answer["launch"]["grid_x"],
         (*[tensor.data_ptr() for tensor in inputs], *answer["scalars"], output.data_ptr()),
     )
@@ -144,7 +144,7 @@ def onnx_function(name: str, inputs: list[torch.Tensor]) -> torch.Tensor:
 
 def test_a_width_known_at_run_time_is_moved_by_the_element(probed: dict[str, Any]) -> None:
     answer = probed["answers"][len(CASES)]
-    assert answer["kernel"] == Variant(4, 4).entry(GATHER)
+    assert answer["kernel"] == Specialization(4, 4).entry(GATHER)
     assert answer["scalars"] == [1, 1, 1, 1]
 
 
@@ -167,11 +167,11 @@ def tensor(dtype: str, *shape: int) -> Any:
 
 
 def test_kernels_are_compiled_before_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Variant] = []
+    compiled: list[Specialization] = []
     monkeypatch.setattr(tensorrt_plugin, "compile_ptx", compiled.append)
     compile_kernels(tensor("BF16", -1, -1, 1536), tensor("INT32", -1, -1))
     compile_kernels(tensor("FLOAT", -1, -1, 3), tensor("INT64", -1, -1))
-    assert compiled == [Variant.of(2, 1536, 4), Variant.of(4, 3, 8)]
+    assert compiled == [Specialization.of(2, 1536, 4), Specialization.of(4, 3, 8)]
     with pytest.raises(EngineError, match="a token plugin got FP8"):
         compile_kernels(tensor("FP8", -1, -1, 1536), tensor("INT32", -1, -1))
 

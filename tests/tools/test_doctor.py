@@ -76,7 +76,7 @@ def test_this_machine() -> None:
     assert onnxruntime.__version__ in machine["onnxruntime"].text
     assert machine["tensorrt_rtx"] == Finding("tensorrt_rtx", "ok", tensorrt_library("tensorrt_rtx").__version__)
     assert machine["nvrtc"].status == "ok"
-    assert machine["plugin"].text.startswith("all 8 variants of its kernels compile")
+    assert machine["plugin"].text.startswith("all 8 specializations of its kernels compile")
     assert by_topic(report.engines)["auto"].text == "takes onnxruntime"
     assert report.gpu == gpu.describe_gpu()
     assert (report.can_generate, report.engine, report.bundle, report.bundle_path) == (True, "onnxruntime", (), None)
