@@ -261,7 +261,9 @@ def _runs(path: Path) -> bool:
     pid = int(path.name.rpartition("-")[2])
     with contextlib.suppress(ProcessLookupError, OverflowError):
         os.getpgid(pid)  # unlike os.kill, answers for another user's process too
-        return pid != os.getpid()  # this one has just started: the name is a predecessor's, in this container, say
+        return (
+            pid != os.getpid()
+        )  # this process has just started, so a process before it left the name, for instance in a container
     return False
 
 

@@ -254,10 +254,12 @@ def config_of(transformer: Any) -> dict[str, Any]:
 def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     """The diffusers module of this config, without memory for its weights."""
     transformer_class = getattr(diffusers, family.transformer_class)
-    # As the class itself would: unknown keys dropped, what an old config leaves out filled in.
+    # As the class itself does, this drops unknown keys and fills in what an old config leaves out.
     arguments, _, _ = transformer_class.extract_init_dict(config)
     try:
-        with torch.device("meta"):  # and not accelerate's, under which position tables are computed: 3 GiB for SD3.5
+        with torch.device(
+            "meta"
+        ):  # accelerate's empty weights would still compute the position tables: 3 GiB for SD3.5
             return transformer_class(**arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         problem = f"is not a {family.transformer_class}'s ({first_line(error)})"

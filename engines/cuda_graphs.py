@@ -45,7 +45,11 @@ def capture(body: Callable[[], None], device: torch.device, others: Sequence[Any
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream to capture on. Torch's own is of whichever device captured first; of high priority, no other is it."""
+    """The stream to capture on.
+
+    Torch's own default belongs to whichever device captured first. This one has high priority, which no other stream
+    of the process has.
+    """
     return torch.cuda.Stream(device, priority=-1)
 
 
@@ -103,7 +107,7 @@ class CudaGraphs:
         try:
             return self._capture(body, device, [graph for graph in self._graphs.values() if graph is not None])
         except (RuntimeError, EngineError) as error:
-            # Nothing of it ran: a capture only records. What another thread did meanwhile may be why, so once more.
+            # A capture only records, so nothing has run. Another thread may have disturbed it: it is tried once more.
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 logger.warning("steps cannot be captured as CUDA graphs and are slower: %s", str(error).splitlines()[0])

@@ -107,7 +107,7 @@ class OnnxRuntimeStepEngine(StepEngine):
             options.add_initializer(name, value)
         path = self._directory / part.onnx
         try:
-            # No fallback: a provider that cannot be loaded is to be told, not to be replaced.
+            # Without a fallback: if a provider cannot be loaded, the user is told.
             graph = onnxruntime.InferenceSession(path, options, providers=self._providers(), enable_fallback=0)
         except ORT_ERRORS as error:
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error

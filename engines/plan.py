@@ -133,13 +133,13 @@ class Plan:
         if config is None:
             raise self._error("cannot make a runtime configuration", errors)
         config.set_execution_context_allocation_strategy(library.ExecutionContextAllocationStrategy.USER_MANAGED)
-        # Compiled later, in the background, a captured step would keep the slower ones for ever.
+        # If kernels were compiled later, in the background, a captured step would keep the slower ones for ever.
         config.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._kernels is not None:
             self._kernel_cache = config.create_runtime_cache()
             self._kept_kernels = read_cache(self._kernels)
             if self._kept_kernels is not None:
-                # False for those of another machine: then they are compiled again.
+                # It returns False for another machine's kernels; the library then compiles them again.
                 self._kernel_cache.deserialize(self._kept_kernels)
             if not config.set_runtime_cache(self._kernel_cache):
                 raise self._error("refuses a runtime cache", errors)

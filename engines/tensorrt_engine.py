@@ -156,7 +156,7 @@ class TensorRTSession(StepSession):
                 "a refit of the engine's weights failed half done", "unload the adapters, or load it anew"
             )
         if self._weights != self.engine.times_refitted:
-            self._graphs.clear()  # contexts stay valid; what was captured of them is not promised to
+            self._graphs.clear()  # TensorRT keeps contexts valid; of launches captured from them it promises nothing
             self._weights = self.engine.times_refitted
         graph = self.engine.graphs[Part.STEP]
         for num_kept in (dims.num_tokens, dims.num_kept or dims.num_tokens):

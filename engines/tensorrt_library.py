@@ -20,7 +20,7 @@ from cat_pruning.names import TITLES, Flavour, install_command
 
 logger = logging.getLogger(__name__)
 
-OLDEST_TENSORRT: Final = (10, 15)  # that prefers our plugin over the function body where a node asks for it
+OLDEST_TENSORRT: Final = (10, 15)  # the first that prefers our plugin over the function body where a node asks for it
 
 
 @functools.cache
@@ -83,7 +83,7 @@ def first_error(errors: list[str], otherwise: str) -> str:
 
 def _logger_class(module: Any) -> Any:
     severity = module.ILogger.Severity
-    # INFO is what a library says of itself; it is our debugging.
+    # A library reports on itself at INFO; here that is debugging output.
     levels = {
         severity.INTERNAL_ERROR: logging.CRITICAL,
         severity.ERROR: logging.ERROR,

@@ -153,7 +153,7 @@ class LinearGelu(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, 4 D)."""
-        if not rows.is_cuda:  # where the operator below takes another GELU, by the error function
+        if not rows.is_cuda:  # on the CPU the operator below computes GELU by the error function
             return F.gelu(F.linear(rows, self.weight, self.bias), approximate="tanh")
         activated: Tensor = torch._addmm_activation(self.bias, rows.flatten(0, -2), self.weight.t(), use_gelu=True)
         return activated.view(*rows.shape[:-1], -1)

@@ -94,8 +94,8 @@ class TorchSession(StepSession):
         engine = self.engine
         state = _state_of(engine.transformer) if engine.cuda_graphs or engine.compiled else []
         if not state or not _same(self._state, state):
-            # Otherwise anew for every image: the copy shares the module's parameters, but not what has been done to it
-            # since, such as adapters loaded or switched off, or a move, which replaces buffers.
+            # Without either, the copy is made anew for every image: it shares the module's parameters, but not later
+            # changes, such as adapters that were loaded or switched off, or a move, which replaces buffers.
             self._graphs.clear()
             self._step = self._new_step()
             self._state = state

@@ -270,7 +270,7 @@ def _write_graphs(
         with stage("Compare ONNX Runtime with torch"):
             verify_step_graph(step, directory, config.dtype)
     del step, transformer
-    gc.collect()  # before a builder needs the memory; modules with hooks are cycles
+    gc.collect()  # frees the module before a builder needs the memory: hooks make reference cycles
     return tuple(graph_spec(part, graph) for part, graph in graphs.items())
 
 

@@ -98,7 +98,9 @@ def export_step_graph(
         )
     for graph in graphs.values():
         for value in graph.model.graph.initializers.values():
-            value.const_value = None  # onnxscript's rewriter keeps the last graph it saw; not its weights, please
+            value.const_value = (
+                None  # onnxscript's rewriter keeps the last graph that it saw; it must not keep the weights
+            )
     return graphs
 
 

@@ -218,7 +218,7 @@ class StepModule(nn.Module):
         super().__init__()
         self.family = family
         self.transformer = share_parameters(transformer)
-        self.transformer.eval()  # a flag of each module; the parameters' own, as requires_grad, are the user's
+        self.transformer.eval()  # a flag of each module; `requires_grad` of the shared parameters stays the user's
         reuse = TokenReuseInPlace if in_place else TokenReuse
         self.reuse = reuse(text_first=family.text_first, modulated_ahead=modulated_ahead)
         family.intercept(self.transformer, self.reuse)

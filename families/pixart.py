@@ -40,7 +40,7 @@ class PixArt(PatchFamily):
     @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
         embed = transformer.pos_embed
-        # What the module would add itself; in the dtype of the latents at the end, as there.
+        # The module itself would add the position; the sum has the dtype of the latents, as there.
         embed.pos_embed = None
         embed.register_forward_hook(
             lambda module, args, tokens: reuse.gather((tokens + reuse.inputs[POSITION]).to(tokens.dtype))
@@ -163,7 +163,7 @@ class _CrossAttention:
                 attn.to_v(encoder_hidden_states),
             )
         )
-        # Every query of its own: ONNX Runtime's Attention broadcasts a mask over heads, not over queries.
+        # Each query gets a row of the mask: ONNX Runtime's Attention broadcasts it over heads, not over queries.
         mask = None if attention_mask is None else attention_mask.unsqueeze(1).expand(-1, -1, query.shape[2], -1)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         projected: Tensor = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))

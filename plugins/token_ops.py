@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-WORD: Final = torch.complex128  # sixteen bytes, as torch has them; only moved, never computed with
+WORD: Final = torch.complex128  # torch's type of sixteen bytes; its values are moved and never computed with
 
 
 @torch.library.custom_op("cat::token_gather", mutates_args=())

@@ -256,7 +256,7 @@ def _without_weights(transformer_class: str, config: Mapping[str, Any]) -> nn.Mo
         module: nn.Module = cls(**cls.extract_init_dict(dict(config))[0])
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        # On the CPU and in fp32, because PEFT puts an adapter where and in what its layer is.
+        # PEFT gives an adapter the device and the dtype of its layer, so these are the CPU and fp32.
         values = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
         setattr(module.get_submodule(owner), leaf, values)
     return module.eval()

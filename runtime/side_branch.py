@@ -1,4 +1,4 @@
-"""Calls of the transformer that go with an image's steps and are none themselves."""
+"""Calls of the transformer that belong to an image's steps without being steps themselves."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def cluster_scores(relative_noise: Tensor, cluster_ids: Tensor, num_clusters: in
     """
     noise = relative_noise.float()
     if pooling is Pooling.MAX:
-        # On a GPU every cluster is many places, because all that goes to one place has to wait for each other.
+        # On a GPU each cluster is spread over many places, because writes to one place wait for each other.
         pooled, sizes = _cluster_max(noise, cluster_ids, num_clusters, GPU_PLACES if noise.is_cuda else 1)
     else:
         pooled, sizes = cluster_means(noise, cluster_ids, num_clusters)

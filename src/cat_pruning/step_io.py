@@ -20,7 +20,7 @@ KEEP_INDICES = "keep_indices"
 NOISE = "noise"
 LATENTS = "hidden_states"
 TIMESTEP = "timestep"
-MAX_TIMESTEPS = 64  # that timestep.onnx computes at once: a bound on the memory of its results
+MAX_TIMESTEPS = 64  # that timestep.onnx computes at once; it bounds the memory of the results
 
 
 class Part(StrEnum):
