@@ -21,7 +21,8 @@ class Selector(ABC):
     it chooses for. A policy implements `_next`, and `_first` where that differs.
 
     Args:
-        family, config: of the model.
+        family: of the model.
+        config: of the model's transformer.
         settings: what to compute.
         grid: image tokens (high, wide).
         device: where noise and latents are.
