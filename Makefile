@@ -1,5 +1,6 @@
 # make demo    set everything up, export a packaged miniature (MODEL=sd3-mini), generate full and pruned images
 # make test    set everything up, then lint, types and tests
+# make docs    the documentation as a site, build/site/index.html
 # make eval    the fidelity bench on sd3-mini: every policy against the full run and fewer steps; an HTML report
 # make gpu-check    on a machine with a GPU: its tests, engines and benchmarks, in under ten minutes, into one JSON
 PYTHON ?= python3
@@ -13,7 +14,7 @@ EXPORT_sd3-mini := --text-length 48
 GENERATE_sd3-mini := --guidance-scale 3
 PROMPT := a large red circle left of a small blue star on a plain black background
 
-.PHONY: install check test demo eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-gpu gpu-check clean
+.PHONY: install check test demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -40,6 +41,16 @@ demo: install
 	  --compare --token-map --summary $(DEMO)/summary.json
 	mv $(DEMO)/image.comparison.png $(DEMO)/comparison.png
 	mv $(DEMO)/image.token_map.png $(DEMO)/token_map.png
+
+# Strict: a broken link, anchor or reference is an error. Nothing is fetched but the packages, once.
+docs: .venv/docs-installed
+	$(BIN)/python benchmarks/source_tree.py > /dev/null
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --config-settings editable_mode=strict --editable '.[docs]'
+	touch $@
 
 # Interrupted, it goes on where it was.
 build/eval/sd3-mini: | .venv/installed

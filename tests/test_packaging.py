@@ -18,7 +18,7 @@ FOLDERS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy: a build in the tree would take along what earlier builds left.
     source = tmp_path_factory.mktemp("source")
-    for name in (*FOLDERS.values(), "pyproject.toml", "README.md"):
+    for name in (*FOLDERS.values(), "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
@@ -44,6 +44,14 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
             if path.suffix in {".py", ".cu", ".j2", ".json", ".safetensors", ".typed"}:
                 place = package.replace(".", "/")
                 assert f"{place}/{path.relative_to(ROOT / folder).as_posix()}" in names
+
+
+def test_wheel_has_the_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert "License-Expression: Apache-2.0\n" in archive.read(metadata).decode()
+        licence = archive.read(metadata.replace("METADATA", "licenses/LICENSE"))
+    assert licence == (ROOT / "LICENSE").read_bytes()
 
 
 def test_miniature_is_found_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
