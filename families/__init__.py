@@ -1,17 +1,36 @@
-"""The model families that cat-pruning knows; a new one is a module here and a line below."""
+"""The model families that cat-pruning knows. A new one is a module here and a line below, or `register` elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from cat_pruning.errors import CheckpointError
+from cat_pruning.errors import CheckpointError, SettingsError
 from cat_pruning.families.family import Family
 from cat_pruning.families.flux import Flux
 from cat_pruning.families.pixart import PixArt
 from cat_pruning.families.sd3 import StableDiffusion3
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion3, PixArt, Flux)
+FAMILIES: list[type[Family]] = [StableDiffusion3, PixArt, Flux]
+
+_Known = TypeVar("_Known", bound=type[Family])
+
+
+def register(family: _Known) -> _Known:
+    """Make a family of your own known in this process; also a class decorator.
+
+    Raises:
+        SettingsError: its name or its transformer's class is another family's.
+    """
+    for other in FAMILIES:
+        if family.name == other.name or family.transformer_class == other.transformer_class:
+            raise SettingsError(
+                f"the family {family.name!r} of {family.transformer_class}: the name or the class is "
+                f"{other.__name__}'s",
+                "choose another name",
+            )
+    FAMILIES.append(family)
+    return family
 
 
 def family_of(transformer: Any) -> Family:

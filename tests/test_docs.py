@@ -67,6 +67,8 @@ def texts(source: str) -> set[str]:
 
 
 def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error"):
+        return "; ".join(_text(argument) or SPECIFIER for argument in node.args)  # a problem and its remedy
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):

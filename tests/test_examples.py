@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAT_EXAMPLE_STEPS", "10")
     # What an example registers is gone after the test.
-    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES)
+    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES])
 
     def run(name: str) -> str:
         with quiet_diffusers():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cat_pruning import families
 from cat_pruning.errors import CheckpointError, SettingsError, ShapeError
 from cat_pruning.exporter.step_graph import run_step
 from cat_pruning.families import FAMILIES, family_named, family_of, family_of_class
@@ -167,3 +168,19 @@ def test_what_is_no_family() -> None:
     known = "SD3Transformer2DModel, PixArtTransformer2DModel, FluxTransformer2DModel"
     with pytest.raises(CheckpointError, match=rf"class DiTTransformer2DModel is not supported; supported are {known}"):
         family_of_class("DiTTransformer2DModel")
+
+
+def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", [*FAMILIES])
+
+    @families.register
+    class Own(families.StableDiffusion3):
+        name = "own"
+        transformer_class = "OwnTransformer2DModel"
+
+    assert family_of_class("OwnTransformer2DModel") is Own
+    assert type(family_named("own", {})) is Own
+    for taken in ({"name": "own"}, {"name": "other", "transformer_class": "FluxTransformer2DModel"}):
+        with pytest.raises(SettingsError, match=r"the name or the class is (Own|Flux)'s; choose another name"):
+            families.register(type("Another", (Own,), taken))
+    assert len(families.FAMILIES) == 4
