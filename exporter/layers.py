@@ -81,4 +81,3 @@ def recorded(transformer: nn.Module, layers: Collection[str]) -> Iterator[dict[s
     finally:
         for hook in hooks:
             hook.remove()
-

@@ -23,8 +23,8 @@ from cat_pruning.step_io import Part
 
 Array = NDArray[np.generic]
 
-# Of the largest value that was expected. fp32 differs by summation order only; 16 bits round at every layer: sd3-mini is
-# off its own fp32 by 3e-3 in fp16 and by 2e-2 in bf16.
+# Of the largest value that was expected. fp32 differs by summation order only. 16 bits round at every layer: sd3-mini
+# is off its own fp32 by 3e-3 in fp16 and 2e-2 in bf16.
 TOLERANCE: Final = {DType.FP32: 1e-4, DType.FP16: 3e-2, DType.BF16: 1e-1}
 GRID: Final = (7, 10)  # tokens of the steps that are compared before there are plans: odd and even
 TEXT_LENGTH: Final = 9
@@ -70,7 +70,7 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType) -> float:
         except ORT_ERRORS as error:
             raise EngineError(f"--verify: ONNX Runtime failed in a step: {error}") from error
         tensors = {name: torch.from_numpy(value) for name, value in results.items()}
-        error, divergence = compare(tensors, run_step(step, inputs), dtype)
+        largest, divergence = compare(tensors, run_step(step, inputs), dtype)
         if divergence is not None:
             raise EngineError(
                 f"--verify: {divergence.name} of a step with {dims.num_kept} of {dims.num_tokens} tokens is off "
@@ -78,7 +78,7 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType) -> float:
                 f"in {dtype}",
                 LAYERS_REMEDY,
             )
-        worst = max(worst, error)
+        worst = max(worst, largest)
     return worst
 
 

@@ -199,11 +199,11 @@ def compare_graphs(
         inputs = {name: value for name, value in values.items() if name in names}
         try:
             with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # what it has to say is in our error
-                results, error = _compare_part(part, inputs, runners, sample, dtype)
+                results, largest = _compare_part(part, inputs, runners, sample, dtype)
         except (PolygraphyException, *ORT_ERRORS) as error:
             raise EngineError(f"--verify: {part.onnx} does not run: {' '.join(str(error).split())}") from error
         values |= results
-        worst = max(worst, error)
+        worst = max(worst, largest)
     return worst
 
 

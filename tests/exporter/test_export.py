@@ -10,6 +10,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import step_dims
 from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.exporter.macs import Macs, count_macs
+from cat_pruning.exporter.verify import Verify
 from cat_pruning.names import Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
@@ -21,7 +22,7 @@ def test_bundle_is_complete(mini_bundle: Path) -> None:
         bundle.verified(name)
     assert bundle.manifest.geometry.text_length == 48
     graphs = {name for part in Part for name in (part.onnx, f"{part.onnx}.data")}
-    assert {name for name in bundle.manifest.files if "/" not in name} == graphs
+    assert {name for name in bundle.manifest.files if "/" not in name} == {*graphs, "data_loader.py"}
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("pixart", 2), ("flux-dev", 1)])
@@ -30,7 +31,7 @@ def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, k
     settings = PruneSettings(num_clusters=4)
     config = ExportConfig(
         model=str(directory), out=tmp_path / "out", resolutions=((40, 48),), settings=settings,
-        targets=(Target.ONNX,), verify=True, text_length=7,
+        targets=(Target.ONNX,), verify=Verify.OUTPUTS, text_length=7,
     )  # fmt: skip
     manifest = export(config).manifest
     assert Bundle.open(tmp_path / "out").manifest == manifest
