@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from onnx import GraphProto
+from onnx import GraphProto, ValueInfoProto, helper
 from torch import Tensor, nn
 
 from cat_pruning.step_io import Part
@@ -54,12 +54,20 @@ def marked_graphs(directory: Path, layers: Mapping[Part, Mapping[str, str]]) -> 
             with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
                 model = onnx_from_path(str(directory / part.onnx), ignore_external_data=True)
                 own = [output.name for output in model.graph.output]
+                model.graph.value_info.extend([*model.graph.output, *_typed(model.graph, layers[part])])
                 model = modify_outputs(model, outputs=list(dict.fromkeys([*layers[part], *own])))
             copy.write_bytes(model.SerializeToString())
         yield copies
     finally:
         for copy in copies.values():
             copy.unlink(missing_ok=True)
+
+
+def _typed(graph: GraphProto, layers: Mapping[str, str]) -> Iterator[ValueInfoProto]:
+    """The tensors with their types, which are their weights': TensorRT's importer takes no output without one."""
+    types = {tensor.name.removesuffix(".T"): tensor.data_type for tensor in graph.initializer}
+    for name, layer in layers.items():
+        yield helper.make_tensor_value_info(name, types[f"{_PREFIX}{layer}.weight"], None)
 
 
 @contextmanager

@@ -57,10 +57,11 @@ class PlanRunner(BaseRunner):  # type: ignore[misc]  # from an untyped module
         del self.plan
 
     def get_input_metadata_impl(self) -> Any:
-        """The inputs' dtypes. Their shapes are the profiles', which `infer` finds."""
+        """The inputs' dtypes and ranks. Their sizes are the profiles', which `infer` finds."""
         metadata = TensorMetadata()
         for name, dtype in self.plan.inputs.items():
-            metadata.add(name, dtype=dtype, shape=None)
+            lowest, _ = self.plan.profiles[0][name]
+            metadata.add(name, dtype=dtype, shape=[None] * len(lowest))
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
