@@ -16,9 +16,9 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from torch import Tensor
 
-from cat_pruning.bundle.schema import Flavour
 from cat_pruning.engines.plan import Plan
 from cat_pruning.engines.side_stream import SideStream
+from cat_pruning.names import Flavour
 from cat_pruning.step_io import Shape, output_name
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from cat_pruning.bundle.profiles import step_dims
 from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec
 from cat_pruning.dtype import DType
-from cat_pruning.engines.tensorrt_library import TITLES
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.progress import Stage
 from cat_pruning.exporter.verify import GRID, TEXT_LENGTH, Verify, verify_step_graph
@@ -23,6 +22,7 @@ from cat_pruning.exporter.verify_plans import (
     verify_plans,
 )
 from cat_pruning.families.interception import StepModule
+from cat_pruning.names import TITLES
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,12 +28,12 @@ from cat_pruning.engines.builder.build import build_plan
 from cat_pruning.engines.gpu import gpu_architecture
 from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
 from cat_pruning.engines.plan_choice import runs_on
-from cat_pruning.engines.tensorrt_library import TITLES
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.layers import layer_outputs, marked_graphs, recorded
 from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.exporter.verify import LAYERS_REMEDY, TOLERANCE, compare
 from cat_pruning.families.interception import StepModule
+from cat_pruning.names import TITLES
 from cat_pruning.step_io import Part, StepDims
 
 _TORCH, _ONNXRUNTIME = "torch", "ONNX Runtime"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,8 @@ def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, k
         session = onnxruntime.InferenceSession(tmp_path / "out" / graph.file, providers=["CPUExecutionProvider"])
         for values, specs in ((session.get_inputs(), graph.inputs), (session.get_outputs(), graph.outputs)):
             assert [(value.name, tuple(value.shape)) for value in values] == [(spec.name, spec.shape) for spec in specs]
+    script = runpy.run_path(str(tmp_path / "out" / "data_loader.py"))  # which reads the manifest
+    for part, load in ((Part.PROMPT, "load_prompt"), (Part.TIMESTEP, "load_timestep"), (Part.STEP, "load_data")):
+        (inputs,) = script[load]()
+        graph = manifest.graph(part)
+        assert {name: value.shape for name, value in inputs.items()} == graph.input_shapes(pruned)

@@ -18,7 +18,7 @@ from tensorrt_double import TensorRTDouble, write_plan
 
 from cat_pruning.bundle.bundle import BundleWriter
 from cat_pruning.bundle.profiles import PlanProfile, profile_spec
-from cat_pruning.bundle.schema import Flavour, Geometry, GraphSpec, PlanSpec, TokenOps
+from cat_pruning.bundle.schema import Geometry, GraphSpec, PlanSpec, TokenOps
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import build_plan, can_build
 from cat_pruning.errors import EngineError
@@ -31,6 +31,7 @@ from cat_pruning.exporter.progress import logged_stage
 from cat_pruning.exporter.verification import Verification
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.exporter.verify_plans import StepSample, sample_layers, sample_outputs
+from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, output_name
 
