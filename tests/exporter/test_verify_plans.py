@@ -269,6 +269,22 @@ def test_shapes_that_the_plan_was_not_built_for(export_tiny: Any, files: Any, li
         verify_plans.verify_plans(plans, directory, graphs, sample, DType.FP32)
 
 
+@needs_polygraphy
+@pytest.mark.parametrize(("call", "message"), [("", "cannot load it: "), ("execute_async_v3", "failed in a step")])
+def test_a_plan_that_does_not_run(
+    export_tiny: Any, files: Any, library: TensorRTDouble, call: str, message: str
+) -> None:
+    export = export_tiny("sd3")
+    directory, sample = files(export), sample_outputs(export.step, dims_of(export))
+    plans, graphs = plans_of("tensorrt"), graphs_of(export)
+    write_plans(plans, directory, graphs, sample)
+    library.fail.add(call)
+    if not call:
+        (directory / plans[-1].file).write_bytes(b"no plan")
+    with pytest.raises(EngineError, match=rf"\.plan: TensorRT 11\.4\.0 {message}"):
+        verify_plans.verify_plans(plans, directory, graphs, sample, DType.FP32)
+
+
 # ------------------------------------------------------------------ what is compared where
 
 
