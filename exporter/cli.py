@@ -38,6 +38,7 @@ examples:
   cat-export --model ./my-finetune --dtype bf16 --out tuned                a local directory in the diffusers layout
   cat-export --model flux-dev --dtype bf16 --lora style.safetensors:0.8 --out styled    an adapter fused in
   cat-export --model sd3 --random-weights --dtype bf16 --target onnx --out random    the architecture alone, no network
+  cat-export --model ./my-finetune --verify layers --out tuned             every layer under ONNX Runtime against torch
   cat-export --model sd3 --dtype bf16 --target tensorrt --out sd3          on the machine with the GPU that will run it
   cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
                                                                            plans for two resolutions, 1 and 4 prompts
@@ -109,8 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--verify",
-        action="store_true",
-        help="compare the graphs under ONNX Runtime with torch before the plans are built",
+        nargs="?",
+        const="outputs",
+        choices=["outputs", "layers"],
+        help="compare what the graphs return under ONNX Runtime with torch before the plans are built, and the built "
+        "plans with both where a GPU runs them; layers: besides, every layer, and name the first that differs",
     )
     shape = parser.add_argument_group("shapes and precision")
     shape.add_argument(
@@ -162,6 +166,7 @@ def _export(arguments: argparse.Namespace) -> None:
         )
     from cat_pruning.checkpoints.lora import parse_lora
     from cat_pruning.exporter.export import ExportConfig, default_targets, export
+    from cat_pruning.exporter.verify import Verify
 
     console.quiet_libraries()
     config = ExportConfig(
@@ -179,7 +184,7 @@ def _export(arguments: argparse.Namespace) -> None:
         targets=tuple(map(Target, arguments.target or ())) or default_targets(refittable=arguments.refittable),
         plugin=not arguments.no_plugin,
         refittable=arguments.refittable,
-        verify=arguments.verify,
+        verify=Verify(arguments.verify) if arguments.verify else None,
         force=arguments.force,
     )
     terminal = Console(stderr=True)
@@ -201,6 +206,7 @@ def _stage(terminal: Console, title: str) -> Iterator[Advance]:
 
 
 def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds: float) -> None:
+    from cat_pruning.exporter.verify_plans import can_verify
 
     manifest = bundle.manifest
     files = Table(title=f"{bundle.path}  ({seconds:.0f} s)", title_justify="left", title_style="bold")
@@ -218,6 +224,13 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
             f"{TITLES[plan.flavour]} {plan.version} plans for {', '.join(plan.architectures)}; token operators: "
             f"{plan.token_ops}{'; refittable' if plan.refittable else ''}",
             highlight=False,
+        )
+    if config.verify and not all(map(can_verify, manifest.plans)):
+        terminal.print(
+            "plans are compared on the machine that runs them; there: "
+            f"{bundle.export_command()} --verify {config.verify}",
+            highlight=False,
+            soft_wrap=True,
         )
     costs = Table(title="MACs of a step", title_justify="left", title_style="bold")
     for column in ("profile", "tokens", "kept", "full\nlinear", "pruned\nlinear", "full\nall", "pruned\nall", "bound"):

@@ -34,13 +34,15 @@ from cat_pruning.checkpoints.variants import variant_of, without_other_variants
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import can_build, can_build_refittable, plan_specs
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
+from cat_pruning.exporter import data_loader
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes
 from cat_pruning.exporter.plans import build_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
-from cat_pruning.exporter.verify import verify_step_graph
+from cat_pruning.exporter.verification import Samples, Verification
+from cat_pruning.exporter.verify import Verify
 from cat_pruning.families.interception import StepModule
 from cat_pruning.names import FLAVOURS, Flavour, Target
 from cat_pruning.settings import PruneSettings
@@ -50,6 +52,7 @@ from cat_pruning.versions import versions_of
 logger = logging.getLogger(__name__)
 
 PIPELINE = "pipeline"
+DATA_LOADER = "data_loader.py"
 _SLACK_BYTES = 64 << 20  # graphs, manifest, what a file system needs itself
 # What a pipeline loads; single-file checkpoints, pickles and pictures beside it stay behind.
 _PIPELINE_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}
@@ -69,7 +72,7 @@ class ExportConfig:
     model, revision, random_weights, loras: see `find_checkpoint`. out: the bundle's directory; force replaces a bundle
     there. resolutions: (height, width) in pixels; empty for the model's own. prompts: numbers of prompts in a batch.
     text_length: text rows of the profiles; None for what the pipeline passes at its defaults.
-    guidance: classifier-free guidance doubles the rows of a batch. verify: compare ONNX Runtime with torch.
+    guidance: classifier-free guidance doubles the rows of a batch. verify: compare graphs and plans with torch.
     plugin: our kernels for the token operators of TensorRT's plans; without, TensorRT compiles their function bodies.
     refittable: plans take adapters at run time; ONNX Runtime does from any bundle.
     """
@@ -88,7 +91,7 @@ class ExportConfig:
     targets: tuple[Target, ...] = field(default_factory=default_targets)
     plugin: bool = True
     refittable: bool = False
-    verify: bool = False
+    verify: Verify | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -104,10 +107,6 @@ class ExportConfig:
             raise SettingsError(
                 "--refittable: only plans need it, and none are built; ONNX Runtime takes adapters from any bundle",
                 "give --target tensorrt, or leave it out",
-            )
-        if self.verify and self.dtype is DType.BF16:
-            raise EngineError(
-                "--verify: ONNX Runtime's CPU provider does not compute in bf16", "verify with --dtype fp32"
             )
 
 
@@ -127,6 +126,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         CheckpointError, ShapeError, SettingsError, EngineError, OutputError: see `cat_pruning.errors`.
     """
     plans = _plan_specs(config)  # before a checkpoint is downloaded
+    verification = Verification.of(config.verify, config.dtype, plans)
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, random_weights=config.random_weights, loras=config.loras
     )
@@ -142,14 +142,19 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     )
     check_memory(
         checkpoint.num_parameters * config.dtype.num_bytes,
-        held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify),
+        held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify is not None),
         builds_plans=bool(plans),
     )
     with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint, plans)) as writer:
-        graphs = _write_graphs(config, checkpoint, transformer, writer.path, stage)
+        graphs, samples = _write_graphs(config, checkpoint, transformer, writer.path, profiles[0], verification, stage)
+        shutil.copyfile(data_loader.__file__, writer.path / DATA_LOADER)
         with stage("Count MACs"):
             macs = tuple(profile_macs(writer.path, graphs, profile, geometry.patch_size) for profile in profiles)
-        built, failure = build_plans(plans, graphs, profiles, geometry.patch_size, writer, stage)
+
+        def verify(plans: Sequence[PlanSpec]) -> None:
+            verification.check_plans(plans, samples, writer.path, graphs, stage)
+
+        built, failure = build_plans(plans, graphs, profiles, geometry.patch_size, writer, stage, verify)
         with stage("Copy the pipeline's other parts"):
             pipeline = _add_pipeline(checkpoint, writer.path / PIPELINE)
         with stage("Hash and move into place"):
@@ -253,8 +258,14 @@ def _needed_bytes(config: ExportConfig, checkpoint: Checkpoint, plans: tuple[Pla
 
 
 def _write_graphs(
-    config: ExportConfig, checkpoint: Checkpoint, transformer: nn.Module | None, directory: Path, stage: Stage
-) -> tuple[GraphSpec, ...]:
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    transformer: nn.Module | None,
+    directory: Path,
+    profile: ProfileSpec,
+    verification: Verification,
+    stage: Stage,
+) -> tuple[tuple[GraphSpec, ...], Samples]:
     source, family, weights = checkpoint.source, checkpoint.family, None
     if transformer is None and source.kind == "random" and not config.verify:
         assert source.seed is not None
@@ -266,12 +277,10 @@ def _write_graphs(
     step = StepModule(transformer, family)
     with stage("Trace one step and write its graphs") as advance:
         graphs = export_step_graph(step, directory, advance, weights)
-    if config.verify:
-        with stage("Compare ONNX Runtime with torch"):
-            verify_step_graph(step, directory, config.dtype)
+    samples = verification.sample(step, directory, profile, stage)
     del step, transformer
     gc.collect()  # frees the module before a builder needs the memory: hooks make reference cycles
-    return tuple(graph_spec(part, graph) for part, graph in graphs.items())
+    return tuple(graph_spec(part, graph) for part, graph in graphs.items()), samples
 
 
 def graph_spec(part: Part, graph: Graph) -> GraphSpec:

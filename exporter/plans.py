@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cat_pruning.bundle.bundle import BundleWriter
 from cat_pruning.bundle.profiles import plan_profiles
@@ -26,11 +26,13 @@ def build_plans(
     patch_size: int,
     writer: BundleWriter,
     stage: Stage,
+    verify: Callable[[Sequence[PlanSpec]], None],
 ) -> tuple[tuple[PlanSpec, ...], EngineError | None]:
     """Build the plans into the bundle, and return those that are whole, and what failed.
 
     Where a plan fails, its flavour has none, and the export goes on: the graphs took long to write and run without
-    plans. Unless a bundle is there already: one with plans is not replaced by one without.
+    plans. Unless a bundle is there already: one with plans is not replaced by one without. `verify` is called with the
+    plans of a flavour when all are built; what it raises is a failure like another.
     """
     built: list[PlanSpec] = []
     failure: EngineError | None = None
@@ -46,6 +48,10 @@ def build_plans(
         try:
             with stage(f"Build the {TITLES[plan.flavour]} engine of {graph.file}, profiles: {len(shapes)}"):
                 report = build_plan(plan, *files, shapes, timings)
+            built.append(with_report(plan, report))
+            of_flavour = [each for each in built if each.flavour == plan.flavour]
+            if len(of_flavour) == len(graphs):
+                verify(of_flavour)
         except EngineError as error:
             if writer.out.exists():
                 raise
@@ -53,6 +59,4 @@ def build_plans(
             failed.add(plan.flavour)
             shutil.rmtree(files[1].parent, ignore_errors=True)
             built = [each for each in built if each.flavour != plan.flavour]
-        else:
-            built.append(with_report(plan, report))
     return tuple(built), failure

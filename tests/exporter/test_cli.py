@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 
 from cat_pruning.checkpoints.checkpoint import model_names
 from cat_pruning.engines.tensorrt_library import tensorrt_library
-from cat_pruning.exporter import cli
+from cat_pruning.exporter import cli, verify_plans
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
 PUBLISHED = r"flux-dev, flux-schnell, pixart-sigma, sd3\.5-large, sd3\.5-medium, sd3"
@@ -72,7 +72,11 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--target", "onnx", "--no-plugin"], "--no-plugin: only TensorRT's plans .*; give --target tensorrt too"),
         (["--target", "onnx", "--refittable"], "--refittable: only plans need it.* takes adapters from any bundle"),
         (["--target", "coreml"], r"--target: invalid choice: 'coreml' .*onnx.*rtx"),
-        (["--verify", "--dtype", "bf16"], "--verify: .*bf16; verify with --dtype fp32"),
+        (["--verify", "nothing"], r"--verify: invalid choice: 'nothing' .*outputs.*layers"),
+        (
+            ["--verify", "--dtype", "bf16"],
+            r"bf16, and no plan is built that runs here; verify with --dtype fp32",
+        ),
         (["--random-weights"], rf"--random-weights needs a published architecture \({PUBLISHED}\), got"),
         (["--revision", "main"], "--revision 'main': .* is a local directory, which has no revisions"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate; see cat-export --help"),
@@ -80,6 +84,15 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
 )
 def test_arguments(refused: Callable[..., None], tiny_checkpoint: Path, arguments: list[str], message: str) -> None:
     refused(message, "--model", tiny_checkpoint, *arguments)
+
+
+def test_layers_need_polygraphy(
+    refused: Callable[..., None], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the checkpoint is looked for, because what follows is long."""
+    monkeypatch.setattr(verify_plans.importlib.util, "find_spec", lambda name: None)
+    message = r"--verify .* Polygraphy, which is not installed; pip install 'cat-pruning\[debug\]'$"
+    refused(message, "--model", tiny_checkpoint / "nowhere", "--target", "onnx", "--verify", "layers")
 
 
 def test_no_arguments(cat_export: CatExport) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import step_dims
 from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.exporter.macs import Macs, count_macs
+from cat_pruning.exporter.verify import Verify
 from cat_pruning.names import Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
@@ -21,7 +23,7 @@ def test_bundle_is_complete(mini_bundle: Path) -> None:
         bundle.verified(name)
     assert bundle.manifest.geometry.text_length == 48
     graphs = {name for part in Part for name in (part.onnx, f"{part.onnx}.data")}
-    assert {name for name in bundle.manifest.files if "/" not in name} == graphs
+    assert {name for name in bundle.manifest.files if "/" not in name} == {*graphs, "data_loader.py"}
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("pixart", 2), ("flux-dev", 1)])
@@ -30,7 +32,7 @@ def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, k
     settings = PruneSettings(num_clusters=4)
     config = ExportConfig(
         model=str(directory), out=tmp_path / "out", resolutions=((40, 48),), settings=settings,
-        targets=(Target.ONNX,), verify=True, text_length=7,
+        targets=(Target.ONNX,), verify=Verify.OUTPUTS, text_length=7,
     )  # fmt: skip
     manifest = export(config).manifest
     assert Bundle.open(tmp_path / "out").manifest == manifest
@@ -53,3 +55,8 @@ def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, k
         session = onnxruntime.InferenceSession(tmp_path / "out" / graph.file, providers=["CPUExecutionProvider"])
         for values, specs in ((session.get_inputs(), graph.inputs), (session.get_outputs(), graph.outputs)):
             assert [(value.name, tuple(value.shape)) for value in values] == [(spec.name, spec.shape) for spec in specs]
+    script = runpy.run_path(str(tmp_path / "out" / "data_loader.py"))  # which reads the manifest
+    for part, load in ((Part.PROMPT, "load_prompt"), (Part.TIMESTEP, "load_timestep"), (Part.STEP, "load_data")):
+        (inputs,) = script[load]()
+        graph = manifest.graph(part)
+        assert {name: value.shape for name, value in inputs.items()} == graph.input_shapes(pruned)
