@@ -26,7 +26,6 @@ import pydantic
 from pydantic import AfterValidator, Field, Strict, model_validator
 
 from cat_pruning.bundle.schema import (
-    TARGETS,
     BundlePath,
     FileSpec,
     Geometry,

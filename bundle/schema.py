@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, Strict, model_validator
