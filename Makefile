@@ -14,7 +14,7 @@ EXPORT_sd3-mini := --text-length 48
 GENERATE_sd3-mini := --guidance-scale 3
 PROMPT := a large red circle left of a small blue star on a plain black background
 
-.PHONY: install check test demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-gpu gpu-check clean
+.PHONY: install check test demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-startup bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -88,6 +88,10 @@ bench-macs: install
 
 bench-adapters: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/bench_adapters.py build/eval/sd3-mini
+
+# BEFORE=DIRECTORY measures another checkout beside this one.
+bench-startup: install build/eval/sd3-mini
+	$(BIN)/python benchmarks/bench_startup.py build/eval/sd3-mini $(if $(BEFORE),--before $(BEFORE))
 
 # On a machine with a GPU, with what is installed there; make install would bring the CPU's torch.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

@@ -18,7 +18,8 @@ def source_tree(out: Path = ROOT / "build" / "source") -> Path:
     for package, folder in folders.items():
         place = out.joinpath(*package.split("."))
         # The top package is a folder of links, because the others are not in its own.
-        links = {place: ROOT / folder} if "." in package else {place / p.name: p for p in (ROOT / folder).iterdir()}
+        files = [path for path in (ROOT / folder).iterdir() if path.name != "__pycache__"]
+        links = {place: ROOT / folder} if "." in package else {place / path.name: path for path in files}
         for link, target in links.items():
             link.parent.mkdir(parents=True, exist_ok=True)
             if link.is_symlink():

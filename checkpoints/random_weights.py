@@ -9,8 +9,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import accelerate
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +59,9 @@ def random_transformer(transformer_class: str, config: dict[str, Any], dtype: DT
 
 
 def _without_parameters(transformer_class: str, config: dict[str, Any], dtype: DType) -> nn.Module:
+    import accelerate
+    import diffusers
+
     with accelerate.init_empty_weights(include_buffers=False):
         module: nn.Module = getattr(diffusers, transformer_class)(**config)
     for parent in module.modules():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cat_pruning import console
 from cat_pruning.errors import EngineError, OutputError, SettingsError
+from cat_pruning.installation import require
 
 if TYPE_CHECKING:
     from cat_pruning.bundle.bundle import Bundle
@@ -116,6 +117,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     _check(arguments)
+    require("cat-eval", "eval")
     from rich.console import Console
 
     from cat_pruning.bundle.bundle import Bundle

@@ -17,6 +17,7 @@ from cat_pruning import console
 from cat_pruning.checkpoints.published import published_models
 from cat_pruning.dtype import DType
 from cat_pruning.errors import SettingsError
+from cat_pruning.installation import require
 from cat_pruning.models import miniatures
 from cat_pruning.names import TITLES, Target
 from cat_pruning.settings import PruneSettings
@@ -164,6 +165,7 @@ def _export(arguments: argparse.Namespace) -> None:
             "--keep-ratio 0: expected a share of the tokens, > 0",
             "to compute none on pruned steps needs no bundle of its own: any runs with cat-generate --preset forecast",
         )
+    require("cat-export", "export")
     from cat_pruning.checkpoints.lora import parse_lora
     from cat_pruning.exporter.export import ExportConfig, default_targets, export
     from cat_pruning.exporter.verify import Verify

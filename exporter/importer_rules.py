@@ -16,7 +16,8 @@ from typing import Any, Final
 import onnx
 from onnx import NodeProto
 
-from cat_pruning.plugins.onnx_ops import DOMAIN, PLUGIN_ATTRIBUTES
+from cat_pruning.plugins import DOMAIN
+from cat_pruning.plugins.onnx_ops import PLUGIN_ATTRIBUTES
 from cat_pruning.step_io import NOISE, is_changed_in_place, output_name
 
 IMPORTER: Final = "TensorRT 10.15"

@@ -19,9 +19,11 @@ import torch
 from onnx.defs import OpSchema
 from onnxscript.values import Opset
 
-from cat_pruning.plugins import token_ops  # noqa: F401  (registers torch.ops.cat)
+from cat_pruning.plugins import (
+    DOMAIN,
+    token_ops,  # noqa: F401  (registers torch.ops.cat)
+)
 
-DOMAIN = "cat"
 DOMAIN_VERSION = 1
 OPSET_VERSION = 23  # the first with the operator Attention
 PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": "cat", "plugin_version": "1", "aot": 1}

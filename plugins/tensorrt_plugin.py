@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from cat_pruning.errors import EngineError
+from cat_pruning.plugins import DOMAIN
 from cat_pruning.plugins.cuda_kernels import (
     GATHER,
     LANES,
@@ -33,7 +34,6 @@ from cat_pruning.plugins.cuda_kernels import (
     kernel_sizes,
     num_blocks,
 )
-from cat_pruning.plugins.onnx_ops import DOMAIN
 
 # What callbacks raised in this process: TensorRT writes it to standard error and reports a build that failed.
 callback_errors: Final[list[str]] = []

@@ -25,8 +25,7 @@ from cat_pruning.engines.graph_weights import GraphWeights
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import CatError, CheckpointError, EngineError, SettingsError
-
-_INSTALL = "PEFT is not installed here; pip install 'cat-pruning[lora]'"
+from cat_pruning.installation import require
 
 
 class Adapters:
@@ -76,7 +75,9 @@ class Adapters:
             EngineError: the engine's weights cannot be changed, or not to these.
             CheckpointError: the adapter is damaged, incomplete, or of another model, be it in part.
             SettingsError: the name is taken.
+            InstallationError: PEFT is not installed.
         """
+        require("load_lora_adapter", "lora")
         with self._lock:
             module, before = self.module, set(self.loaded)
             active = self.active
@@ -95,10 +96,6 @@ class Adapters:
                 for new in set(self.loaded) - before:
                     self._check_kind(new)
                 self._apply()
-            except ImportError as error:
-                with contextlib.suppress(ImportError):  # PEFT's own absence
-                    self._restore(before, active)
-                raise CheckpointError(f"load_lora_weights: {_INSTALL}") from error
             except BaseException as error:
                 self._restore(before, active)
                 with contextlib.suppress(CatError):  # back to what was there, if it did get that far

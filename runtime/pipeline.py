@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.checkpoints.hub import pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError
+from cat_pruning.installation import check_platform
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from cat_pruning.engines.step_engine import StepEngine
 
 
 def load_pipeline(
@@ -47,9 +52,12 @@ def load_pipeline(
         EngineError: the engine cannot run here.
         CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
     """
+    check_platform()
     bundle = Bundle.open(path)
     parts = pipeline_directory(bundle)
-    step_engine = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs, compiled=compiled)
+    step_engine = _engine_beside_imports(bundle, parts, engine, cuda_graphs, compiled)
+    import diffusers
+
     transformer = CatTransformer(step_engine, settings or bundle.manifest.settings)
     variant = bundle.manifest.pipeline.variant if bundle.manifest.pipeline else None
     try:
@@ -68,10 +76,48 @@ def load_pipeline(
         return pipe.to(transformer.device)
 
 
+def _engine_beside_imports(bundle: Bundle, parts: Path, engine: str, cuda_graphs: bool, compiled: bool) -> StepEngine:
+    """The engine, loaded while another thread imports what the pipeline is made of.
+
+    An engine is read, hashed and compiled outside Python, so both go on at once. This thread loads it, because it is
+    this thread's CUDA device that it is for. The torch engine imports the same libraries itself, and so waits for them:
+    two threads inside one library's circular imports can see halves of its modules.
+    """
+    with ThreadPoolExecutor(1, "cat-import") as pool:
+        imports = pool.submit(import_pipeline, parts)
+        if engine == "torch":
+            imports.result()
+        loaded = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs, compiled=compiled)
+        imports.result()
+    return loaded
+
+
+def import_pipeline(parts: Path) -> None:
+    """Import the pipeline's class and its parts' own: what diffusers would import to load them, no more.
+
+    What is wrong with the index is left to diffusers, which says it when it loads the parts.
+    """
+    import diffusers.pipelines.pipeline_utils
+
+    try:
+        index = _index(parts)
+    except (OSError, ValueError):
+        return
+    with quiet_diffusers():
+        getattr(diffusers, str(index.get("_class_name")), None)
+        for name, value in index.items():
+            if isinstance(value, list) and name != "transformer" and value[0] in ("diffusers", "transformers"):
+                getattr(importlib.import_module(value[0]), value[1], None)
+
+
 def _absent(parts: Path) -> dict[str, None]:
     """The transformer, and the parts that the checkpoint itself leaves out (SD3 without T5, say)."""
-    index = json.loads((parts / "model_index.json").read_text(encoding="utf-8"))
-    return {name: None for name, value in index.items() if value == [None, None]} | {"transformer": None}
+    return {name: None for name, value in _index(parts).items() if value == [None, None]} | {"transformer": None}
+
+
+def _index(parts: Path) -> dict[str, Any]:
+    index: dict[str, Any] = json.loads((parts / "model_index.json").read_text(encoding="utf-8"))
+    return index
 
 
 def pipeline_directory(bundle: Bundle) -> Path:

@@ -16,6 +16,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.installation import check_platform
 from cat_pruning.runtime.adapter_methods import AdapterMethods
 from cat_pruning.runtime.adapters import Adapters
 from cat_pruning.runtime.engine_choice import engine_from_bundle
@@ -46,6 +47,7 @@ class CatTransformer(AdapterMethods, nn.Module):
         return instance
 
     def __init__(self, engine: StepEngine, settings: PruneSettings | None = None) -> None:
+        check_platform()
         from diffusers.configuration_utils import FrozenDict
 
         super().__init__()

@@ -15,11 +15,13 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.plan_choice import plan_fit, runs_on
 from cat_pruning.engines.tensorrt_library import first_error, library_log, tensorrt_library
 from cat_pruning.errors import CatError, EngineError
+from cat_pruning.installation import require
 from cat_pruning.names import FLAVOURS, TITLES, Flavour, install_command
 
 Status = Literal["ok", "warning", "problem"]
 
 _PROVIDER: Final = "CUDAExecutionProvider"
+_NEEDED: Final = ("diffusers", "pipeline")  # whatever the engine
 _GPU_BUILD: Final = "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
 
 
@@ -70,6 +72,7 @@ class Report:
 def examine(bundle: Bundle | None = None) -> Report:
     """Look at this machine, and at what of a bundle it can run. Whatever fails on the way is a finding."""
     graphics = isolated("gpu", check_gpu, remedy="pip install --force-reinstall torch")
+    pipelines = isolated("diffusers", check_diffusers, remedy="pip install --force-reinstall diffusers transformers")
     nvrtc = isolated("nvrtc", check_nvrtc, missing="warning")
     plugin = isolated("plugin", check_plugin, nvrtc, remedy="update NVIDIA's driver")
     machine = (
@@ -77,6 +80,7 @@ def examine(bundle: Bundle | None = None) -> Report:
         isolated("driver", check_driver),
         graphics,
         isolated("onnxruntime", check_onnxruntime, remedy="pip install --force-reinstall onnxruntime"),
+        pipelines,
         *(isolated(flavour, check_library, flavour, missing="warning") for flavour in TITLES),
         nvrtc,
         plugin,
@@ -92,7 +96,7 @@ def examine(bundle: Bundle | None = None) -> Report:
         parts = (isolated("pipeline", check_pipeline, bundle), *plans)
     running = [finding.topic for finding in engines if finding.status != "problem"]
     auto, choice = _auto(bundle, running)
-    complete = all(finding.status != "problem" for finding in parts if finding.topic == "pipeline")
+    complete = all(finding.status != "problem" for finding in (pipelines, *parts) if finding.topic in _NEEDED)
     return Report(
         version=__version__,
         bundle_path=str(bundle.path) if bundle else None,
@@ -201,6 +205,17 @@ def check_onnxruntime() -> Finding:
     return Finding("onnxruntime", "warning" if limit else "ok", f"{text}; {limit}" if limit else text, remedy)
 
 
+def check_diffusers() -> Finding:
+    """Diffusers and transformers, which every pipeline is made of, imported as far as a model needs them.
+
+    What one pipeline needs of them besides is `check_pipeline`'s.
+    """
+    import diffusers.models.modeling_utils
+    import transformers
+
+    return Finding("diffusers", "ok", f"{diffusers.__version__}, with transformers {transformers.__version__}")
+
+
 def check_library(flavour: Flavour) -> Finding:
     """TensorRT or TensorRT-RTX: installed, new enough, and able to start."""
     return Finding(flavour, "ok", _started(flavour))
@@ -245,13 +260,15 @@ def check_plugin(nvrtc: Finding) -> Finding:
 
 
 def check_pipeline(bundle: Bundle) -> Finding:
-    """Text encoders, VAE and scheduler, without which a bundle is only a transformer."""
-    from cat_pruning.runtime.pipeline import pipeline_directory
+    """Text encoders, VAE and scheduler, without which a bundle is only a transformer; their classes are imported."""
+    from cat_pruning.runtime.pipeline import import_pipeline, pipeline_directory
 
     spec = bundle.manifest.pipeline
     if spec is not None and spec.kind == "hub":
         return Finding("pipeline", "warning", f"{spec.hub_id} on the hub: downloaded at the first use, if not before")
-    files = [path for path in pipeline_directory(bundle).rglob("*") if path.is_file()]
+    directory = pipeline_directory(bundle)
+    import_pipeline(directory)
+    files = [path for path in directory.rglob("*") if path.is_file()]
     return Finding("pipeline", "ok", f"all {len(files)} files as they were exported")
 
 
@@ -364,6 +381,7 @@ def _auto(bundle: Bundle | None, running: list[str]) -> tuple[Finding, str | Non
 
 def check_onnx_target() -> Finding:
     """`--target onnx`."""
+    require("cat-export", "export")
     from cat_pruning.exporter import export as _  # noqa: F401  # with all that it imports
 
     return Finding("onnx", "ok", "graphs for ONNX Runtime, and for plans")

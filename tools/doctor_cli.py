@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(arguments: argparse.Namespace) -> Report:
-    with console.muted() as error, Console(file=error).status("Look at this machine …"):
+    status = "Look at this machine …"
+    with console.collector_paused(), console.muted() as error, Console(file=error).status(status):
         from cat_pruning.bundle.bundle import Bundle
         from cat_pruning.tools.doctor import examine
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cat_pruning import console
 from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.installation import require
 from cat_pruning.schedule import StepKind, step_kinds
 from cat_pruning.settings import Preset, PruneSettings, Reuse
 
@@ -89,18 +90,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    from cat_pruning.bundle.bundle import Bundle
-    from cat_pruning.families import family_named
-    from cat_pruning.runtime.pipeline import load_pipeline
-    from cat_pruning.tools.comparison import summarise
-    from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
-
-    console.quiet_libraries()
     terminal = Console(stderr=True)
-    bundle = Bundle.open(arguments.bundle)
-    manifest = bundle.manifest
-    settings = _settings(manifest, arguments)
-    with terminal.status("Load the bundle …"):
+    with console.collector_paused(), terminal.status("Import torch …") as status:
+        from cat_pruning.bundle.bundle import Bundle
+        from cat_pruning.families import family_named
+        from cat_pruning.runtime.pipeline import load_pipeline
+        from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
+
+        console.quiet_libraries()
+        bundle = Bundle.open(arguments.bundle)
+        manifest = bundle.manifest
+        settings = _settings(manifest, arguments)
+        status.update("Load the bundle and import its pipeline …")
         graphs = not arguments.no_cuda_graphs
         pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings, cuda_graphs=graphs)
         pipe.set_progress_bar_config(disable=True)
@@ -139,6 +140,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         pruned = generate(pipe, settings, config)
     _save(arguments, pruned)
     if full is not None:
+        from cat_pruning.tools.comparison import summarise
+
         comparison = summarise(bundle, pipe.transformer.engine.name, settings, config, full, pruned)
         _compare(arguments, settings, config, comparison, full, pruned)
     if arguments.token_map:
@@ -163,6 +166,10 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.summary is not None and not arguments.compare:
         raise SettingsError("--summary needs --compare, which measures what it holds")
+    if arguments.compare:
+        require("--compare", "export", "pictures")
+    if arguments.token_map:
+        require("--token-map", "pictures")
 
 
 def _settings(manifest: Manifest, arguments: argparse.Namespace) -> PruneSettings:

@@ -29,7 +29,7 @@ from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
 from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.names import TITLES, Flavour
-from cat_pruning.plugins.onnx_ops import DOMAIN
+from cat_pruning.plugins import DOMAIN
 from cat_pruning.step_io import Part
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 from cat_pruning.errors import CatError
+from cat_pruning.installation import check_platform
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +33,7 @@ def run(program: str, command: Callable[[], None], interrupted: str = "nothing w
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     quiet_libraries()
     try:
+        check_platform()
         command()
     except CatError as error:
         sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
@@ -53,6 +56,20 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     for name in ("diffusers", "transformers", "torch", "onnxscript", "onnx_ir", "matplotlib", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Load without Python's garbage collector, which looks through all that libraries define, and finds no garbage.
+
+    What was loaded meanwhile is not looked through afterwards either, not even at the end of the process.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

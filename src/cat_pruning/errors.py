@@ -6,7 +6,8 @@
     ├── CheckpointError   a checkpoint that is missing, gated, unreachable or of no supported family
     ├── BundleError       a bundle that is missing, truncated, edited or of another format version
     ├── EngineError       a target that cannot be built here, or an engine that cannot run here
-    └── OutputError       an output path that exists, cannot be written, or a disk that is full
+    ├── OutputError       an output path that exists, cannot be written, or a disk that is full
+    └── InstallationError a package of an extra that is missing, or a platform that is none of ours
 
 An error's problem says what came and what was expected, its remedy what to do. The command-line tools print both as
 one line and exit with code 2.
@@ -53,3 +54,7 @@ class EngineError(CatError):
 
 class OutputError(CatError):
     """An output path exists, cannot be written, or its disk is full."""
+
+
+class InstallationError(CatError):
+    """A package that an extra installs is missing, or the platform is not supported."""

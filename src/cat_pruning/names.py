@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final, Literal, get_args
 
+from cat_pruning.installation import pip_install
+
 Flavour = Literal["tensorrt", "tensorrt_rtx"]  # the two libraries whose plans a bundle may hold
 FLAVOURS: Final[tuple[Flavour, ...]] = get_args(Flavour)
 TITLES: Final[dict[Flavour, str]] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -21,4 +23,4 @@ class Target(StrEnum):
 
 def install_command(flavour: Flavour) -> str:
     """The command that installs a flavour's library."""
-    return f"pip install 'cat-pruning[{flavour.replace('_', '-')}]'"
+    return pip_install(flavour.replace("_", "-"))

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from cat_pruning.engines.step_engine import StepEngine
@@ -43,6 +44,20 @@ def inputs(engine: StepEngine, size: tuple[int, int] = (16, 16), timestep: float
 def test_an_unsupported_argument_is_named(engine: StepEngine, name: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=rf"{name}.*not supported.*original transformer"):
         CatTransformer(engine, SETTINGS)(**inputs(engine), **{name: value})
+
+
+def test_it_is_a_model_of_diffusers(engine: StepEngine) -> None:
+    class Named(CatTransformer):
+        """A user's own."""
+
+    for cls in (CatTransformer, Named):
+        transformer = cls(engine, SETTINGS)
+        assert isinstance(transformer, cls)
+        assert isinstance(transformer, ModelMixin)
+        assert type(transformer) is type(cls(engine)) is type(copy.deepcopy(transformer))
+        assert type(transformer).__name__ == cls.__name__
+        assert type(transformer).__module__ == cls.__module__
+    assert not issubclass(CatTransformer, ModelMixin)  # until there is an instance, diffusers need not be imported
 
 
 def test_absent_arguments_are_as_the_pipeline_passes_them(engine: StepEngine) -> None:

@@ -459,9 +459,10 @@ def test_an_error_is_a_finding(error: Exception, expected: Finding) -> None:
 
 
 def run(*arguments: object, python_path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    paths = [str(path) for path in (python_path, os.environ.get("PYTHONPATH")) if path]
     return subprocess.run(
         [sys.executable, "-m", "cat_pruning.tools.doctor_cli", *map(str, arguments)],
-        env=os.environ | {"COLUMNS": "80"} | ({"PYTHONPATH": str(python_path)} if python_path else {}),
+        env=os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
@@ -500,6 +501,30 @@ def test_a_torch_that_is_broken(tmp_path: Path) -> None:
     assert "OSError: libcudart.so.13" in result.stdout
     assert "pip install --force-reinstall torch" in result.stdout
     assert result.stdout.endswith("This machine cannot generate images.\n")
+
+
+@pytest.mark.parametrize("name", ["diffusers", "transformers"])
+def test_what_pipelines_are_made_of_is_broken(tmp_path: Path, name: str) -> None:
+    package(tmp_path, name, "raise RuntimeError('operator torchvision::nms does not exist')")
+    result = run("--json", python_path=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "")
+    report = json.loads(result.stdout)
+    finding = next(finding for finding in report["machine"] if finding["topic"] == "diffusers")
+    assert finding["status"] == "problem"
+    assert "torchvision::nms does not exist" in finding["text"]
+    assert finding["remedy"] == "pip install --force-reinstall diffusers transformers"
+    assert report["can_generate"] is False
+
+
+@pytest.mark.parametrize("package", ["accelerate", "onnx_ir", "onnxscript"])
+def test_without_the_extra_that_exports(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    report = examine()
+    finding = by_topic(report.targets)["onnx"]
+    assert finding == Finding(
+        "onnx", "problem", f"cat-export needs {package}, not installed here", "pip install 'cat-pruning[export]'"
+    )
+    assert (report.can_generate, report.engine) == (True, "onnxruntime")
 
 
 def squeezed(text: str) -> str:
