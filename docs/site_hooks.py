@@ -15,6 +15,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PAGES = {"results.md": ROOT / "benchmarks/RESULTS.md", "changelog.md": ROOT / "CHANGELOG.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?:|#|mailto:)[^)\s]+)\)")
+# In a table, a space between a number and what belongs to it.
+UNIT = re.compile(r"(?<=\d) (?=(?:[GT]|[MG]i?B|dB|m?s|%)(?!\w))|(?<=\d) (?=[±→])|(?<=[±→]) (?=\d)")
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -34,4 +37,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         leads_out = PurePosixPath(target).parts[0] == ".." or target.endswith("/")
         return words if leads_out else match[0]
 
-    return LINK.sub(kept, markdown)
+    lines = (UNIT.sub(NO_BREAK, line) if line.startswith("|") else line for line in markdown.split("\n"))
+    return LINK.sub(kept, "\n".join(lines))

@@ -61,9 +61,8 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def _one_of(names: type[StrEnum]) -> Any:
-    """A field that takes a member of `names` or its value."""
-    return Field(strict=False, description=f"one of {', '.join(names)}")
+def _one_of(names: type[StrEnum]) -> str:
+    return f"one of {', '.join(names)}"
 
 
 # A field's description is what an error says that it expected.
@@ -109,16 +108,16 @@ def _first_problem(cls: Any, fields: Mapping[str, Any], error: ValidationError) 
 class PruneSettings:
     """What to compute on which step (Cheng, Chen, Jia 2025, algorithm 2). The defaults are the paper's.
 
-    The ones that matter:
+    The first five matter; the others are there to tinker with. A refusal names the field, the value and what was
+    expected.
+
+    Attributes:
         keep_ratio: fraction of the image tokens that a pruned step computes, in [0, 1]; 1 is the unpruned model. 0
             computes nothing at all, the text's rows neither, as the preset `forecast` does.
         full_steps: full steps at the start, F >= 2. Step F-2 is the reference of the relative noise.
         refresh_every: after them, every K-th step is full as well (`schedule`); 0 is the paper's: none.
-
         policy: how the tokens are chosen; the paper's is CAT.
         reuse: what the others contribute; the paper's is REPEAT.
-
-    The ones to tinker with:
         num_clusters: clusters of KMeans, at most the number of image tokens.
         noise_scale: weight of the relative noise against the position in the features of KMeans.
         fresh_fraction: share of a later selection that goes by relative noise; the rest goes to stale tokens.
@@ -130,19 +129,19 @@ class PruneSettings:
         extra_full_steps: steps (0-based, >= full_steps) that run full as well, by their numbers; none in the paper.
 
     Raises:
-        SettingsError: a value is outside its domain.
+        SettingsError: a value is outside its domain, or there is no such field.
     """
 
     keep_ratio: Fraction = 0.3
     full_steps: FullSteps = 8
     refresh_every: Interval = 0
-    policy: Annotated[Policy, _one_of(Policy)] = Policy.CAT
-    reuse: Annotated[Reuse, _one_of(Reuse)] = Reuse.REPEAT
+    policy: Policy = Field(default=Policy.CAT, strict=False, description=_one_of(Policy))
+    reuse: Reuse = Field(default=Reuse.REPEAT, strict=False, description=_one_of(Reuse))
     num_clusters: Count = 20
     noise_scale: Weight = 0.05
     fresh_fraction: Fraction = 0.25
     staleness_decay: Decay = 0.5
-    pooling: Annotated[Pooling, _one_of(Pooling)] = Pooling.MAX
+    pooling: Pooling = Field(default=Pooling.MAX, strict=False, description=_one_of(Pooling))
     first_quota: Quota = 0.10
     fresh_quotas: Quotas = (0.15, 0.10, 0.05)
     kmeans_iterations: Count = 10
