@@ -38,7 +38,15 @@ from cat_pruning.plugins import onnx_ops
 from cat_pruning.step_io import Part
 
 # Fixtures of several rooms; these modules are in tests/fixtures.
-pytest_plugins = ["step_fixtures", "mini_pipelines", "family_models"]
+pytest_plugins = [
+    "pytester",
+    "cpu_seconds",
+    "store",
+    "stored_traces",
+    "step_fixtures",
+    "mini_pipelines",
+    "family_models",
+]
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 TEXT_LENGTH = 48  # what sd3-mini was trained with: 24 CLIP tokens, 24 empty ones in T5's place
