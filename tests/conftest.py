@@ -1,4 +1,4 @@
-"""What every test may use: the packaged miniature exported once, and a tiny random transformer of every kind."""
+"""What every test may use: a tiny random transformer of every kind, exported, and what is in tests/fixtures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the tools set it; see `cat_pruning.console.run`
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
 import gc
 import logging
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,12 +28,10 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from store import Store, digest_of_sources, versions
 from tensorrt_stubs import build_stubs
 
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.exporter import step_graph
-from cat_pruning.exporter.export import ExportConfig, default_targets, export
 from cat_pruning.exporter.split import Graph
 from cat_pruning.families import family_of_class
 from cat_pruning.families.interception import StepModule
@@ -46,47 +45,23 @@ pytest_plugins = [
     "cpu_seconds",
     "store",
     "stored_traces",
+    "stored_bundles",
     "step_fixtures",
     "mini_pipelines",
     "family_models",
 ]
 
-# What an exported bundle is made of.
-PACKAGES = ("src", "plugins", "families", "bundle", "engines", "models", "checkpoints", "exporter")
-LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "diffusers", "transformers", "tensorrt-rtx-cu13")
-
 PROMPT = "a large red circle left of a small blue star on a plain black background"
-TEXT_LENGTH = 48  # what sd3-mini was trained with: 24 CLIP tokens, 24 empty ones in T5's place
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 logging.getLogger("torch.__trace").propagate = False  # pytest would format thousands of lines of each trace
-# The libraries' million objects live as long as the process: the collector need not look at them again and again.
-gc.freeze()
-gc.set_threshold(50_000, 20, 50)
 
 
-@pytest.fixture(scope="session")
-def stored_bundle(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Exports a packaged miniature, or copies what was exported of it: `stored_bundle("sd3-mini", text_length=48)`."""
-
-    def bundle(model: str, **options: Any) -> Path:
-        built_for = [*default_targets(), torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"]
-        made_of = (digest_of_sources(*PACKAGES), versions(*LIBRARIES), repr(options), repr(built_for))
-        made = store.entry(
-            f"bundle-{model}",
-            made_of,
-            lambda folder: export(ExportConfig(model=model, out=folder / model, **options)),
-        )
-        copy = tmp_path_factory.mktemp("bundles") / model
-        return Path(shutil.copytree(made / model, copy, copy_function=shutil.copyfile))
-
-    return bundle
-
-
-@pytest.fixture(scope="session")
-def mini_bundle(stored_bundle: Callable[..., Path]) -> Path:
-    """sd3-mini as a bundle with every target that can be built here. Read only: copy it to change it."""
-    return stored_bundle("sd3-mini", text_length=TEXT_LENGTH)
+def pytest_collection_finish() -> None:
+    """The libraries' million objects live as long as the process: the collector need not look at each of them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session")
