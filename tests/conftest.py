@@ -14,6 +14,7 @@ import gc
 import logging
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,12 @@ PROMPT = "a large red circle left of a small blue star on a plain black backgrou
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 logging.getLogger("torch.__trace").propagate = False  # pytest would format thousands of lines of each trace
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many long tests first, so that no worker begins one when the others have nothing left to do."""
+    long = Counter(item.path for item in items if item.get_closest_marker("long") is not None)
+    items.sort(key=lambda item: -long[item.path])
 
 
 def pytest_collection_finish() -> None:
@@ -106,6 +113,12 @@ def make_tiny() -> Callable[..., Any]:
 def make_tiny_sd3() -> Callable[..., SD3Transformer2DModel]:
     """`tiny("sd3", ...)`."""
     return functools.partial(tiny, "sd3")
+
+
+@pytest.fixture(scope="session")
+def make_bf16() -> Callable[[str], Any]:
+    """A tiny transformer in bf16 with one layer of each sort and heads of 16: of sd3.5, pixart-alpha or flux-dev."""
+    return lambda kind: tiny(kind, num_layers=1, attention_head_dim=16, **_WIDE[kind.partition("-")[0]]).bfloat16()
 
 
 @pytest.fixture
@@ -215,6 +228,13 @@ _KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "pixart-alpha": (PixArtTransformer2DModel, _PIXART | {"use_additional_conditions": True}),
     "flux-dev": (FluxTransformer2DModel, _FLUX | {"guidance_embeds": True}),
     "flux-schnell": (FluxTransformer2DModel, _FLUX | {"guidance_embeds": False}),
+}
+
+
+_WIDE: dict[str, dict[str, Any]] = {  # what follows from heads of 16
+    "sd3.5": {"caption_projection_dim": 64},
+    "pixart": {"cross_attention_dim": 96},
+    "flux": {"axes_dims_rope": (4, 4, 8), "num_single_layers": 1},
 }
 
 

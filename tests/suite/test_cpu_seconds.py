@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cpu_seconds
 import pytest
 
 TESTS = """
@@ -43,18 +44,26 @@ ARGUMENTS = ("-p", "cpu_seconds", "-p", "no:randomly", "-p", "no:xdist")
 @pytest.fixture
 def tests(pytester: pytest.Pytester) -> pytest.Pytester:
     pytester.makepyfile(TESTS)
-    pytester.makeini("[pytest]\nmarkers =\n    slow")
+    pytester.makeini("[pytest]\nmarkers =\n    slow\n    long")
     return pytester
 
 
 def too_dear(result: pytest.RunResult) -> list[str]:
-    lines = [line.split(" took ")[0] for line in result.outlines if "mark it as slow" in line]
+    lines = [line.split(" took ")[0] for line in result.outlines if "make it cheaper, or mark it as" in line]
     return [line.rpartition("::")[2] for line in lines]
 
 
 def test_dear_tests_fail_the_run(tests: pytest.Pytester) -> None:
     result = tests.runpytest(*ARGUMENTS, "--most-cpu-seconds", "0.1")
     result.assert_outcomes(passed=5)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert too_dear(result) == ["test_dear", "test_with_a_dear_fixture", "test_with_a_dear_child"]
+
+
+def test_what_is_left_out_of_the_fast_tests_is_marked(tests: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_seconds, "LONG", 0.1)
+    tests.makepyfile(test_long=TESTS.replace("mark.slow", "mark.long"))
+    result = tests.runpytest(*ARGUMENTS, "--most-cpu-seconds", "20", "test_long.py")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert too_dear(result) == ["test_dear", "test_with_a_dear_fixture", "test_with_a_dear_child"]
 
@@ -73,7 +82,7 @@ def test_the_ten_dearest_are_told_and_the_fixtures_apart(pytester: pytest.Pytest
     told = {}
     for line in result.outlines:
         seconds, _, name = line.strip().partition("  ")
-        if "::" in name or "fixture" in name:
+        if "::" in name or name.startswith("shared, "):
             told[name.rpartition("::")[2]] = float(seconds)
     names = list(told)
     assert len(names) == 11
