@@ -1,5 +1,5 @@
 # make demo    set everything up, export a packaged miniature (MODEL=sd3-mini), generate full and pruned images
-# make test    set everything up, then lint, types and tests
+# make test    set everything up, then lint, types and tests; make test-fast leaves out the tests that take long
 # make docs    the documentation as a site, build/site/index.html
 # make eval    the fidelity bench on sd3-mini: every policy against the full run and fewer steps; an HTML report
 # make gpu-check    on a machine with a GPU: its tests, engines and benchmarks, in under ten minutes, into one JSON
@@ -14,7 +14,7 @@ EXPORT_sd3-mini := --text-length 48
 GENERATE_sd3-mini := --guidance-scale 3
 PROMPT := a large red circle left of a small blue star on a plain black background
 
-.PHONY: install check test demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-startup bench-gpu gpu-check clean
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-startup bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -31,8 +31,14 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A worker for each core, which computes on one thread. What they share is kept for the next run: tests/fixtures/store.py.
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(shell nproc) --dist loadfile --no-loadscope-reorder
+
 test: check
-	$(BIN)/python -m pytest -q
+	$(PYTEST) $(TEST_OPTIONS)
+
+test-fast: install
+	$(PYTEST) -m 'not long and not slow'
 
 demo: install
 	mkdir -p $(DEMO)

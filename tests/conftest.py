@@ -1,4 +1,4 @@
-"""What every test may use: the packaged miniature exported once, and a tiny random transformer of every kind."""
+"""What every test may use: a tiny random transformer of every kind, exported, and what is in tests/fixtures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the tools set it; see `cat_pruning.console.run`
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
+import gc
 import logging
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,6 @@ from tensorrt_stubs import build_stubs
 
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.exporter import step_graph
-from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.exporter.split import Graph
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
@@ -38,20 +41,34 @@ from cat_pruning.plugins import onnx_ops
 from cat_pruning.step_io import Part
 
 # Fixtures of several rooms; these modules are in tests/fixtures.
-pytest_plugins = ["step_fixtures", "mini_pipelines", "family_models"]
+pytest_plugins = [
+    "pytester",
+    "cpu_seconds",
+    "store",
+    "stored_traces",
+    "stored_bundles",
+    "step_fixtures",
+    "mini_pipelines",
+    "family_models",
+]
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
-TEXT_LENGTH = 48  # what sd3-mini was trained with: 24 CLIP tokens, 24 empty ones in T5's place
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+logging.getLogger("torch.__trace").propagate = False  # pytest would format thousands of lines of each trace
 
 
-@pytest.fixture(scope="session")
-def mini_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sd3-mini as a bundle with every target that can be built here. Read only: copy it to change it."""
-    out = tmp_path_factory.mktemp("bundles") / "sd3-mini"
-    export(ExportConfig(model="sd3-mini", out=out, text_length=TEXT_LENGTH))
-    return out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many long tests first, so that no worker begins one when the others have nothing left to do."""
+    long = Counter(item.path for item in items if item.get_closest_marker("long") is not None)
+    items.sort(key=lambda item: -long[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """The libraries' million objects live as long as the process: the collector need not look at each of them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +113,12 @@ def make_tiny() -> Callable[..., Any]:
 def make_tiny_sd3() -> Callable[..., SD3Transformer2DModel]:
     """`tiny("sd3", ...)`."""
     return functools.partial(tiny, "sd3")
+
+
+@pytest.fixture(scope="session")
+def make_bf16() -> Callable[[str], Any]:
+    """A tiny transformer in bf16 with one layer of each sort and heads of 16: of sd3.5, pixart-alpha or flux-dev."""
+    return lambda kind: tiny(kind, num_layers=1, attention_head_dim=16, **_WIDE[kind.partition("-")[0]]).bfloat16()
 
 
 @pytest.fixture
@@ -205,6 +228,13 @@ _KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "pixart-alpha": (PixArtTransformer2DModel, _PIXART | {"use_additional_conditions": True}),
     "flux-dev": (FluxTransformer2DModel, _FLUX | {"guidance_embeds": True}),
     "flux-schnell": (FluxTransformer2DModel, _FLUX | {"guidance_embeds": False}),
+}
+
+
+_WIDE: dict[str, dict[str, Any]] = {  # what follows from heads of 16
+    "sd3.5": {"caption_projection_dim": 64},
+    "pixart": {"cross_attention_dim": 96},
+    "flux": {"axes_dims_rope": (4, 4, 8), "num_single_layers": 1},
 }
 
 

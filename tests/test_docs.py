@@ -23,7 +23,7 @@ SPECIFIER = "…"
 POLYGRAPHYS = {
     f"--{name}"
     for name in (
-        "atol", "convert-to", "data-loader-script", "load-outputs", "onnxrt", "rtol", "save-outputs", "show",
+        "atol", "convert-to", "data-loader-script", "load-outputs", "model-type", "onnxrt", "rtol", "save-outputs", "show",
         "strongly-typed", "trt", "trt-config-script", "trt-outputs", "validate",
     )
 }  # fmt: skip

@@ -10,6 +10,8 @@ import json
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from recorded_names import Recorded
+
 from cat_pruning.engines.tensorrt_library import tensorrt_library
 
 LAYERS = {"Layers": [{"Name": "a", "LayerType": "gemm"}, {"Name": "b", "LayerType": "PluginV3"}, "c"], "Bindings": []}
@@ -24,12 +26,16 @@ class Tensorrt(ModuleType):
         vars(self).update({name: value for name, value in vars(rtx).items() if name != "__name__"})
         self.__version__ = "11.4.0"
         self.asked: list[str] = asked
+        self.used: set[str] = set()  # names of the API that are played; see `recorded_names` for the others
         self.callback_errors: list[str] = []
         self.loads = True
         self.information = json.dumps(LAYERS)
         self.refusals = 0  # of the builds that come next
         self.refusal = "Could not find any implementation for node {ForeignNode}"
         strongly_typed = rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+
+        def played(of: str, **attributes: Any) -> Any:
+            return Recorded(SimpleNamespace(**attributes), of, self.used)
 
         def builder(log: Any) -> Any:
             real = rtx.Builder(log)
@@ -65,8 +71,8 @@ class Tensorrt(ModuleType):
 
         def deserialize(plan: Any) -> Any:
             asked.append(f"load {len(plan)} bytes")
-            information = SimpleNamespace(get_engine_information=lambda form: self.information)
-            engine = SimpleNamespace(create_engine_inspector=lambda: information, device_memory_size_v2=4096)
+            inspector = played("EngineInspector", get_engine_information=lambda form: self.information)
+            engine = played("ICudaEngine", create_engine_inspector=lambda: inspector, device_memory_size_v2=4096)
             return engine if self.loads else None
 
         def decomposable(network: Any) -> list[bool]:
@@ -79,7 +85,7 @@ class Tensorrt(ModuleType):
             return sorted(found)
 
         self.Builder = builder
-        self.Runtime = lambda log: SimpleNamespace(deserialize_cuda_engine=deserialize)
+        self.Runtime = lambda log: played("Runtime", deserialize_cuda_engine=deserialize)
         self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1, PREFER_AOT_PYTHON_PLUGINS=3)
         self.LayerType = SimpleNamespace(
             ATTENTION_INPUT=rtx.LayerType.ATTENTION_INPUT,

@@ -20,7 +20,9 @@ from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.settings import Policy
 
 CPU = torch.device("cpu")
-STEPS = 14  # eight full ones, the first pruned one, five later ones
+# Four full ones, two for each cache set; the first pruned one, five later ones.
+STEPS = 10
+SIZES = ((64, 64), (48, 80))  # of `make_tensorrt`
 ENGINES = ("torch", "tensorrt in place", "tensorrt two cache sets")
 
 Make = Callable[..., StepEngine]
@@ -44,6 +46,22 @@ def make(
     return engine
 
 
+@pytest.fixture
+def drop_in(drop_in: Any) -> Any:
+    """The pipeline with four full steps."""
+    return functools.partial(drop_in, full_steps=4)
+
+
+@pytest.fixture
+def sample(sample: Any) -> Any:
+    """An image of the first size, unless another is asked for."""
+
+    def run(pipe: Any, steps: int = STEPS, size: tuple[int, int] = SIZES[0], **arguments: Any) -> Any:
+        return sample(pipe, steps, size, **arguments)
+
+    return run
+
+
 @pytest.fixture(params=ENGINES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -60,17 +78,17 @@ def test_replayed_images_are_the_images(name: str, make: Make, drop_in: Any, sam
     runs: list[dict[str, Any]] = [
         {"seed": 0},
         {"seed": 1, "prompt": "a small blue ring on a striped beige background"},
-        {"seed": 2, "size": (96, 160)},
-        {"seed": 2, "size": (96, 160)},
+        {"seed": 2, "size": SIZES[1]},
+        {"seed": 2, "size": SIZES[1]},
         {"seed": 3},
     ]
     plain = drop_in(make(name, captures=False))
-    expected = [sample(plain, STEPS, **run) for run in runs]
+    expected = [sample(plain, **run) for run in runs]
     assert captured(plain) == 0
     pipe = drop_in(make(name))
     kinds = 2 if name == "tensorrt two cache sets" else 1  # a graph for each cache set
     for run, image in zip(runs, expected, strict=True):
-        actual = sample(pipe, STEPS, **run)
+        actual = sample(pipe, **run)
         assert actual.same_tokens_as(image)
         assert torch.equal(actual.final, image.final)
         assert captured(pipe) >= 2 * kinds  # full steps, and pruned ones that choose their own tokens
@@ -81,7 +99,7 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
     changes: list[dict[str, Any]] = [
         {"fresh_fraction": 0.5},
         {"num_clusters": 9},
-        {"extra_full_steps": (10,)},
+        {"extra_full_steps": (6,)},
         *({"policy": policy} for policy in Policy),
         {"reuse": "extrapolate"},
         {"fresh_fraction": 0.5},
@@ -100,7 +118,7 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
                 }
                 | change
             )
-            images.append(sample(each, STEPS))
+            images.append(sample(each))
         assert images[0].same_tokens_as(images[1])
         assert torch.equal(images[0].final, images[1].final)
 
@@ -108,32 +126,32 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
 def test_a_second_order_scheduler(name: str, make: Make, drop_in: Any, sample: Any) -> None:
     from diffusers import FlowMatchHeunDiscreteScheduler
 
-    expected = sample(drop_in(make(name, captures=False), scheduler=FlowMatchHeunDiscreteScheduler), 12)
+    expected = sample(drop_in(make(name, captures=False), scheduler=FlowMatchHeunDiscreteScheduler))
     pipe = drop_in(make(name), scheduler=FlowMatchHeunDiscreteScheduler)
     for _ in range(2):
-        actual = sample(pipe, 12)
+        actual = sample(pipe)
         assert actual.same_tokens_as(expected)
         assert torch.equal(actual.final, expected.final)
 
 
 def test_a_failure_in_the_middle(name: str, make: Make, drop_in: Any, sample: Any) -> None:
-    expected = sample(drop_in(make(name, captures=False)), STEPS)
+    expected = sample(drop_in(make(name, captures=False)))
     pipe = drop_in(make(name))
 
     def interrupt(step: int) -> None:
-        if step == 10:
+        if step == 7:
             raise KeyboardInterrupt
 
-    sample(pipe, STEPS)
+    sample(pipe)
     with pytest.raises(KeyboardInterrupt):
-        sample(pipe, STEPS, seed=1, on_step=interrupt)
-    assert torch.equal(sample(pipe, STEPS).final, expected.final)
+        sample(pipe, seed=1, on_step=interrupt)
+    assert torch.equal(sample(pipe).final, expected.final)
 
 
 def test_what_cannot_be_captured_runs_as_it_is(
     make: Make, drop_in: Any, sample: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = sample(drop_in(make("torch", captures=False)), STEPS)
+    expected = sample(drop_in(make("torch", captures=False)))
     pipe = drop_in(make("torch"))
     from cat_pruning.runtime.selection import selection
 
@@ -145,7 +163,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
 
     monkeypatch.setattr(selection, "next_selection", reads_on_the_host)
     for _ in range(2):
-        assert torch.equal(sample(pipe, STEPS).final, expected.final)
+        assert torch.equal(sample(pipe).final, expected.final)
     warnings = [record for record in caplog.records if "cannot be captured" in record.message]
     assert len(warnings) == 1
     assert "not permitted when stream is capturing" in warnings[0].message
@@ -159,25 +177,25 @@ def test_adapters_between_images(make: Make, drop_in: Any, sample: Any) -> None:
     assert isinstance(engine, TorchStepEngine)
     transformer = engine.transformer
     pipe = drop_in(engine)
-    plain = sample(pipe, STEPS).final
+    plain = sample(pipe).final
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
     torch.manual_seed(0)
     transformer.add_adapter(config)
     try:
-        styled = sample(pipe, STEPS).final
+        styled = sample(pipe).final
         assert not torch.allclose(styled, plain, atol=1e-3)
         for layer in transformer.modules():
             if isinstance(layer, peft.tuners.lora.LoraLayer):
                 layer.set_scale("default", 0.5)
-        half = sample(pipe, STEPS).final
+        half = sample(pipe).final
         assert not torch.allclose(half, styled, atol=1e-3)
         transformer.disable_adapters()
-        torch.testing.assert_close(sample(pipe, STEPS).final, plain, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sample(pipe).final, plain, rtol=0, atol=1e-5)
         transformer.enable_adapters()
-        assert torch.equal(sample(pipe, STEPS).final, half)
+        assert torch.equal(sample(pipe).final, half)
     finally:
         transformer.delete_adapters("default")
-    torch.testing.assert_close(sample(pipe, STEPS).final, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample(pipe).final, plain, rtol=0, atol=1e-5)
 
 
 def test_the_first_run_is_an_ordinary_one_and_the_oldest_graph_goes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +19,31 @@ from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.step_io import Part
 
 CPU = torch.device("cpu")
-SIZES = ((128, 128), (96, 160))
-STEPS = 14  # eight full ones, the first pruned one, five later ones
-SCHEDULE = "F" * 8 + "P" * 6
+SIZES = ((64, 64), (48, 80))  # of `make_tensorrt`
+STEPS = 9  # three full ones, the first pruned one, five later ones
+SCHEDULE = "F" * 3 + "P" * 6
 Make = Callable[..., TensorRTStepEngine]
 
 
 @pytest.fixture(params=["in place", "two cache sets"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def drop_in(drop_in: Any) -> Any:
+    """The pipeline with three full steps."""
+    return functools.partial(drop_in, full_steps=3)
+
+
+@pytest.fixture
+def sample(sample: Any) -> Any:
+    """An image of the first size, unless another is asked for."""
+
+    def run(pipe: Any, steps: int, size: tuple[int, int] = SIZES[0], **arguments: Any) -> Any:
+        return sample(pipe, steps, size, **arguments)
+
+    return run
 
 
 def test_it_computes_what_onnx_runtime_does(
@@ -87,7 +104,7 @@ def test_a_failed_step_leaves_no_trace(
     expected = sample(pipe, STEPS)
 
     def fail(step: int) -> None:
-        if step == 10:
+        if step == 6:
             library.fail.add("execute_async_v3")
 
     with pytest.raises(EngineError, match=r"step\.plan: TensorRT.* failed in a step: CUDA error 700"):
@@ -118,11 +135,11 @@ def test_every_answer_is_checked(
 
 
 def test_shapes_that_no_profile_holds(make_tensorrt: Make, drop_in: Any, sample: Any) -> None:
-    pipe = drop_in(make_tensorrt(sizes=((128, 128),)))
+    pipe = drop_in(make_tensorrt(sizes=((64, 64),)))
     with pytest.raises(ShapeError, match=r"step\.plan was built for .*--resolution.*run it: cat-export"):
-        sample(pipe, STEPS, (96, 160))
-    with pytest.raises(ShapeError, match=r"keep_indices has shape \(2, 128\).*built for \(2, 256\) or \(2, 76\)"):
-        sample(drop_in(make_tensorrt(sizes=((128, 128),)), keep_ratio=0.5), STEPS)
+        sample(pipe, STEPS, (48, 80))
+    with pytest.raises(ShapeError, match=r"keep_indices has shape \(2, 32\).*built for \(2, 64\) or \(2, 19\)"):
+        sample(drop_in(make_tensorrt(sizes=((64, 64),)), keep_ratio=0.5), STEPS)
     assert sample(pipe, STEPS).kinds == SCHEDULE
 
 
@@ -173,7 +190,7 @@ def test_a_device_that_is_out_of_memory(
     with monkeypatch.context() as patch:
         patch.setattr("cat_pruning.engines.tensorrt_engine.zeros", full)
         with pytest.raises(EngineError, match=r"not enough memory for an image of .*smaller or fewer images"):
-            sample(pipe, STEPS, (96, 160))
+            sample(pipe, STEPS, (48, 80))
     assert not session._caches  # nothing is held meanwhile
     assert session._noise.numel() == 0
     assert torch.equal(sample(pipe, STEPS).final, expected.final)
@@ -217,7 +234,7 @@ def test_another_keep_ratio_is_told_at_once(make_tensorrt: Make, drop_in: Any, s
     expected = sample(pipe, STEPS)
     steps: list[int] = []
     pipe.transformer.settings = pipe.transformer.settings.replace(keep_ratio=0.5)
-    with pytest.raises(ShapeError, match=r"keep_indices has shape \(2, 128\)"):
+    with pytest.raises(ShapeError, match=r"keep_indices has shape \(2, 32\)"):
         sample(pipe, STEPS, on_step=steps.append)
     assert steps == []
     assert pipe.transformer._sampling().session._noise.numel()

@@ -13,7 +13,8 @@ from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.methods import METHODS
 from cat_pruning.evaluation.results import RESULTS, RUN
 
-QUICK = ["--quick", "--guidance-scale", "3"]
+# What tells the methods apart, of few steps and scenes; `test_an_interruption_says_that_it_goes_on` has its own.
+QUICK = ["--quick", "--prompts", "scenes:2", "--steps", "10", "--full-steps", "4", "--guidance-scale", "3"]
 
 
 def run(*arguments: Any) -> int:
@@ -37,29 +38,29 @@ def test_quick_has_every_image_of_every_variant(quick: Path) -> None:
     methods = [variant["method"] for variant in variants]
     assert methods == ["full", "fewer-steps", *METHODS]
     found = {(result["variant"], result["prompt"]) for result in results(quick)}
-    assert len(found) == len(results(quick)) == 11 * 4
+    assert len(found) == len(results(quick)) == 11 * 2
 
 
 def test_quick_tells_the_methods_apart(quick: Path) -> None:
-    """What holds on four scenes already: CAT is near the full run, AT-EDM on a transformer is not."""
+    """What holds on two scenes already: CAT is near the full run, AT-EDM on a transformer is not."""
 
     def mean(method: str, metric: str) -> float:
         values = [r["scores"][metric] for r in results(quick) if r["variant"].startswith(method)]
-        assert len(values) == 4
-        return float(sum(values) / 4)
+        assert len(values) == 2
+        return float(sum(values) / 2)
 
-    assert mean("cat-", "latents_error") < 0.12
+    assert mean("cat-", "latents_error") < 0.2
     assert mean("at-edm-", "latents_error") > 0.4
     assert mean("cat-", "scene_score") > 0.6
     assert mean("cat-", "latents_error") < mean("noise-", "latents_error") < mean("at-edm-", "latents_error")
-    assert all(set(r["scores"]) == {"scene_score"} for r in results(quick) if r["variant"] == "full-28")
+    assert all(set(r["scores"]) == {"scene_score"} for r in results(quick) if r["variant"] == "full-10")
 
 
 def test_quick_leaves_pictures_and_a_report(quick: Path) -> None:
     report = (quick / "report.html").read_text()
     for method in ("cat", "at-edm", "ras", "random"):
-        assert (quick / "images" / f"{method}-28-0.3" / "00003-0.png").exists()
-        assert (quick / "tokens" / f"{method}-28-0.3.png").exists()
+        assert (quick / "images" / f"{method}-10-0.3" / "00001-0.png").exists()
+        assert (quick / "tokens" / f"{method}-10-0.3.png").exists()
         assert method in report
 
 
@@ -90,12 +91,12 @@ def test_a_finished_run_grows(
     out = tmp_path / "out"
     shutil.copytree(quick, out)
     before = (out / RESULTS).read_text()
-    assert run(mini_bundle, "--out", out, *QUICK, "--policies", "cat", "--keep-ratio", "0.5", "--steps", "28") == 0
+    assert run(mini_bundle, "--out", out, *QUICK, "--policies", "cat", "--keep-ratio", "0.5") == 0
     assert (out / RESULTS).read_text().startswith(before)
     grown = " ".join(capsys.readouterr().err.split())
-    assert f"{out} grows: fewer-steps-28-0.5 (4 prompts), cat-28-0.5 (4 prompts)" in grown
+    assert f"{out} grows: fewer-steps-10-0.5 (2 prompts), cat-10-0.5 (2 prompts)" in grown
     added = {(r["variant"], r["prompt"]) for r in results(out)[len(results(quick)) :]}
-    assert added == {(variant, prompt) for variant in ("fewer-steps-28-0.5", "cat-28-0.5") for prompt in range(4)}
+    assert added == {(variant, prompt) for variant in ("fewer-steps-10-0.5", "cat-10-0.5") for prompt in range(2)}
     report = (out / "report.html").read_text()
     assert "keep 0.5" in report
     assert "random" in report
@@ -115,8 +116,8 @@ def test_a_finished_run_computes_nothing(
     ("arguments", "says"),
     [
         (["--guidance-scale", "5"], "guidance_scale was 3.0, is 5.0"),
-        (["--full-steps", "4"], "full_steps was 8, is 4"),
-        (["--prompts", "scenes:3"], "prompts were 4, are 3"),
+        (["--full-steps", "5"], "full_steps was 4, is 5"),
+        (["--prompts", "scenes:3"], "prompts were 2, are 3"),
     ],
 )
 def test_other_settings_are_refused(
@@ -198,4 +199,8 @@ def test_an_interruption_says_that_it_goes_on(
     monkeypatch.setattr("cat_pruning.evaluation.evaluate.evaluate", interrupted)
     assert run(mini_bundle, "--out", tmp_path / "out", "--quick") == 130
     assert "what is done is kept" in capsys.readouterr().err
-    assert (tmp_path / "out" / RUN).exists()
+    begun = json.loads((tmp_path / "out" / RUN).read_text())
+    assert begun["prompts_source"] == "scenes:4"  # and what else --quick is where nothing is said
+    assert {(variant["steps"], variant["keep_ratio"]) for variant in begun["variants"]} == {(28, 1.0), (28, 0.3)}
+    assert {variant["prompts"] for variant in begun["variants"]} == {4}
+    assert begun["sheet"] == 4

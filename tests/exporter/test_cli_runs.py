@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import signal
@@ -17,12 +18,16 @@ import torch
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schema import PlanSpec
+from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
+from cat_pruning.dtype import DType
 from cat_pruning.engines.builder import build
 from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.builder.plan_builder import PlanReport
 from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.exporter import cli
 from cat_pruning.exporter.export import default_targets
+from cat_pruning.exporter.step_graph import trace_step
+from cat_pruning.families.interception import StepModule
 from cat_pruning.names import Target
 from cat_pruning.step_io import Part
 
@@ -32,6 +37,8 @@ CatExport = Callable[..., tuple[int, str, list[str]]]
 KILLED = """
 import contextlib, os, signal, sys
 from pathlib import Path
+import stored_traces
+stored_traces.install()
 from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.names import Target
 
@@ -61,11 +68,26 @@ for index, (title, at_progress) in enumerate(
 # Run with: checkpoint, out. No file may grow beyond 32 kB.
 SMALL_DISK = """
 import resource, signal, sys
+import stored_traces
+stored_traces.install()
 from cat_pruning.exporter.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
 sys.exit(main(["--model", sys.argv[1], "--target", "onnx", "--out", sys.argv[2]]))
 """
+
+
+def traced(checkpoint: Path) -> None:
+    """Its trace is in the store: a child that is killed, or whose disk is full, only reads there."""
+    transformer = load_transformer(find_checkpoint(str(checkpoint)).source, DType.FP32)
+    trace_step(StepModule(transformer, family_of(transformer)))
+
+
+def with_stored_traces(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "fixtures"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 # ------------------------------------------------------------------ --out
@@ -84,8 +106,8 @@ def test_out_exists(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
 
 def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "outs" / "bundle"
-    command = [sys.executable, "-c", SMALL_DISK, str(tiny_checkpoint), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    traced(tiny_checkpoint)
+    result = with_stored_traces(SMALL_DISK, tiny_checkpoint, out)
     errors = [line for line in result.stderr.splitlines() if line and not line.startswith("✓")]
     assert result.returncode == 2, result.stderr
     assert len(errors) == 1, errors
@@ -129,8 +151,8 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
 
 
 def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tiny_checkpoint), str(tmp_path / "outs")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    traced(tiny_checkpoint)
+    result = with_stored_traces(KILLED, tiny_checkpoint, tmp_path / "outs")
     assert list(map(int, result.stdout.split())) == [-signal.SIGKILL] * 4, result.stderr
     partials = [path for parent in sorted((tmp_path / "outs").iterdir()) for path in parent.iterdir()]
     assert len(partials) == 4

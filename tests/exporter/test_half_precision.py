@@ -60,10 +60,10 @@ class Exported:
     last_weight: np.ndarray[Any, Any]
 
 
-@pytest.fixture(scope="module", params=["sd3", "pixart", "flux-schnell"])
-def bf16(request: pytest.FixtureRequest, make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+@pytest.fixture(scope="module", params=["sd3.5", "pixart-alpha", "flux-dev"])
+def bf16(request: pytest.FixtureRequest, make_bf16: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """An export in bf16, all of whose tensors this process has let go of."""
-    transformer = make_tiny(request.param, num_layers=1).bfloat16()
+    transformer = make_bf16(request.param)
     result = Exported(
         tmp_path_factory.mktemp("bf16"),
         [weakref.ref(parameter) for parameter in transformer.parameters()],

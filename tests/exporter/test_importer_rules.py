@@ -28,24 +28,17 @@ BF16, FP16 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16
 
 
 @pytest.fixture(scope="module")
-def bf16_graphs(make_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def bf16_graphs(make_bf16: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     """The graphs of a kind in bf16, with one layer of each sort and heads of 16; traced once."""
 
     @functools.cache
     def export(kind: str) -> Exported:
-        transformer = make_tiny(kind, num_layers=1, attention_head_dim=16, **_WIDE[kind.partition("-")[0]]).bfloat16()
+        transformer = make_bf16(kind)
         directory = tmp_path_factory.mktemp(kind)
         step = StepModule(transformer, family_of(transformer))
         return directory, step.family, export_step_graph(step, directory)
 
     return export
-
-
-_WIDE: dict[str, dict[str, Any]] = {
-    "sd3.5": {"caption_projection_dim": 64},
-    "pixart": {"cross_attention_dim": 96},
-    "flux": {"axes_dims_rope": (4, 4, 8), "num_single_layers": 1},
-}
 
 
 def in_fp16(model: onnx.ModelProto) -> onnx.ModelProto:

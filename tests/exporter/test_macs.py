@@ -112,17 +112,21 @@ def test_counting_reads_no_weights(tiny_export: Any, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ published models
 
 
+FEW_LAYERS = {"sd3": 2, "pixart": 1}
+
+
 def count_of(model: str) -> Count:
     """A published model's MACs by graph and number of kept tokens.
 
-    From graphs of its width with 2 and 3 layers: the first and the last are in both, what the third adds is what
-    each of the others adds. (The graph of SD3's 24 layers, which takes minutes to trace, gave the same integers.)
+    From graphs of its width with few layers and one more: what that one adds is what each of the others adds. Few are
+    the first and the last of SD3, which is another; PixArt's are all alike. (The graph of SD3's 24 layers, which takes
+    minutes to trace, gave the same integers.)
     """
     published = published_models()[model]
     layers = published.transformer["num_layers"]
-    splits = []
-    for few in (2, 3):
-        config = published.transformer | {"num_layers": few}
+    few, splits = FEW_LAYERS[published.family.name], []
+    for number in (few, few + 1):
+        config = published.transformer | {"num_layers": number}
         transformer: Any = hollow_transformer(published.transformer_class, config, DType.FP32)
         family = family_of(transformer)
         step = StepModule(transformer, family)
@@ -133,14 +137,14 @@ def count_of(model: str) -> Count:
 
     def count(part: Part, kept: int) -> Macs:
         dims = paper_dims(model, kept)
-        two, three = (
+        these, more = (
             count_graph_macs(
                 split[part].model.clone(), {name: dims.named(spec.shape) for name, spec in split[part].inputs.items()}
             )
             for split in splits
         )
-        linear, attention = three.linear - two.linear, three.attention - two.attention
-        return Macs(two.linear + (layers - 2) * linear, two.attention + (layers - 2) * attention)
+        linear, attention = more.linear - these.linear, more.attention - these.attention
+        return Macs(these.linear + (layers - few) * linear, these.attention + (layers - few) * attention)
 
     return count
 

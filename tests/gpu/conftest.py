@@ -22,7 +22,6 @@ from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.engines.cuda_graphs import CudaGraphs
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
-from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.models import miniatures
 from cat_pruning.names import Target
 from cat_pruning.runtime.record import StepRecord
@@ -161,11 +160,9 @@ def assert_same_image() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def onnx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_bundle(stored_bundle: Callable[..., Path]) -> Path:
     """sd3-mini's graphs, without plans. Read only."""
-    out = tmp_path_factory.mktemp("bundles") / "sd3-mini"
-    export(ExportConfig(model="sd3-mini", out=out, text_length=TEXT_LENGTH, targets=(Target.ONNX,)))
-    return out
+    return stored_bundle("sd3-mini", text_length=TEXT_LENGTH, targets=(Target.ONNX,))
 
 
 @pytest.fixture

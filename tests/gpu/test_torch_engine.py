@@ -196,13 +196,15 @@ def _full(*arguments: Any) -> torch.Tensor:
 
 
 def test_memory_does_not_grow(device: torch.device, make: Make, sample: Any) -> None:
-    """Over twenty images, after three that allocate and capture."""
+    """Over twenty images, after three that allocate and capture; on the CPU over eight."""
     transformer = make(device)
-    sizes = []
-    for seed in range(23):
+    images = 23 if device.type == "cuda" else 11
+    sizes = {}
+    for seed in range(images):
         sample(transformer, seed, steps=10)
-        sizes.append(held_bytes(device))
-    assert max(sizes[3:]) <= sizes[2]
+        if seed in (2, 3, 6, images - 1):  # the CPU's tensors are looked for among all objects of the process
+            sizes[seed] = held_bytes(device)
+    assert max(sizes.values()) <= sizes[2]
 
 
 def held_bytes(device: torch.device) -> int:

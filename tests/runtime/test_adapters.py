@@ -63,7 +63,7 @@ def two(engines: dict[str, StepEngine]) -> dict[str, Tensor]:
 
 
 def final(sample: Make, pipe: Any, **arguments: Any) -> Tensor:
-    latents: Tensor = sample(pipe, STEPS, (96, 160), **arguments).final
+    latents: Tensor = sample(pipe, STEPS, (48, 80), **arguments).final
     return latents
 
 

@@ -5,10 +5,7 @@ TensorRT's builder is not on PyPI; its double is the real TensorRT-RTX: see `bui
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +15,11 @@ from typing import Any
 import onnx
 import pytest
 from builder_double import Tensorrt
+from recorded_names import record
 
 from cat_pruning.bundle.profiles import plan_profiles, profile_spec
 from cat_pruning.bundle.schema import Geometry
-from cat_pruning.engines.builder import fused_attention, plan_builder
+from cat_pruning.engines.builder import plan_builder
 from cat_pruning.engines.builder.build import can_build, token_nodes
 from cat_pruning.engines.builder.plan_builder import PlanJob, PlanReport, build
 from cat_pruning.engines.plan_caches import read_cache, write_cache
@@ -236,31 +234,6 @@ def test_a_builder_that_is_null(tensorrt: Tensorrt, scatter_job: PlanJob) -> Non
 
 # ------------------------------------------------------------------ the API
 
-# The names of the builder's variables that are TensorRT's, and their classes; all others are ours or Python's.
-VARIABLES = {
-    "builder": "Builder",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile",
-    "layer": "ILayer",
-    "timings": "ITimingCache",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "inspector": "EngineInspector",
-    "query": "ITensor",
-}
-OURS = {
-    "Path", "built", "data", "dataclasses", "dict", "entry", "errors", "error", "expected", "file", "flags", "job",
-    "json", "kind", "log", "logging", "logger", "mmap", "os", "output", "plan", "report", "self", "shapes", "sys",
-    "callback_errors", "copy", "found", "graph", "model", "name", "node", "onnx", "re", "warnings", "_OUT_OF_MEMORY",
-}  # fmt: skip
-# What a class inherits from, or becomes: a layer whose type is ATTENTION_INPUT.
-BECOMES = {"ILayer.attention": "IAttentionInputLayer.attention"}
-OF_A_PROPERTY = {
-    "IAttentionInputLayer.attention.decomposable": "IAttention.decomposable",
-    "ITensor.dtype.name": "DataType.name",
-}
 ONLY_TENSORRT = {"NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS"}
 ONLY_TENSORRT_RTX = {"BuilderFlag.REQUIRE_USER_ALLOCATION"}
 
@@ -278,51 +251,34 @@ print(json.dumps([name for name in {names!r} if not has(name)]))
 """
 
 
-def used_names() -> set[str]:
-    """The attributes of the API that the builder uses, by class: "Builder.create_network"."""
-    names = set()
-    nodes = [
-        node for module in (plan_builder, fused_attention) for node in ast.walk(ast.parse(inspect.getsource(module)))
-    ]
-    for node in nodes:
-        attributes: list[str] = []
-        place: ast.AST = node
-        while isinstance(place, ast.Attribute):
-            attributes.insert(0, place.attr)
-            place = place.value
-        if not attributes or not isinstance(place, ast.Name) or attributes[0] == "__class__":
-            continue
-        if place.id == "trt":
-            names.add(".".join(attributes))
-        elif place.id in VARIABLES:
-            name = f"{VARIABLES[place.id]}.{attributes[0]}"
-            names.add(BECOMES.get(name, name))
-            if attributes[1:]:
-                names.add(OF_A_PROPERTY[".".join((BECOMES.get(name, name), *attributes[1:]))])
-        else:
-            assert place.id in OURS, f"{place.id}.{'.'.join(attributes)}: TensorRT's? say so in VARIABLES, or in OURS"
-    return names
-
-
-def test_the_names_that_are_checked() -> None:
-    names = used_names()
-    assert len(names) > 35
-    assert {"Builder", "OnnxParser.parse_from_file", "LayerType.PLUGIN_V3", "IAttention.decomposable"} <= names
-    assert names >= ONLY_TENSORRT | ONLY_TENSORRT_RTX
-
-
 @needs_rtx
-def test_tensorrt_rtx_has_every_name_that_the_builder_uses() -> None:
-    program = MISSING.format(module="tensorrt_rtx", names=sorted(used_names()))
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert set(json.loads(result.stdout)) == ONLY_TENSORRT
-
-
-def test_tensorrt_has_every_name_that_the_builder_uses(python_with_bindings: Callable[[str], str]) -> None:
-    program = MISSING.format(module="tensorrt_bindings", names=sorted(used_names()))
-    assert set(json.loads(python_with_bindings(program))) == ONLY_TENSORRT_RTX
-    nonsense = MISSING.format(module="tensorrt_bindings", names=["Builder.frobnicate"])
-    assert json.loads(python_with_bindings(nonsense)) == ["Builder.frobnicate"]
+def test_every_name_that_the_builder_uses_is_in_both_libraries(
+    tensorrt: Tensorrt,
+    scatter_job: PlanJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    python_with_bindings: Callable[[str], str],
+) -> None:
+    """Those of TensorRT's builds, of TensorRT-RTX's and of one that is refused, while they run."""
+    rtx, used = tensorrt_library("tensorrt_rtx"), tensorrt.used
+    (tmp_path / "no.onnx").write_bytes(b"not a model")
+    with pytest.MonkeyPatch.context() as patch:
+        record(tensorrt, used, patch)
+        build(changed(scatter_job, refittable=True))
+        with pytest.raises(EngineError):
+            build(changed(scatter_job, onnx=str(tmp_path / "no.onnx")))
+    with pytest.MonkeyPatch.context() as patch:
+        record(rtx, used, patch)
+        patch.setattr(plan_builder, "tensorrt_library", lambda flavour: rtx)
+        build(changed(scatter_job, flavour="tensorrt_rtx", plugin_nodes={}, timing_cache=None))
+    assert used > {
+        "Builder.create_network", "OnnxParser.parse_from_file", "OnnxParser.get_error", "LayerType.PLUGIN_V3",
+        "IAttention.decomposable", "IBuilderConfig.create_timing_cache", "BuilderFlag.REFIT",
+        "IOptimizationProfile.set_shape", "EngineInspector.get_engine_information", *ONLY_TENSORRT, *ONLY_TENSORRT_RTX,
+    }  # fmt: skip
+    assert {name for name in used if not hasattr(getattr(rtx, name.split(".")[0]), name.split(".")[1])} == ONLY_TENSORRT
+    program = MISSING.format(module="tensorrt_bindings", names=[*sorted(used), "Builder.frobnicate"])
+    assert set(json.loads(python_with_bindings(program))) == {*ONLY_TENSORRT_RTX, "Builder.frobnicate"}
 
 
 @needs_rtx

@@ -11,7 +11,6 @@ import torch
 from diffusers import EulerDiscreteScheduler, PixArtSigmaPipeline
 
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
-from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.models import miniatures
 from cat_pruning.names import Target
 from cat_pruning.runtime.pipeline import load_pipeline
@@ -26,9 +25,8 @@ SIZES = [(128, 128), (96, 160)]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundles") / "pixart-mini"
-    return export(ExportConfig(model="pixart-mini", out=out, targets=(Target.ONNX,))).path
+def bundle(stored_bundle: Callable[..., Path]) -> Path:
+    return stored_bundle("pixart-mini", targets=(Target.ONNX,))
 
 
 def pipeline(bundle: Path | None, engine: str, scheduler: str, **settings: Any) -> Any:
