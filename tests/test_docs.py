@@ -22,11 +22,24 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 SPECIFIER = "…"
 POLYGRAPHYS = {
     f"--{name}"
-    for name in (
-        "atol", "convert-to", "data-loader-script", "load-outputs", "model-type", "onnxrt", "rtol", "save-outputs", "show",
-        "strongly-typed", "trt", "trt-config-script", "trt-outputs", "validate",
-    )
-}  # fmt: skip
+    for name in [
+        "atol",
+        "convert-to",
+        "data-loader-script",
+        "load-outputs",
+        "model-type",
+        "onnxrt",
+        "output",
+        "rtol",
+        "save-outputs",
+        "show",
+        "strongly-typed",
+        "trt",
+        "trt-config-script",
+        "trt-outputs",
+        "validate",
+    ]
+}
 
 
 def prose(text: str) -> str:

@@ -27,6 +27,7 @@ from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.exporter import cli
 from cat_pruning.exporter.export import default_targets
 from cat_pruning.exporter.step_graph import trace_step
+from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.names import Target
 from cat_pruning.step_io import Part
