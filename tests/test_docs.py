@@ -21,24 +21,22 @@ LINK = re.compile(r"\[[^\]]*\]\((?!https?:|mailto:)([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 SPECIFIER = "…"
 POLYGRAPHYS = {
-    f"--{name}"
-    for name in [
-        "atol",
-        "convert-to",
-        "data-loader-script",
-        "load-outputs",
-        "model-type",
-        "onnxrt",
-        "output",
-        "rtol",
-        "save-outputs",
-        "show",
-        "strongly-typed",
-        "trt",
-        "trt-config-script",
-        "trt-outputs",
-        "validate",
-    ]
+    "--atol",
+    "--convert-to",
+    "--data-loader-script",
+    "--load-outputs",
+    "--model-type",
+    "--onnxrt",
+    "--optimization-profile",
+    "--output",
+    "--rtol",
+    "--save-outputs",
+    "--show",
+    "--strongly-typed",
+    "--trt",
+    "--trt-config-script",
+    "--trt-outputs",
+    "--validate",
 }
 
 
