@@ -16,7 +16,8 @@ from rich.text import Text
 from cat_pruning import console
 
 if TYPE_CHECKING:
-    from cat_pruning.tools.doctor import Finding, Report
+    from cat_pruning.tools.doctor import Report
+    from cat_pruning.tools.findings import Finding
 
 _EXAMPLES = """\
 examples:

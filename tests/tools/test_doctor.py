@@ -30,7 +30,8 @@ from cat_pruning.names import ENGINES, Flavour, Target
 from cat_pruning.plugins import cuda_kernels, cuda_launch
 from cat_pruning.step_io import Part
 from cat_pruning.tools import doctor_cli
-from cat_pruning.tools.doctor import Finding, Report, examine, isolated
+from cat_pruning.tools.doctor import Report, examine
+from cat_pruning.tools.findings import Finding, isolated
 
 SECTIONS = ("machine", "bundle", "engines", "targets")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

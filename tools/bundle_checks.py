@@ -1,0 +1,48 @@
+"""What `cat-doctor` looks at of a bundle: its pipeline, and whether its plans fit this machine."""
+
+from __future__ import annotations
+
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.engines.plan_choice import plan_fit
+from cat_pruning.errors import EngineError
+from cat_pruning.names import TITLES, Flavour
+from cat_pruning.tools.findings import Finding
+from cat_pruning.tools.machine_checks import started
+
+
+def check_pipeline(bundle: Bundle) -> Finding:
+    """Text encoders, VAE and scheduler, without which a bundle is only a transformer; their classes are imported."""
+    from cat_pruning.runtime.pipeline import import_pipeline, pipeline_directory
+
+    spec = bundle.manifest.pipeline
+    if spec is not None and spec.kind == "hub":
+        return Finding("pipeline", "warning", f"{spec.hub_id} on the hub: downloaded at the first use, if not before")
+    directory = pipeline_directory(bundle)
+    import_pipeline(directory)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return Finding("pipeline", "ok", f"all {len(files)} files as they were exported")
+
+
+def check_plans(flavour: Flavour, bundle: Bundle) -> Finding:
+    """Whether the bundle's plans are of the installed version and for this GPU, as far as there are both."""
+    from cat_pruning.engines.gpu import gpu_architecture
+
+    topic, architecture = f"plans {flavour}", gpu_architecture()
+    try:
+        version, missing = started(flavour), None
+    except EngineError as error:
+        version, missing = None, error
+    fit = plan_fit(bundle, flavour, version=version, architecture=architecture)
+    if fit.problem:
+        where = "on the machine with the GPU: " if fit.rebuild == "tensorrt" and architecture is None else ""
+        has = f"; the bundle has {fit.has}" if any(plan.flavour == flavour for plan in bundle.manifest.plans) else ""
+        return Finding(topic, "warning", fit.problem + has, where + bundle.export_command(fit.rebuild))
+    for spec in fit.plans.values():
+        bundle.verified(spec.file)
+    spec = next(iter(fit.plans.values()))
+    plans = f"of version {spec.version} for {', '.join(spec.architectures)}"
+    if missing is not None:
+        return Finding(topic, "warning", f"{plans}; {TITLES[flavour]} does not run here", missing.remedy)
+    if architecture is None:
+        return Finding(topic, "warning", f"{plans}: the installed version, but there is no GPU to run them")
+    return Finding(topic, "ok", f"{plans}: the installed version and this GPU, {architecture}")
