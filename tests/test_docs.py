@@ -81,12 +81,7 @@ def test_the_readme_fits_a_screen_or_two() -> None:
 
 def texts(source: str) -> set[str]:
     """Every text of a program, with … for what is formatted into it; texts added to each other are one."""
-    nodes = list(ast.walk(ast.parse(source)))
-    found = {text for node in nodes if (text := _text(node))}
-    for node in nodes:  # an error's problem and remedy
-        if isinstance(node, ast.Call) and len(node.args) == 2:
-            found.add("; ".join(_text(argument) or SPECIFIER for argument in node.args))
-    return found
+    return {text for node in ast.walk(ast.parse(source)) if (text := _text(node))}
 
 
 def _text(node: ast.AST) -> str:
