@@ -74,6 +74,12 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert broken_links(page) == ["#nowhere", "gone.md"]
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    """As `make docs` demands; here it costs nothing."""
+    pages = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert pages == {path.name for path in DOCS} | set(GENERATED)
+
+
 def test_the_readme_fits_a_screen_or_two() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
     assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) <= 150
