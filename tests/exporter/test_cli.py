@@ -60,7 +60,7 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--resolution", "0x64"], "0x64: both sides must be multiples"),
         (["--resolution", "200x64"], "200x64: the model's position table holds 192x192 pixels at most"),
         (["--resolution", "32x32"], "16 tokens, fewer than num_clusters=20; use a larger resolution"),
-        (["--keep-ratio", "0"], r"--keep-ratio 0: expected a share of the tokens, > 0; .*forecast\(\)"),
+        (["--keep-ratio", "0"], r"--keep-ratio 0: expected a share of the tokens, > 0; .*--preset forecast"),
         (["--keep-ratio", "1.5"], r"keep_ratio=1\.5: expected a number in \[0, 1\]"),
         (["--keep-ratio", "nan"], "keep_ratio=nan: expected a number in"),
         (["--keep-ratio", "a third"], "--keep-ratio: invalid float value: 'a third'"),
