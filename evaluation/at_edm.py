@@ -26,11 +26,10 @@ from typing_extensions import override
 
 from cat_pruning.engines.torch_engine import TorchSession, TorchStepEngine
 from cat_pruning.errors import EngineError
-from cat_pruning.families import family_of_class
+from cat_pruning.families import FAMILIES, family_of_class
 from cat_pruning.families.attention import split_heads
-from cat_pruning.families.family import PatchFamily
+from cat_pruning.families.family import Family, PatchFamily
 from cat_pruning.families.interception import share_parameters
-from cat_pruning.families.sd3 import LAYER_GATES
 from cat_pruning.plugins.token_ops import token_gather
 from cat_pruning.runtime.selection.selector import guiding_rows
 from cat_pruning.step_io import LATENTS, StepDims
@@ -57,21 +56,31 @@ class AtEdmStepEngine(TorchStepEngine):
 
     def __init__(self, transformer: Any) -> None:
         super().__init__(transformer, cuda_graphs=False)
-        if not isinstance(self.family, PatchFamily):
-            raise EngineError(
-                f"{self.family.transformer_class}: at-edm ranks tokens by the first block's attention, which is "
-                "written for SD3 and PixArt",
-                "leave it out of --policies",
-            )
+        self.family: PatchFamily = at_edm_family(self.family)
 
     @staticmethod
     def supports(transformer_class: str) -> bool:
-        """Whether AT-EDM can run a family: positions are in the tokens, so that queries and keys say it all."""
+        """Whether AT-EDM can run a family: one whose positions are in the tokens, and so in queries and keys."""
         return issubclass(family_of_class(transformer_class), PatchFamily)
 
     @override
     def session(self) -> AtEdmSession:
         return AtEdmSession(self)
+
+
+def at_edm_family(family: Family) -> PatchFamily:
+    """The family, if AT-EDM can run it.
+
+    Raises:
+        EngineError: it cannot.
+    """
+    if not isinstance(family, PatchFamily):
+        names = " and ".join(known.name for known in FAMILIES if issubclass(known, PatchFamily))
+        raise EngineError(
+            f"{family.transformer_class}: at-edm needs positions that are in the tokens, as in {names}",
+            "leave it out of --methods",
+        )
+    return family
 
 
 class AtEdmSession(TorchSession):
@@ -80,18 +89,19 @@ class AtEdmSession(TorchSession):
     Two calls at one noise level (Heun) may compute different tokens, as each is ranked by its own attention.
     """
 
+    engine: AtEdmStepEngine
+
     def __init__(self, engine: AtEdmStepEngine) -> None:
         super().__init__(engine)
         self._module: Any = None
-        self._pruning = _Pruning()
+        self._pruning = _Pruning(engine.family)
 
     def _allocate(self, dims: StepDims) -> None:
         """Nothing is cached."""
 
     def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
         """Raise EngineError for skip-layer guidance, which would need gates in the blocks; synchronises."""
-        gates = self._inputs.get(LAYER_GATES)
-        if gates is not None and not bool((gates == 1).all()):
+        if self.engine.family.skips_layers(self._inputs):
             raise EngineError("at-edm has no skip-layer guidance: a call skips blocks", "leave skip_layers out")
         self._module = share_parameters(self.engine.transformer).eval()
         self._pruning.install(self._module)
@@ -115,7 +125,8 @@ class AtEdmSession(TorchSession):
 class _Pruning:
     """What the hooks share during one forward. They do nothing while `num_kept` is None."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: PatchFamily) -> None:
+        self._family = family
         self.clear()
 
     def clear(self) -> None:
@@ -129,7 +140,7 @@ class _Pruning:
 
     def install(self, transformer: Any) -> None:
         """Hook a module, in place."""
-        block = transformer.transformer_blocks[0]
+        block = self._family.blocks(transformer)[0]
         attention = next(part for part in block.modules() if isinstance(part, Attention))
         if attention.fused_projections:
             raise EngineError("at-edm reads queries and keys apart", "call transformer.unfuse_qkv_projections() first")
@@ -144,9 +155,7 @@ class _Pruning:
             if self.num_kept is None:
                 return outputs
             self.choose(attention)
-            if isinstance(outputs, tuple):  # SD3's blocks return the text's rows, then the image's
-                return (*outputs[:-1], token_gather(outputs[-1], self.indices))
-            return token_gather(outputs, self.indices)
+            return self._family.with_image_rows(outputs, lambda rows: token_gather(rows, self.indices))
 
         def fill(module: nn.Module, args: object, rows: Tensor) -> Tensor:
             return rows if self.num_kept is None else token_gather(rows, self.sources)  # (B, N, channels)
@@ -154,7 +163,7 @@ class _Pruning:
         attention.to_q.register_forward_hook(keep_query)
         attention.to_k.register_forward_hook(keep_key)
         block.register_forward_hook(prune)
-        transformer.proj_out.register_forward_hook(fill)
+        self._family.output_projection(transformer).register_forward_hook(fill)
 
     def choose(self, attention: Any) -> None:
         """The kept tokens and every token's source, from the attention's last queries and keys."""
