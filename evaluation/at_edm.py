@@ -1,17 +1,17 @@
 """AT-EDM, the baseline that the CAT Pruning paper compares with: tokens ranked by the first block's attention.
 
 Wang et al., "Attention-Driven Training-Free Efficiency Enhancement of Diffusion Models" (CVPR 2024, arXiv 2405.05252),
-was published for U-Nets (SD-XL). What is here is the adaptation to diffusion transformers that the CAT Pruning paper's
-MACs imply, which are exactly those of a first block on all tokens and of the other blocks on the kept ones
-(SD3: 6.01 / 24 + 2.11 · 23 / 24 = 2.27 TMACs). A pruned step:
+was published for U-Nets (SD-XL). This module adapts it to diffusion transformers as the CAT Pruning paper's MACs imply:
+they are exactly those of a first block on all tokens and of the other blocks on the kept ones
+(SD3: 6.01 / 24 + 2.11 · 23 / 24 = 2.27 TMACs). A pruned step computes:
 
 1. the patch embedding and the first block, on all N tokens;
 2. *generalized weighted page rank* on that block's attention over the image's tokens; the n best are gathered;
 3. the other blocks on the kept tokens (and the text): attention among them only, nothing is cached;
 4. *similarity-based copy*: every pruned token's output is that of the kept token that attends to it most.
 
-Which steps are pruned is the caller's schedule: AT-EDM's own, which prunes fewer layers in early steps, is left out, as
-the CAT Pruning paper's MACs are of a constant number of tokens after its full steps.
+The caller's schedule says which steps are pruned. AT-EDM's own schedule, which prunes fewer layers in early steps, is
+left out, because the CAT Pruning paper's MACs are those of a constant number of tokens after the full steps.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from cat_pruning.plugins.token_ops import token_gather
 from cat_pruning.runtime.selection.selector import guiding_rows
 from cat_pruning.step_io import LATENTS, StepDims
 
-# Of Zero-TPrune in its first layers (Wang et al. 2023, arXiv 2305.17328), whose weighted page rank AT-EDM generalizes.
+# Zero-TPrune takes as many in its first layers (Wang et al. 2023, arXiv 2305.17328); AT-EDM generalizes its page rank.
 RANK_ITERATIONS = 30
 
 
 class AtEdmStepEngine(TorchStepEngine):
     """AT-EDM on a diffusers transformer where its weights are. The given module is not changed.
 
-    Its steps choose their tokens themselves: of the tokens that a step is given, only their number counts. It is a
-    baseline for quality: its steps are never captured as CUDA graphs.
+    Its steps choose their tokens themselves: of the tokens that a step is given, only their number counts. Its steps
+    are never captured as CUDA graphs, because it is a baseline for quality and not for speed.
 
     Args:
-        transformer: of a family that `supports` says yes to.
+        transformer: of a family that `supports` accepts.
 
     Raises:
         CheckpointError: a transformer of no supported class.
@@ -84,9 +84,9 @@ def at_edm_family(family: Family) -> PatchFamily:
 
 
 class AtEdmSession(TorchSession):
-    """One image in progress. A full step is the unmodified module; a pruned one needs nothing from the steps before.
+    """One image in progress. A full step is the unmodified module; a pruned one reads nothing of the steps before.
 
-    Two calls at one noise level (Heun) may compute different tokens, as each is ranked by its own attention.
+    Two calls at one noise level (Heun) may compute different tokens, because each ranks them by its own attention.
     """
 
     engine: AtEdmStepEngine
@@ -177,7 +177,7 @@ class _Pruning:
         importance, mean_map = rank_tokens(query, key)
         indices = most_important(importance, self.num_kept)
         sources = most_similar(mean_map, indices)
-        # The choice is shared and not what it is made from, so that guidance's rows cannot differ by rounding.
+        # The rows of guidance share the choice itself: made from their own maps, two choices could differ by rounding.
         self.indices = indices if self.guiding is None else indices[self.guiding]
         self.sources = sources if self.guiding is None else sources[self.guiding]
 
@@ -185,8 +185,8 @@ class _Pruning:
 def rank_tokens(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens' importance by their attention map: `page_rank` by head, heads combined by root mean square.
 
-    The softmax runs over the image's keys, so a joint attention's map is the one renormalised without the text's. Head
-    by head, to hold maps of one head and not of all.
+    The softmax runs over the image's keys only, so the map of a joint attention is renormalised without the text's.
+    Heads come one after the other, so that the maps of one head are in memory and not those of all.
 
     Args:
         query: of the image's tokens, after their norm, (B, heads, N, width).
@@ -224,20 +224,20 @@ def page_rank(attention_map: Tensor, iterations: int = RANK_ITERATIONS) -> Tenso
 
 
 def most_important(importance: Tensor, num_kept: int) -> Tensor:
-    """The n tokens of the highest importance (B, N), ascending: (B, n) int64. Ties: the lower index."""
+    """The n tokens of the highest importance (B, N), ascending: (B, n) int64. A tie goes to the lower index."""
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
     return ranked[:, :num_kept].sort(dim=-1).values
 
 
 def most_similar(mean_map: Tensor, indices: Tensor) -> Tensor:
-    """Similarity-based copy (AT-EDM): the kept token i of the largest A(i, j) for each token j; itself if kept.
+    """Similarity-based copy (AT-EDM): for each token j the kept token i of the largest A(i, j); for a kept one, itself.
 
     Args:
         mean_map: A, averaged over heads, (B, N, N).
         indices: the kept tokens, (B, n) int64, ascending.
 
     Returns:
-        Places in `indices`, (B, N) int64. Ties: the lower index.
+        Places in `indices`, (B, N) int64. A tie goes to the lower index.
     """
     sources: Tensor = token_gather(mean_map, indices).argmax(dim=1)  # (B, n, N) -> (B, N)
     places = torch.arange(indices.shape[1], device=indices.device)
@@ -257,9 +257,9 @@ def at_edm_step_macs(
     """MACs of a pruned step: one block of L on all tokens, the others on the kept ones.
 
     Attention of r query and s key rows costs 2 · B · r · s · D: in joint attention r = s = n + T; otherwise r = n, and
-    s is n in self-attention and T in cross-attention. Blocks are taken to be alike, which they are but for the second,
-    image-only attention in some of SD3.5-medium's. The ranking's own cost is left out, as in the CAT Pruning paper:
-    B · N² · D for the map and `RANK_ITERATIONS` · heads · B · N² for its page rank.
+    s is n in self-attention and T in cross-attention. All blocks count as alike; of the supported models only some
+    blocks of SD3.5-medium differ, by a second, image-only attention. The cost of the ranking is left out, as in the CAT
+    Pruning paper: B · N² · D for the map and `RANK_ITERATIONS` · heads · B · N² for its page rank.
 
     Args:
         linear_full: of a full step, linear and convolution layers.
@@ -272,7 +272,7 @@ def at_edm_step_macs(
         joint: whether image and text rows attend together, as in SD3.
 
     Returns:
-        Those of linear and convolution layers, and all: attention scores too.
+        The MACs of linear and convolution layers, and those of everything: attention scores too.
     """
 
     def scores(tokens: int) -> int:
