@@ -129,7 +129,7 @@ def _evaluate_batch(
 
 
 def _keep_pictures(store: ResultStore, candidate: Candidate, run: Run, seed: int, batch: range) -> None:
-    """The images of the first prompts, and the first prompt's tokens."""
+    """Write the images of the first prompts, and a map of the first prompt's tokens."""
     if seed or batch.start >= store.spec.sheet:
         return
     folder = store.directory / IMAGES / candidate.key

@@ -1,4 +1,4 @@
-"""What the directory of an evaluation holds, by candidate: what tables, curves and sentences are made from."""
+"""The results of a directory by candidate, as tables, curves and sentences need them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cat_pruning.evaluation.results import ImageResult, load_results, load_spec
 
 
 class Findings:
-    """What a directory holds, by candidate.
+    """The results of a directory, by candidate.
 
     Args:
         directory: that a `ResultStore` wrote.
@@ -53,7 +53,7 @@ class Findings:
         return self.prompt_metrics or self.metrics[:1]
 
     def find(self, method: str, steps: int, keep_ratio: float | None = None) -> Candidate | None:
-        """A candidate that has results, at any ratio or one."""
+        """The first candidate of a method and schedule that has results, at one keep ratio if it is given."""
         return next(
             (
                 candidate
@@ -81,7 +81,7 @@ class Findings:
         return [each for each in self.candidates if each.steps == steps and each.method != FULL]
 
     def scored(self) -> tuple[int, int]:
-        """Images that have results, and that will have them."""
+        """How many images have results, and how many will have them."""
         wanted = {candidate.key: min(candidate.prompts, len(self.spec.prompts)) for candidate in self.spec.candidates}
         done = sum(result.prompt < wanted.get(key, 0) for key, some in self.results.items() for result in some)
         return done, sum(wanted.values()) * self.spec.seeds

@@ -174,7 +174,7 @@ def _thing_pattern(number: str) -> str:
     return "a " + " ".join(_any_of(name + number, words) for name, words in parts.items())
 
 
-# `Scene.caption`, read.
+# Reads what `Scene.caption` writes.
 _CAPTION = re.compile(
     f"{_thing_pattern('')} "
     f"(?:{_any_of('alone', tuple(SINGLE))}|{_any_of('between', tuple(PAIRS))} {_thing_pattern('2')})"

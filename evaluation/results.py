@@ -1,4 +1,4 @@
-"""An evaluation on disk: what is run, and what came out, one line for each image.
+"""An evaluation on disk: the spec of its run, and one line of results for each image.
 
 OUT/run.json        RunSpec: all that the results depend on; a run goes on only under the same, or grows by candidates
 OUT/results.jsonl   ImageResult, one a line, appended as they come
@@ -226,7 +226,7 @@ def machine() -> dict[str, str]:
 
 
 def load_spec(directory: Path) -> RunSpec:
-    """What was run in a directory.
+    """The spec of the run in a directory.
 
     Raises:
         SettingsError: nothing, or what another version wrote.

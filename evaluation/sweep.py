@@ -28,7 +28,7 @@ class Costs:
 
 
 def costs(bundle: Bundle, height: int, width: int, settings: PruneSettings, guided: bool, method: str) -> Costs:
-    """Count one image from the bundle's graphs; AT-EDM's pruned step from what it computes.
+    """The MACs of one image, counted from the bundle's graphs; AT-EDM's pruned step has no graph and is derived.
 
     Raises:
         ShapeError: a size that the model cannot take.
