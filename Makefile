@@ -1,7 +1,7 @@
 # make demo    set everything up, export a packaged miniature (MODEL=sd3-mini), generate full and pruned images
 # make test    set everything up, then lint, types and tests; make test-fast leaves out the tests that take long
 # make docs    the documentation as a site, build/site/index.html
-# make eval    the fidelity bench on sd3-mini: every policy against the full run and fewer steps; an HTML report
+# make eval    the fidelity bench on sd3-mini: every method against the full run and fewer steps; an HTML report
 # make gpu-check    on a machine with a GPU: its tests, engines and benchmarks, in under ten minutes, into one JSON
 PYTHON ?= python3
 BIN := .venv/bin
@@ -70,13 +70,13 @@ eval: install build/eval/sd3-mini
 
 # Two hours more: the paper's policy, the full run and fewer steps on every scene at every ratio and schedule.
 eval-table: eval
-	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) $(EVAL) --policies cat --curve-prompts 512 --out build/eval/results
+	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) $(EVAL) --methods cat --curve-prompts 512 --out build/eval/results
 	$(BIN)/python benchmarks/keep_eval.py build/eval/results
 
 # Four minutes: shorter schedules, on 32 scenes.
 eval-schedules: install build/eval/sd3-mini
 	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:32 --steps 28,20,12 --curve-prompts 32 \
-	  --policies cat,cat+refresh,forecast --out build/eval/schedules
+	  --methods cat,cat+refresh,forecast --out build/eval/schedules
 	$(BIN)/python benchmarks/keep_eval.py build/eval/schedules --name eval-schedules
 
 try-settings: install build/eval/sd3-mini

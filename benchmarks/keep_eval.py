@@ -2,7 +2,7 @@
 
     python benchmarks/keep_eval.py build/eval/results
 
-Of every variant: MACs, images, median seconds, each metric's mean and 95 % interval, and its paired difference from
+Of every candidate: MACs, images, median seconds, each metric's mean and 95 % interval, and its paired difference from
 the full run and from as few steps as cost the same.
 """
 
@@ -15,8 +15,10 @@ from typing import Any
 
 from machine import write_result
 
-from cat_pruning.evaluation.statistics import Evaluation, Interval, compare, score_interval
-from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
+from cat_pruning.evaluation.findings import Findings
+from cat_pruning.evaluation.intervals import Interval
+from cat_pruning.evaluation.paired import paired_difference, score_interval
 
 
 def main() -> None:
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="that cat-eval wrote")
     parser.add_argument("--name", default="eval", help="of the file in benchmarks/results (default: eval)")
     arguments = parser.parse_args()
-    found = Evaluation(arguments.directory)
+    found = Findings(arguments.directory)
     spec = found.spec
     result = {
         "bundle": spec.bundle,
@@ -35,31 +37,31 @@ def main() -> None:
         "engine": spec.engine,
         "images": dict(zip(("done", "wanted"), found.scored(), strict=True)),
         "hours_of_images": sum(each.seconds for some in found.results.values() for each in some) / 3600,
-        "variants": {variant.key: _numbers(found, variant) for variant in found.variants},
+        "candidates": {candidate.key: _numbers(found, candidate) for candidate in found.candidates},
     }
     print(f"written to {write_result(arguments.name, result)}")  # noqa: T201
 
 
-def _numbers(found: Evaluation, variant: Variant) -> dict[str, Any]:
-    results = found.of(variant)
-    full, fewer = found.find(FULL, variant.steps), found.find(FEWER_STEPS, variant.steps, variant.keep_ratio)
+def _numbers(found: Findings, candidate: Candidate) -> dict[str, Any]:
+    results = found.of(candidate)
+    full, fewer = found.find(FULL, candidate.steps), found.find(FEWER_STEPS, candidate.steps, candidate.keep_ratio)
     return {
-        "name": variant.name,
-        "macs": variant.macs_all,
-        "full_steps": variant.full_steps,
+        "name": candidate.name,
+        "macs": candidate.macs_all,
+        "full_steps": candidate.full_steps,
         "images": len(results),
         "seconds": round(median(result.seconds for result in results), 3),
         "scores": {metric: _interval(score_interval(results, metric)) for metric in found.metrics},
-        "less_full": _differences(found, variant, full),
-        "less_fewer_steps": _differences(found, variant, fewer),
+        "less_full": _differences(found, candidate, full),
+        "less_fewer_steps": _differences(found, candidate, fewer),
     }
 
 
-def _differences(found: Evaluation, variant: Variant, other: Variant | None) -> dict[str, Any]:
-    if other is None or variant in (other, found.find(FULL, variant.steps)):
+def _differences(found: Findings, candidate: Candidate, other: Candidate | None) -> dict[str, Any]:
+    if other is None or candidate in (other, found.find(FULL, candidate.steps)):
         return {}
-    compared = {metric: compare(found.of(variant), found.of(other), metric) for metric in found.metrics}
-    return {metric: _interval(each.difference) for metric, each in compared.items() if each is not None}
+    compared = {metric: paired_difference(found.of(candidate), found.of(other), metric) for metric in found.metrics}
+    return {metric: _interval(difference) for metric, difference in compared.items() if difference is not None}
 
 
 def _interval(interval: Interval | None) -> dict[str, Any] | None:

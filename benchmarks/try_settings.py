@@ -4,7 +4,7 @@
 
 Every trial computes the same images as the full run, the paper's settings among them, at the same number of MACs but
 where its name says otherwise. Printed and written to results/settings.json: the mean relative error of the final
-latents, and the change of the scene score against the full run, with the half-width of its 95 % interval over prompts.
+latents, and the change of the coverage against the full run, with the half-width of its 95 % interval over prompts.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads
 from machine import write_result
 
 from cat_pruning.evaluation.evaluate import last_latents
+from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt, load_prompts
-from cat_pruning.evaluation.statistics import Interval, mean_interval
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
 from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
@@ -79,8 +79,8 @@ class Trials:
 
     def __init__(self, prompts: int) -> None:
         self.prompts = load_prompts(f"scenes:{prompts}")
-        self._metrics = Metrics([Metric.LATENTS, Metric.SCENE], self.prompts)
-        self._full: dict[int, float] = {}  # scene score by prompt
+        self._metrics = Metrics([Metric.LATENTS, Metric.COVERAGE], self.prompts)
+        self._full: dict[int, float] = {}  # coverage by prompt
         self._errors: dict[str, list[float]] = {}
         self._changes: dict[str, list[float]] = {}
 
@@ -91,7 +91,7 @@ class Trials:
             prompts = self.prompts[start : start + BATCH]
             full = _sample(pipe, never_pruned(PruneSettings(), STEPS), prompts, start, STEPS)
             scores = self._metrics.score(full, None, prompts)
-            self._full |= {start + index: score["scene_score"] or 0.0 for index, score in enumerate(scores)}
+            self._full |= {start + index: score["coverage"] or 0.0 for index, score in enumerate(scores)}
             yield Batch(start, prompts, full, scores)
 
     def run(self, pipe: Any, name: str, settings: PruneSettings, batch: Batch, steps: int = STEPS) -> None:
@@ -100,7 +100,7 @@ class Trials:
         scores = self._metrics.score(sample, batch.full, batch.prompts)
         self._errors.setdefault(name, []).extend(score["latents_error"] or 0.0 for score in scores)
         self._changes.setdefault(name, []).extend(
-            (score["scene_score"] or 0.0) - (full["scene_score"] or 0.0)
+            (score["coverage"] or 0.0) - (full["coverage"] or 0.0)
             for score, full in zip(scores, batch.scores, strict=True)
         )
 
@@ -110,7 +110,7 @@ class Trials:
         for name, changes in self._changes.items():
             error, change = _interval(self._errors[name]), _interval(changes)
             rows[name] = {"latents_error": error.mean, "change": change.mean, "half_width": change.half_width}
-            print(f"{name:36s} latents {error.mean:.4f}  scene {change.mean:+.4f} ± {change.half_width:.4f}")  # noqa: T201
+            print(f"{name:36s} latents {error.mean:.4f}  coverage {change.mean:+.4f} ± {change.half_width:.4f}")  # noqa: T201
         return {"prompts": len(self.prompts), "full": fmean(self._full.values()), "trials": rows}
 
 

@@ -1,1 +1,1 @@
-"""Does pruning keep the picture? Policies, metrics, baselines and the report; `cat-eval` is its command."""
+"""Does pruning keep the picture? Methods, metrics and the report; `cat-eval` is its command."""

@@ -1,17 +1,17 @@
 """AT-EDM, the baseline that the CAT Pruning paper compares with: tokens ranked by the first block's attention.
 
 Wang et al., "Attention-Driven Training-Free Efficiency Enhancement of Diffusion Models" (CVPR 2024, arXiv 2405.05252),
-was published for U-Nets (SD-XL). What is here is the adaptation to diffusion transformers that the CAT Pruning paper's
-MACs imply, which are exactly those of a first block on all tokens and of the other blocks on the kept ones
-(SD3: 6.01 / 24 + 2.11 · 23 / 24 = 2.27 TMACs). A pruned step:
+was published for U-Nets (SD-XL). This module adapts it to diffusion transformers as the CAT Pruning paper's MACs imply:
+they are exactly those of a first block on all tokens and of the other blocks on the kept ones
+(SD3: 6.01 / 24 + 2.11 · 23 / 24 = 2.27 TMACs). A pruned step computes:
 
 1. the patch embedding and the first block, on all N tokens;
 2. *generalized weighted page rank* on that block's attention over the image's tokens; the n best are gathered;
 3. the other blocks on the kept tokens (and the text): attention among them only, nothing is cached;
 4. *similarity-based copy*: every pruned token's output is that of the kept token that attends to it most.
 
-Which steps are pruned is the caller's schedule: AT-EDM's own, which prunes fewer layers in early steps, is left out, as
-the CAT Pruning paper's MACs are of a constant number of tokens after its full steps.
+The caller's schedule says which steps are pruned. AT-EDM's own schedule, which prunes fewer layers in early steps, is
+left out, because the CAT Pruning paper's MACs are those of a constant number of tokens after the full steps.
 """
 
 from __future__ import annotations
@@ -26,27 +26,26 @@ from typing_extensions import override
 
 from cat_pruning.engines.torch_engine import TorchSession, TorchStepEngine
 from cat_pruning.errors import EngineError
-from cat_pruning.families import family_of_class
+from cat_pruning.families import FAMILIES, family_of_class
 from cat_pruning.families.attention import split_heads
-from cat_pruning.families.family import PatchFamily
+from cat_pruning.families.family import Family, PatchFamily
 from cat_pruning.families.interception import share_parameters
-from cat_pruning.families.sd3 import LAYER_GATES
 from cat_pruning.plugins.token_ops import token_gather
 from cat_pruning.runtime.selection.selector import guiding_rows
 from cat_pruning.step_io import LATENTS, StepDims
 
-# Of Zero-TPrune in its first layers (Wang et al. 2023, arXiv 2305.17328), whose weighted page rank AT-EDM generalizes.
+# Zero-TPrune takes as many in its first layers (Wang et al. 2023, arXiv 2305.17328); AT-EDM generalizes its page rank.
 RANK_ITERATIONS = 30
 
 
 class AtEdmStepEngine(TorchStepEngine):
     """AT-EDM on a diffusers transformer where its weights are. The given module is not changed.
 
-    Its steps choose their tokens themselves: of the tokens that a step is given, only their number counts. It is a
-    baseline for quality: its steps are never captured as CUDA graphs.
+    Its steps choose their tokens themselves: of the tokens that a step is given, only their number counts. Its steps
+    are never captured as CUDA graphs, because it is a baseline for quality and not for speed.
 
     Args:
-        transformer: of a family that `supports` says yes to.
+        transformer: of a family that `supports` accepts.
 
     Raises:
         CheckpointError: a transformer of no supported class.
@@ -57,16 +56,11 @@ class AtEdmStepEngine(TorchStepEngine):
 
     def __init__(self, transformer: Any) -> None:
         super().__init__(transformer, cuda_graphs=False)
-        if not isinstance(self.family, PatchFamily):
-            raise EngineError(
-                f"{self.family.transformer_class}: at-edm ranks tokens by the first block's attention, which is "
-                "written for SD3 and PixArt",
-                "leave it out of --policies",
-            )
+        self.family: PatchFamily = at_edm_family(self.family)
 
     @staticmethod
     def supports(transformer_class: str) -> bool:
-        """Whether AT-EDM can run a family: positions are in the tokens, so that queries and keys say it all."""
+        """Whether AT-EDM can run a family: one whose positions are in the tokens, and so in queries and keys."""
         return issubclass(family_of_class(transformer_class), PatchFamily)
 
     @override
@@ -74,24 +68,40 @@ class AtEdmStepEngine(TorchStepEngine):
         return AtEdmSession(self)
 
 
-class AtEdmSession(TorchSession):
-    """One image in progress. A full step is the unmodified module; a pruned one needs nothing from the steps before.
+def at_edm_family(family: Family) -> PatchFamily:
+    """The family, if AT-EDM can run it.
 
-    Two calls at one noise level (Heun) may compute different tokens, as each is ranked by its own attention.
+    Raises:
+        EngineError: it cannot.
     """
+    if not isinstance(family, PatchFamily):
+        names = " and ".join(known.name for known in FAMILIES if issubclass(known, PatchFamily))
+        raise EngineError(
+            f"{family.transformer_class}: at-edm needs positions that are in the tokens, as in {names}",
+            "leave it out of --methods",
+        )
+    return family
+
+
+class AtEdmSession(TorchSession):
+    """One image in progress. A full step is the unmodified module; a pruned one reads nothing of the steps before.
+
+    Two calls at one noise level (Heun) may compute different tokens, because each ranks them by its own attention.
+    """
+
+    engine: AtEdmStepEngine
 
     def __init__(self, engine: AtEdmStepEngine) -> None:
         super().__init__(engine)
         self._module: Any = None
-        self._pruning = _Pruning()
+        self._pruning = _Pruning(engine.family)
 
     def _allocate(self, dims: StepDims) -> None:
         """Nothing is cached."""
 
     def _begin(self, dims: StepDims, timesteps: Sequence[float]) -> None:
         """Raise EngineError for skip-layer guidance, which would need gates in the blocks; synchronises."""
-        gates = self._inputs.get(LAYER_GATES)
-        if gates is not None and not bool((gates == 1).all()):
+        if self.engine.family.skips_layers(self._inputs):
             raise EngineError("at-edm has no skip-layer guidance: a call skips blocks", "leave skip_layers out")
         self._module = share_parameters(self.engine.transformer).eval()
         self._pruning.install(self._module)
@@ -115,7 +125,8 @@ class AtEdmSession(TorchSession):
 class _Pruning:
     """What the hooks share during one forward. They do nothing while `num_kept` is None."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: PatchFamily) -> None:
+        self._family = family
         self.clear()
 
     def clear(self) -> None:
@@ -129,7 +140,7 @@ class _Pruning:
 
     def install(self, transformer: Any) -> None:
         """Hook a module, in place."""
-        block = transformer.transformer_blocks[0]
+        block = self._family.blocks(transformer)[0]
         attention = next(part for part in block.modules() if isinstance(part, Attention))
         if attention.fused_projections:
             raise EngineError("at-edm reads queries and keys apart", "call transformer.unfuse_qkv_projections() first")
@@ -144,9 +155,7 @@ class _Pruning:
             if self.num_kept is None:
                 return outputs
             self.choose(attention)
-            if isinstance(outputs, tuple):  # SD3's blocks return the text's rows, then the image's
-                return (*outputs[:-1], token_gather(outputs[-1], self.indices))
-            return token_gather(outputs, self.indices)
+            return self._family.with_image_rows(outputs, lambda rows: token_gather(rows, self.indices))
 
         def fill(module: nn.Module, args: object, rows: Tensor) -> Tensor:
             return rows if self.num_kept is None else token_gather(rows, self.sources)  # (B, N, channels)
@@ -154,7 +163,7 @@ class _Pruning:
         attention.to_q.register_forward_hook(keep_query)
         attention.to_k.register_forward_hook(keep_key)
         block.register_forward_hook(prune)
-        transformer.proj_out.register_forward_hook(fill)
+        self._family.output_projection(transformer).register_forward_hook(fill)
 
     def choose(self, attention: Any) -> None:
         """The kept tokens and every token's source, from the attention's last queries and keys."""
@@ -168,7 +177,7 @@ class _Pruning:
         importance, mean_map = rank_tokens(query, key)
         indices = most_important(importance, self.num_kept)
         sources = most_similar(mean_map, indices)
-        # The choice is shared and not what it is made from, so that guidance's rows cannot differ by rounding.
+        # The rows of guidance share the choice itself: made from their own maps, two choices could differ by rounding.
         self.indices = indices if self.guiding is None else indices[self.guiding]
         self.sources = sources if self.guiding is None else sources[self.guiding]
 
@@ -176,8 +185,8 @@ class _Pruning:
 def rank_tokens(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens' importance by their attention map: `page_rank` by head, heads combined by root mean square.
 
-    The softmax runs over the image's keys, so a joint attention's map is the one renormalised without the text's. Head
-    by head, to hold maps of one head and not of all.
+    The softmax runs over the image's keys only, so the map of a joint attention is renormalised without the text's.
+    Heads come one after the other, so that the maps of one head are in memory and not those of all.
 
     Args:
         query: of the image's tokens, after their norm, (B, heads, N, width).
@@ -215,20 +224,20 @@ def page_rank(attention_map: Tensor, iterations: int = RANK_ITERATIONS) -> Tenso
 
 
 def most_important(importance: Tensor, num_kept: int) -> Tensor:
-    """The n tokens of the highest importance (B, N), ascending: (B, n) int64. Ties: the lower index."""
+    """The n tokens of the highest importance (B, N), ascending: (B, n) int64. A tie goes to the lower index."""
     ranked = importance.sort(dim=-1, descending=True, stable=True).indices
     return ranked[:, :num_kept].sort(dim=-1).values
 
 
 def most_similar(mean_map: Tensor, indices: Tensor) -> Tensor:
-    """Similarity-based copy (AT-EDM): the kept token i of the largest A(i, j) for each token j; itself if kept.
+    """Similarity-based copy (AT-EDM): for each token j the kept token i of the largest A(i, j); for a kept one, itself.
 
     Args:
         mean_map: A, averaged over heads, (B, N, N).
         indices: the kept tokens, (B, n) int64, ascending.
 
     Returns:
-        Places in `indices`, (B, N) int64. Ties: the lower index.
+        Places in `indices`, (B, N) int64. A tie goes to the lower index.
     """
     sources: Tensor = token_gather(mean_map, indices).argmax(dim=1)  # (B, n, N) -> (B, N)
     places = torch.arange(indices.shape[1], device=indices.device)
@@ -248,9 +257,9 @@ def at_edm_step_macs(
     """MACs of a pruned step: one block of L on all tokens, the others on the kept ones.
 
     Attention of r query and s key rows costs 2 · B · r · s · D: in joint attention r = s = n + T; otherwise r = n, and
-    s is n in self-attention and T in cross-attention. Blocks are taken to be alike, which they are but for the second,
-    image-only attention in some of SD3.5-medium's. The ranking's own cost is left out, as in the CAT Pruning paper:
-    B · N² · D for the map and `RANK_ITERATIONS` · heads · B · N² for its page rank.
+    s is n in self-attention and T in cross-attention. All blocks count as alike; of the supported models only some
+    blocks of SD3.5-medium differ, by a second, image-only attention. The cost of the ranking is left out, as in the CAT
+    Pruning paper: B · N² · D for the map and `RANK_ITERATIONS` · heads · B · N² for its page rank.
 
     Args:
         linear_full: of a full step, linear and convolution layers.
@@ -263,7 +272,7 @@ def at_edm_step_macs(
         joint: whether image and text rows attend together, as in SD3.
 
     Returns:
-        Those of linear and convolution layers, and all: attention scores too.
+        The MACs of linear and convolution layers, and those of everything: attention scores too.
     """
 
     def scores(tokens: int) -> int:

@@ -15,16 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
+from cat_pruning.evaluation.intervals import Interval
+from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.methods import EXTRAPOLATED, REFRESHED, policy_of
+from cat_pruning.evaluation.paired import paired_difference, score_interval
 from cat_pruning.evaluation.results import ImageResult
-from cat_pruning.evaluation.statistics import Interval, measure_of, paired_difference, score_interval
-from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 
-# Okabe and Ito's, which the colour-blind tell apart; orange is cat's, black that of fewer steps.
+# Okabe and Ito's colours, which colour-blind people tell apart. CAT is orange, fewer steps are black.
 _COLOURS = {"cat": "#e66f00", FEWER_STEPS: "#000000", FULL: "#777777"}
 _OTHER_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8a000", "#7a3fa0", "#8c5a2b")
 _MARKERS = ("s", "^", "v", "D", "P", "X", "<")
-_DODGE = 0.011  # of the axis: between methods of equal cost
+_DODGE = 0.011  # how far apart methods of equal cost are drawn, as a share of the axis
 _PANEL_INCHES = (4.6, 3.5)
 _LEGEND_INCHES = 1.9
 
@@ -60,7 +62,7 @@ class _Point:
 
 
 def quality_curves(
-    variants: Sequence[Variant],
+    candidates: Sequence[Candidate],
     results: Mapping[str, Sequence[ImageResult]],
     metric: str,
     *,
@@ -68,40 +70,40 @@ def quality_curves(
 ) -> str | None:
     """One metric against the cost of an image, one panel for each schedule, a line for each method over its ratios.
 
-    The points of a panel are means over the prompts that all of its variants have, so that they can be compared.
+    The points of a panel are means over the prompts that all of its candidates have, so that they can be compared.
     Error bars are 95 % intervals; methods that cost the same stand side by side. The full run is a band.
 
     Args:
-        variants: what was compared. Costs are relative to the full run of the same schedule.
-        results: of each variant, by `Variant.key`; variants without results are left out.
+        candidates: all that was compared. Costs are relative to the full run of the same schedule.
+        results: of each candidate, by `Candidate.key`; candidates without results are left out.
         metric: its name in `ImageResult.scores`.
-        less_full: draw the paired differences from the full run instead of means, which prompts make differ more
-            than methods do.
+        less_full: draw the paired differences from the full run instead of means. Means differ more by prompt than
+            by method, paired differences do not.
 
     Returns:
         An `<svg>` element whose ids begin with the metric's name; None if there is nothing to draw.
     """
-    methods = tuple(dict.fromkeys(variant.method for variant in variants))
-    drawn_steps = dict.fromkeys(variant.steps for variant in variants)
-    every = {steps: _points(variants, results, metric, steps, less_full) for steps in drawn_steps}
+    methods = tuple(dict.fromkeys(candidate.method for candidate in candidates))
+    drawn_steps = dict.fromkeys(candidate.steps for candidate in candidates)
+    every = {steps: _points(candidates, results, metric, steps, less_full) for steps in drawn_steps}
     panels = {steps: points for steps, points in every.items() if set(points) - {FULL}}
     if not panels:
         return None
     title, name = measure_of(metric).title, metric
     if less_full:
         title, name = f"{title}, less full's", f"{metric}-less-full"
-    # Legends and labels as text in the reader's own font; ids that are the same whenever the data are.
+    # Legends and labels are text in the reader's own font. The same data give the same ids.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         return _inline(_draw_figure(panels, methods, title), name)
 
 
 def _common_prompts(results: Sequence[Sequence[ImageResult]]) -> set[int]:
-    """The prompts that every one of several variants has results of."""
+    """The prompts that every one of several candidates has results of."""
     return set.intersection(*({result.prompt for result in some} for some in results)) if results else set()
 
 
 def inline_picture(file: Path, caption: str, most: int | None = None) -> Picture:
-    """An image file for a page, as it is; one whose longer side has more than `most` pixels reduced to them.
+    """An image file for a page, as it is, or reduced where its longer side has more than `most` pixels.
 
     Args:
         file: a PNG; if it is missing, or an interruption cut it off, the picture is empty.
@@ -119,35 +121,35 @@ def inline_picture(file: Path, caption: str, most: int | None = None) -> Picture
                 content, kind = buffer.getvalue(), "jpeg"
     except OSError:
         return Picture(caption=caption)
-    width = 256 if longest >= 256 else -(-192 // longest) * image.width  # whole factors only
+    width = 256 if longest >= 256 else -(-192 // longest) * image.width  # enlarged by a whole factor
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
     return Picture(uri=uri, caption=caption, width=width, enlarged=longest < 256)
 
 
 def _points(
-    variants: Sequence[Variant],
+    candidates: Sequence[Candidate],
     results: Mapping[str, Sequence[ImageResult]],
     metric: str,
     steps: int,
     less_full: bool,
 ) -> dict[str, list[_Point]]:
     """A panel's points by method, from the cheapest."""
-    present = [variant for variant in variants if variant.steps == steps and results.get(variant.key)]
-    full = next((variant for variant in variants if variant.steps == steps and variant.method == FULL), None)
+    present = [candidate for candidate in candidates if candidate.steps == steps and results.get(candidate.key)]
+    full = next((candidate for candidate in candidates if candidate.steps == steps and candidate.method == FULL), None)
     if full is None:
         return {}
-    prompts = _common_prompts([results[variant.key] for variant in present])
+    prompts = _common_prompts([results[candidate.key] for candidate in present])
     points: dict[str, list[_Point]] = {}
-    for variant in sorted(present, key=lambda variant: variant.macs_all):
-        shared = [result for result in results[variant.key] if result.prompt in prompts]
+    for candidate in sorted(present, key=lambda candidate: candidate.macs_all):
+        shared = [result for result in results[candidate.key] if result.prompt in prompts]
         interval = (
             paired_difference(shared, results.get(full.key, ()), metric)
             if less_full
             else score_interval(shared, metric)
         )
         if interval is not None:
-            percent = 100 * variant.macs_all / full.macs_all
-            points.setdefault(variant.method, []).append(_Point(percent=percent, interval=interval))
+            percent = 100 * candidate.macs_all / full.macs_all
+            points.setdefault(candidate.method, []).append(_Point(percent=percent, interval=interval))
     return points
 
 
@@ -209,7 +211,7 @@ def _draw_method(panel: Axes, method: str, points: Sequence[_Point], style: _Sty
 
 
 def _style_of(method: str, methods: Sequence[str]) -> _Style:
-    """How a method is drawn, the same in every panel; hollow with extrapolation, dashed with refreshes."""
+    """How every panel draws a method: with hollow marks if it extrapolates, dash-dotted if it refreshes."""
     policy = policy_of(method)
     if policy in _COLOURS:
         line = "--" if policy == FEWER_STEPS else "-"
@@ -226,7 +228,7 @@ def _style_of(method: str, methods: Sequence[str]) -> _Style:
 
 
 def _inline(figure: Figure, name: str) -> str:
-    """The figure as an element: no prolog, no metadata, every id with a name before it."""
+    """The figure as an element, without prolog and metadata; every id begins with `name`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode("utf-8")

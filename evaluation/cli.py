@@ -1,16 +1,16 @@
-"""`cat-eval`: what pruning does to the picture, against the full run, other policies and fewer steps."""
+"""`cat-eval`: what pruning does to the picture, against the full run, other methods and fewer steps."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cat_pruning import console
-from cat_pruning.errors import EngineError, OutputError, SettingsError
+from cat_pruning.errors import EngineError, SettingsError
+from cat_pruning.evaluation.arguments import check, parse
 from cat_pruning.installation import require
 
 if TYPE_CHECKING:
@@ -19,104 +19,16 @@ if TYPE_CHECKING:
     from cat_pruning.evaluation.metrics import Metric
     from cat_pruning.evaluation.results import ResultStore, RunSpec
 
-_T = TypeVar("_T")
-_EXAMPLES = """\
-examples:
-  cat-eval build/sd3-mini --guidance-scale 3 --out build/eval                          the miniature, on its own scenes
-  cat-eval build/sd3-mini --guidance-scale 3 --out build/quick --quick                 the same in a minute or two
-  cat-eval sd3 --prompts PartiPrompts.tsv --steps 28,50 --metrics clip,psnr,ssim --out parti
-  cat-eval sd3 --prompts captions.json --limit 500 --metrics clip --policies cat,at-edm --engine torch --out coco
-
-Interrupted, it goes on where it was when it is started again in the same way. Started again with other policies, ratios
-or schedules, or with more --curve-prompts, it adds them to what --out holds; the first policy, ratio and schedule that
-it is told then are run on all prompts, too.
-"""
-# What --quick takes where nothing is given, and what is taken else.
-_QUICK = {"prompts": "scenes:4", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 4, "sheet": 4}
-_DEFAULT = {"prompts": "scenes:64", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 64, "sheet": 6}
-
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `cat-eval`."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     again = "what is done is kept; start it again in the same way and it goes on"
     return console.run("cat-eval", lambda: _evaluate(arguments), again)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = console.Parser(
-        prog="cat-eval",
-        description="Compare pruned images with full ones, other policies and fewer steps; write an HTML report.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("bundle", type=Path, help="a bundle that cat-export wrote")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the results and of report.html")
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE|scenes:N",
-        help="a line each, PartiPrompts' .tsv or COCO's captions .json; or N scenes that the miniatures were not "
-        "trained on (default: scenes:64)",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
-    parser.add_argument(
-        "--curve-prompts",
-        type=int,
-        metavar="N",
-        help="prompts of all but the main comparison, which is the first policy (and the forecast), ratio and "
-        "schedule against full and fewer steps (default: 64)",
-    )
-    parser.add_argument("--steps", type=_numbers(int), metavar="S,…", help="schedules (default: 28)")
-    parser.add_argument("--keep-ratio", type=_numbers(float), metavar="R,…", help="in (0, 1] (default: 0.3)")
-    parser.add_argument("--full-steps", type=int, metavar="F", help="full steps at the start (default: the bundle's)")
-    parser.add_argument(
-        "--policies",
-        type=_numbers(str),
-        metavar="P,…",
-        help="cat, noise, cluster, stale, random, ras, with +extrapolate or +refresh after it; forecast, at-edm "
-        "(default: all and cat+refresh, at-edm where the model and the engine allow it)",
-    )
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt (default: 1)")
-    parser.add_argument(
-        "--metrics",
-        type=_numbers(str),
-        metavar="M,…",
-        help="psnr, ssim, latents: against the full run; scene, clip: against the prompt "
-        "(default: all but clip, scene where every prompt is one)",
-    )
-    parser.add_argument(
-        "--clip-model", metavar="ID|DIR", help="of the CLIP score (default: openai/clip-vit-base-patch16)"
-    )
-    parser.add_argument(
-        "--engine", choices=["auto", "tensorrt", "tensorrt_rtx", "onnxruntime", "torch"], default="auto"
-    )
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
-    parser.add_argument("--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's)")
-    parser.add_argument("--batch", type=int, default=8, help="prompts at once (default: 8)")
-    parser.add_argument("--sheet", type=int, metavar="N", help="prompts whose images the report shows (default: 6)")
-    parser.add_argument("--quick", action="store_true", help="four scenes, where nothing else is said")
-    parser.add_argument("--force", action="store_true", help="begin anew if --out holds an evaluation")
-    return parser
-
-
-def _numbers(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
-    def parse(text: str) -> tuple[_T, ...]:
-        try:
-            values = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between ({error})") from error
-        if "" in values:
-            raise argparse.ArgumentTypeError(f"{text!r}: an empty value")
-        return values
-
-    return parse
-
-
 def _evaluate(arguments: argparse.Namespace) -> None:
-    for name, value in (_QUICK if arguments.quick else _DEFAULT).items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    _check(arguments)
+    check(arguments)
     require("cat-eval", "eval")
     from rich.console import Console
 
@@ -125,12 +37,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cat_pruning.evaluation.evaluate import evaluate
     from cat_pruning.evaluation.metrics import Metrics
     from cat_pruning.evaluation.prompts import load_prompts
-    from cat_pruning.evaluation.report import check_installed, write_report
+    from cat_pruning.evaluation.report import write_report
     from cat_pruning.evaluation.results import ResultStore, alone
 
     console.quiet_libraries()
     terminal = Console(stderr=True)
-    check_installed()
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = Bundle.open(arguments.bundle)
     metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))
@@ -149,53 +60,38 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         Console().print(str(write_report(arguments.out)), highlight=False)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("limit", 1), ("curve_prompts", 1), ("seeds", 1), ("batch", 1), ("sheet", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
-    if any(steps < 1 for steps in arguments.steps):
-        raise SettingsError(f"--steps {','.join(map(str, arguments.steps))}: expected numbers >= 1")
-    if 0.0 in arguments.keep_ratio:
-        raise SettingsError(
-            "--keep-ratio 0: expected numbers in (0, 1]", "for pruned steps that compute nothing, --policies forecast"
-        )
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise OutputError(f"--out {arguments.out} is no directory", "give another")
-
-
 def _metrics(arguments: argparse.Namespace, scenes: bool) -> list[Metric]:
     from cat_pruning.evaluation.metrics import Metric
 
     if arguments.metrics is None:
-        return [metric for metric in Metric if metric is not Metric.CLIP and (scenes or metric is not Metric.SCENE)]
+        return [metric for metric in Metric if metric is not Metric.CLIP and (scenes or metric is not Metric.COVERAGE)]
     if unknown := [name for name in arguments.metrics if name not in set(Metric)]:
         raise SettingsError(f"--metrics {', '.join(unknown)}: not known; known are {', '.join(Metric)}")
     return [Metric(name) for name in arguments.metrics]
 
 
 def _methods(arguments: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
-    """The policies to compare.
+    """The methods to compare.
 
     Raises:
-        EngineError: AT-EDM was asked for where attention cannot be seen.
+        EngineError: AT-EDM was asked for and cannot run the model, or its attention cannot be seen.
     """
-    from cat_pruning.evaluation.at_edm import AtEdmStepEngine
+    from cat_pruning.evaluation.at_edm import AtEdmStepEngine, at_edm_family
     from cat_pruning.evaluation.methods import AT_EDM, METHODS, check_method
+    from cat_pruning.families import family_named
 
     possible = arguments.engine in ("auto", "torch") and AtEdmStepEngine.supports(bundle.manifest.transformer_class)
-    if arguments.policies is None:
+    if arguments.methods is None:
         return tuple(method for method in METHODS if method != AT_EDM or possible)
-    for method in arguments.policies:
+    for method in arguments.methods:
         check_method(method)
-    if AT_EDM in arguments.policies and not possible:
+    if AT_EDM in arguments.methods and not possible:
+        at_edm_family(family_named(bundle.manifest.family, bundle.manifest.transformer_config))
         raise EngineError(
-            f"--policies {AT_EDM} reads the first block's attention, which the torch engine alone shows, for SD3 and "
-            f"PixArt",
-            f"here are --engine {arguments.engine} and {bundle.manifest.family}: leave {AT_EDM} out, or take "
-            "--engine torch",
+            f"--methods {AT_EDM}: it reads the first block's attention, which {arguments.engine} does not show",
+            f"leave {AT_EDM} out, or take --engine torch",
         )
-    return tuple(arguments.policies)
+    return tuple(arguments.methods)
 
 
 def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
@@ -216,7 +112,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
     settings = manifest.settings.replace(refresh_every=0, extra_full_steps=(), reuse=Reuse.REPEAT)
     if arguments.full_steps is not None:
         settings = settings.replace(full_steps=arguments.full_steps)
-    arguments.policies = _methods(arguments, bundle)
+    arguments.methods = _methods(arguments, bundle)
     pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
     pipe.set_progress_bar_config(disable=True)
 
@@ -238,8 +134,8 @@ def _spec(
     import inspect
 
     from cat_pruning.bundle.manifest import MANIFEST_NAME
-    from cat_pruning.evaluation.plan import Plan
     from cat_pruning.evaluation.results import RunSpec, machine, sha256
+    from cat_pruning.evaluation.sweep import Sweep
 
     manifest, pipe = bundle.manifest, generator.pipe
     guidance = arguments.guidance_scale
@@ -247,7 +143,7 @@ def _spec(
         guidance = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
     height, width = arguments.resolution or (manifest.profiles[0].height, manifest.profiles[0].width)
     engine = generator.transformer.engine.name
-    plan = Plan(
+    sweep = Sweep(
         bundle=bundle,
         height=height,
         width=width,
@@ -255,7 +151,7 @@ def _spec(
         settings=generator.settings,
         steps=arguments.steps,
         keep_ratios=arguments.keep_ratio,
-        methods=arguments.policies,
+        methods=arguments.methods,
         prompts=len(prompts),
         curve_prompts=arguments.curve_prompts,
         engine=engine,
@@ -274,7 +170,7 @@ def _spec(
         guidance_scale=float(guidance),
         metrics=tuple(metric.score for metric in metrics),
         settings=generator.settings.to_dict(),
-        variants=plan.variants(),
+        candidates=sweep.candidates(),
         machine=machine(),
     )
 
@@ -290,7 +186,7 @@ def _clear(directory: Path) -> None:
 
 
 def _progress(terminal: Any, store: ResultStore) -> Any:
-    """A bar of images for the whole run, with the variant that is at work; yields what `evaluate` calls."""
+    """A bar of images for the whole run, with the candidate that is at work; yields what `evaluate` calls."""
     from contextlib import contextmanager
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -298,10 +194,10 @@ def _progress(terminal: Any, store: ResultStore) -> Any:
     @contextmanager
     def bar() -> Any:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        total = sum(variant.prompts for variant in store.spec.variants) * store.spec.seeds
+        total = sum(candidate.prompts for candidate in store.spec.candidates) * store.spec.seeds
         with Progress(*columns, console=terminal) as progress:
             task = progress.add_task("images", total=total)
-            yield lambda variant, count: progress.update(task, advance=count, description=variant.key)
+            yield lambda candidate, count: progress.update(task, advance=count, description=candidate.key)
 
     return bar()
 

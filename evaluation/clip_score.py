@@ -2,9 +2,9 @@
 
 https://lightning.ai/docs/torchmetrics/stable/multimodal/clip_score.html, after Hessel et al., "CLIPScore".
 
-torchmetrics 1.9 is written for transformers 4 and, given a prompt longer than CLIP's 77 tokens, cuts off the end
-token, on which CLIP reads the text: all long prompts would be the same to it. `_ClipModel` and `_ClipProcessor`
-stand between the two.
+torchmetrics 1.9 is written for transformers 4. It cuts off the end token of a prompt longer than CLIP's 77 tokens,
+and CLIP reads the text on that token: all long prompts would look the same. `_ClipModel` and `_ClipProcessor` stand
+between the two libraries and mend both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The methods by name: what each changes of the pruning's settings."""
+"""The methods by name, and what each changes of the pruning's settings.
+
+A method is a way to make an image: a policy alone or with an ending, the forecast, or AT-EDM. The full run and fewer
+steps, which they are compared with, are methods too (`cat_pruning.evaluation.candidates`) and always run.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,17 @@ from cat_pruning.errors import SettingsError
 from cat_pruning.runtime.selection.policies import ras_dense_steps
 from cat_pruning.settings import PRESETS, Policy, Preset, PruneSettings, Reuse
 
-AT_EDM = "at-edm"  # an engine of its own: `cat_pruning.evaluation.at_edm`
-EXTRAPOLATED = "+extrapolate"  # after a policy's name: with `Reuse.EXTRAPOLATE`
-REFRESHED = "+refresh"  # after a policy's name: fewer tokens, more full steps, extrapolated: the preset `refreshed`
-FORECAST = "forecast"  # no policy: pruned steps compute nothing: the preset `forecast`
-POLICIES = (*Policy, AT_EDM)
-METHODS = (Policy.CAT, Policy.CAT + REFRESHED, FORECAST, *POLICIES[1:])  # what is compared where nothing is said
+AT_EDM = "at-edm"  # its engine chooses the tokens: `cat_pruning.evaluation.at_edm`
+FORECAST = "forecast"  # pruned steps compute no token: the preset `forecast`
+EXTRAPOLATED = "+extrapolate"  # ending of a policy: `Reuse.EXTRAPOLATE`
+REFRESHED = "+refresh"  # ending of a policy: fewer tokens, more full steps, extrapolated, as the preset `refreshed`
+ENDINGS = (EXTRAPOLATED, REFRESHED)
+MAIN_METHOD = "cat"  # an evaluation's report is about this one, if it is compared
+METHODS = (Policy.CAT, Policy.CAT + REFRESHED, FORECAST, *list(Policy)[1:], AT_EDM)  # the default
 
 
 def policy_of(method: str) -> str:
-    """A method's name without what comes after it: cat of cat+refresh."""
+    """A method's name without its ending: cat of cat+refresh."""
     return method.split("+")[0]
 
 
@@ -25,20 +30,20 @@ def check_method(name: str) -> None:
     Raises:
         SettingsError: it is none.
     """
-    policy = policy_of(name)
-    endings = ("",) if policy in (AT_EDM, FORECAST) else ("", EXTRAPOLATED, REFRESHED)
-    if policy not in (*POLICIES, FORECAST) or name.removeprefix(policy) not in endings:
+    without_ending = (*Policy, FORECAST, AT_EDM)
+    with_ending = [policy + ending for policy in Policy for ending in ENDINGS]
+    if name not in (*without_ending, *with_ending):
         raise SettingsError(
-            f"policy {name!r} is not known; known are {', '.join(POLICIES)} and {FORECAST}, "
-            f"and all but {AT_EDM} and {FORECAST} with {EXTRAPOLATED} or {REFRESHED} after it"
+            f"method {name!r} is not known; known are {', '.join(without_ending)}, "
+            f"and {', '.join(Policy)} with {' or '.join(ENDINGS)} after it"
         )
 
 
 def settings_of(method: str, keep_ratio: float, steps: int, settings: PruneSettings) -> PruneSettings:
-    """The settings of a method: `settings` with its policy and keep ratio; for RAS, its dense steps too.
+    """The settings of a method: `settings` with its policy and keep ratio; for RAS, with its dense steps too.
 
-    AT-EDM chooses in its engine; for it, the policy only says how many. The interval between full steps of
-    a refreshed method and of the forecast is `evaluation.plan`'s to choose, by MACs.
+    AT-EDM's engine chooses the tokens, so the policy that it gets says only how many. `Sweep` sets the interval
+    between full steps of a refreshed method and of the forecast, by MACs.
     """
     if method == FORECAST:
         return _preset(settings, Preset.FORECAST, keep_ratio=0.0)
@@ -52,7 +57,7 @@ def settings_of(method: str, keep_ratio: float, steps: int, settings: PruneSetti
 
 
 def _preset(settings: PruneSettings, preset: Preset, keep_ratio: float) -> PruneSettings:
-    """`settings` with what the preset changes; half of their own full steps come first."""
+    """`settings` with what the preset changes, beginning with half as many full steps as they have."""
     first = max(2, settings.full_steps // 2)
     changes = {**PRESETS[preset], "keep_ratio": keep_ratio, "full_steps": first, "extra_full_steps": ()}
     return settings.replace(**changes)

@@ -1,4 +1,4 @@
-"""What images are scored by: how near they are to the full run's, and to their prompts."""
+"""The metrics that score an image: how near it is to the full run's image, and how well it shows its prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.errors import InstallationError, SettingsError, ShapeError
 from cat_pruning.evaluation.clip_score import ClipScorer
+from cat_pruning.evaluation.coverage import coverage
 from cat_pruning.evaluation.prompts import Prompt
-from cat_pruning.evaluation.scene_score import coverage_score
+from cat_pruning.installation import pip_install
 from cat_pruning.tools.pictures import psnr_db
 
 
@@ -26,7 +28,7 @@ class Metric(StrEnum):
     PSNR = "psnr"
     SSIM = "ssim"
     LATENTS = "latents"
-    SCENE = "scene"
+    COVERAGE = "coverage"
     CLIP = "clip"
 
     @property
@@ -44,18 +46,18 @@ _SCORES = {
     Metric.PSNR: "psnr_db",
     Metric.SSIM: "ssim",
     Metric.LATENTS: "latents_error",
-    Metric.SCENE: "scene_score",
+    Metric.COVERAGE: "coverage",
     Metric.CLIP: "clip_score",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What a pipeline made of a batch of prompts.
+    """The images that a pipeline made of a batch of prompts.
 
     Attributes:
-        images: (B) of them.
-        latents: the last ones, (B, ...), packed or not.
+        images: B of them.
+        latents: after the last step, (B, ...), packed or not.
     """
 
     images: list[Image.Image]
@@ -63,7 +65,7 @@ class Sample:
 
 
 class Metrics:
-    """Computes metrics; all that they need is there once it is made.
+    """Computes metrics. What they need is checked and loaded when it is made.
 
     Args:
         metrics: which.
@@ -72,8 +74,8 @@ class Metrics:
         device: where CLIP runs.
 
     Raises:
-        SettingsError: a metric cannot be computed: what it needs is not installed, CLIP's model is not there, a prompt
-            is no scene's caption.
+        InstallationError: a metric needs a package that is not installed.
+        SettingsError: a metric cannot be computed: CLIP's model is not there, a prompt is no scene's caption.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Metrics:
         device: torch.device | str = "cpu",
     ) -> None:
         self.metrics = tuple(metrics)
-        if Metric.SCENE in self.metrics:
+        if Metric.COVERAGE in self.metrics:
             _check_scenes(prompts)
         for metric in self.metrics:
             if metric in (Metric.SSIM, Metric.CLIP):
@@ -119,8 +121,8 @@ class Metrics:
     ) -> Sequence[float | None]:
         if reference is not None and metric in _OF_REFERENCE:
             return _OF_REFERENCE[metric](sample, reference)
-        if metric is Metric.SCENE:
-            return _scene_scores(sample.images, prompts)
+        if metric is Metric.COVERAGE:
+            return _coverages(sample.images, prompts)
         assert self._clip is not None
         return self._clip(sample.images, [prompt.text for prompt in prompts])
 
@@ -159,11 +161,11 @@ _OF_REFERENCE: dict[Metric, Callable[[Sample, Sample], list[float | None]]] = {
 }
 
 
-def _scene_scores(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
+def _coverages(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
     scores = []
     for image, prompt in zip(images, prompts, strict=True):
         assert prompt.scene is not None
-        scores.append(coverage_score(np.asarray(image.convert("RGB")), prompt.scene))
+        scores.append(coverage(np.asarray(image.convert("RGB")), prompt.scene))
     return scores
 
 
@@ -176,18 +178,14 @@ def _check_scenes(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.scene is None:
             raise SettingsError(
-                f"metric {Metric.SCENE}: the prompt {prompt.text!r} is not the caption of a scene",
+                f"metric {Metric.COVERAGE}: the prompt {prompt.text!r} is not the caption of a scene",
                 "leave the metric out, or take the prompts of scenes:N",
             )
 
 
 def _check_torchmetrics(metric: Metric) -> None:
-    try:
-        import torchmetrics  # noqa: F401
-    except ImportError as error:
-        raise SettingsError(
-            f"metric {metric}: torchmetrics is not installed here", "pip install 'cat-pruning[eval]'"
-        ) from error
+    if find_spec("torchmetrics") is None:
+        raise InstallationError(f"metric {metric} needs torchmetrics, not installed here", pip_install("eval"))
 
 
 def _clip_scorer(model: str | Path | None, device: torch.device | str) -> ClipScorer:

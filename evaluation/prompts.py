@@ -1,4 +1,4 @@
-"""What is generated: prompts of a file, or captions of scenes that no miniature was trained on."""
+"""The prompts of an evaluation: those of a file, or captions of scenes that no miniature was trained on."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from cat_pruning.evaluation.scenes import (
     sample_scene,
 )
 
-SCENES = "scenes:"  # and a number, in a file's place
+SCENES = "scenes:"  # begins a source that is no file; a number follows
 SCENES_SEED = 2026
-# 8,263 captions are unseen; drawing the last of them would take minutes.
+# 8,263 captions are unseen. To draw the last of them at random would take minutes.
 MAX_SCENES = 5000
 # sd3-mini's 24,000 captions were the first of seed 0, before captions were held out.
 _FIRST_SEED, _FIRST_SCENES = 0, 24_000
@@ -38,7 +38,7 @@ _PARTI_COLUMN = "Prompt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What to generate.
+    """A text to make an image of.
 
     Attributes:
         text: the prompt.
@@ -174,7 +174,7 @@ def _thing_pattern(number: str) -> str:
     return "a " + " ".join(_any_of(name + number, words) for name, words in parts.items())
 
 
-# `Scene.caption`, read.
+# Reads what `Scene.caption` writes.
 _CAPTION = re.compile(
     f"{_thing_pattern('')} "
     f"(?:{_any_of('alone', tuple(SINGLE))}|{_any_of('between', tuple(PAIRS))} {_thing_pattern('2')})"

@@ -1,16 +1,15 @@
-"""An evaluation on disk: what is run, and what came out, one line for each image.
+"""An evaluation on disk: the spec of its run, and one line of results for each image.
 
-OUT/run.json        RunSpec: all that the results depend on; a run is resumed only under the same, or grows
+OUT/run.json        RunSpec: all that the results depend on; a run goes on only under the same, or grows by candidates
 OUT/results.jsonl   ImageResult, one a line, appended as they come
-OUT/images/{variant}/{prompt}-{seed}.png        of the first prompts
-OUT/tokens/{variant}.png                        which tokens were computed, of the first prompt
+OUT/images/{candidate}/{prompt}-{seed}.png        of the first prompts
+OUT/tokens/{candidate}.png                        which tokens were computed, of the first prompt
 OUT/report.html
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -21,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cat_pruning.errors import OutputError, SettingsError
-from cat_pruning.evaluation.variants import Variant
+from cat_pruning.evaluation.candidates import Candidate
+from cat_pruning.evaluation.former import current_result, current_spec
 from cat_pruning.versions import versions_of
 
 RUN, RESULTS, REPORT, IMAGES, TOKENS = "run.json", "results.jsonl", "report.html", "images", "tokens"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +37,13 @@ class RunSpec:
 
     Attributes:
         bundle: its directory's name. bundle_sha256: of its manifest, which has every file's hash.
-        engine: what computes; policies that see attention run on torch whatever it is.
+        engine: that computes, but for AT-EDM, which has its own.
         prompts: the texts, in order. prompts_source: where they are from.
         seeds: images of each prompt. batch: prompts at once. sheet: the first prompts, whose images are kept.
         height, width, guidance_scale: of the pipeline's call.
         metrics: names, as in `ImageResult.scores`.
-        settings: the pruning's, by name; the policies change some.
-        variants: what is compared.
+        settings: of the pruning, by name; each method changes some.
+        candidates: all that is compared.
         machine: processor, libraries and their versions, when the first images were made; later ones may be another's.
     """
 
@@ -58,7 +60,7 @@ class RunSpec:
     guidance_scale: float
     metrics: tuple[str, ...]
     settings: dict[str, Any]
-    variants: tuple[Variant, ...]
+    candidates: tuple[Candidate, ...]
     machine: dict[str, str]
     format: int = FORMAT
 
@@ -68,14 +70,18 @@ class RunSpec:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RunSpec:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`, which reads what earlier versions wrote too.
 
         Raises:
             TypeError, KeyError: fields that are missing or unknown.
+            ValueError: another format.
         """
-        variants = tuple(Variant(**variant) for variant in fields["variants"])
+        fields = current_spec(fields, FORMAT)
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']}, expected {FORMAT}")
+        candidates = tuple(Candidate(**candidate) for candidate in fields["candidates"])
         tuples = {name: tuple(fields[name]) for name in ("prompts", "metrics")}
-        return cls(**{**fields, **tuples, "variants": variants})
+        return cls(**{**fields, **tuples, "candidates": candidates})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +89,12 @@ class ImageResult:
     """One image: its scores by metric. A PSNR of equal images, which is infinite, is None.
 
     Attributes:
-        variant: `Variant.key`. prompt: its number. seed: the image's number among those of its prompt.
+        candidate: `Candidate.key`. prompt: its number. seed: the image's number among those of its prompt.
         seconds: of its batch, divided by the batch's images; text encoders and autoencoder included.
         scores: by metric; metrics against the full run are missing for the full run.
     """
 
-    variant: str
+    candidate: str
     prompt: int
     seed: int
     seconds: float
@@ -100,13 +106,13 @@ class ResultStore:
 
     Args:
         directory: made if it is not there.
-        spec: what is run. If the directory holds an evaluation that differs only in what is compared, it grows: its
-            variants come first, each on as many prompts as either asks for, then those that it did not have. On disk
-            it has grown with the first new result.
+        spec: of the run. If the directory holds an evaluation that differs only in its candidates, that one grows: its
+            own candidates come first, then those that it did not have; a candidate of both is run on the greater
+            number of prompts. run.json is written anew with the first new result.
 
     Attributes:
-        spec: what is run, that of before included.
-        added: what it grows by: variants, each with its number of prompts.
+        spec: of the run and of what the directory held before, together.
+        added: the candidates that it grows by, each with its number of prompts.
 
     Raises:
         SettingsError: it holds the results of other settings, or something else.
@@ -126,41 +132,40 @@ class ResultStore:
                 self._save_spec()
             else:
                 self.spec = self._grown(before, spec)
-                self.added = tuple(
-                    f"{each.key} ({each.prompts} prompts)" for each in self.spec.variants if each not in before.variants
-                )
+                added = [candidate for candidate in self.spec.candidates if candidate not in before.candidates]
+                self.added = tuple(f"{candidate.key} ({candidate.prompts} prompts)" for candidate in added)
         except OSError as error:
             raise OutputError(f"{directory} cannot be written ({error.strerror})", "give another --out") from error
         self.results = load_results(directory)
 
     def _grown(self, before: RunSpec, now: RunSpec) -> RunSpec:
-        """What is run by both; of the same settings but for the variants, whose common ones are the same."""
+        """The spec that both are parts of; SettingsError if they differ in more than which candidates they have."""
         old, new = before.to_dict(), now.to_dict()
-        different = [name for name in new if name not in ("machine", "variants") and old[name] != new[name]]
+        different = [name for name in new if name not in ("machine", "candidates") and old[name] != new[name]]
         changes = [_change(name, old[name], new[name]) for name in different]
-        asked = {variant.key: variant for variant in RunSpec.from_dict(new).variants}
-        variants = []
-        for variant in before.variants:
-            again = asked.pop(variant.key, variant)
-            prompts = max(variant.prompts, again.prompts)
-            here = dataclasses.replace(again, prompts=variant.prompts)
-            if not different and here != variant:  # one is enough, and where the settings differ, most do
-                different.append(variant.key)
-                changes.append(_change(variant.key, dataclasses.asdict(variant), dataclasses.asdict(here)))
-            variants.append(dataclasses.replace(variant, prompts=prompts))
+        asked = {candidate.key: candidate for candidate in RunSpec.from_dict(new).candidates}
+        candidates = []
+        for candidate in before.candidates:
+            again = asked.pop(candidate.key, candidate)
+            prompts = max(candidate.prompts, again.prompts)
+            here = dataclasses.replace(again, prompts=candidate.prompts)
+            if not different and here != candidate:  # name one: where the settings differ, most candidates do
+                different.append(candidate.key)
+                changes.append(_change(candidate.key, dataclasses.asdict(candidate), dataclasses.asdict(here)))
+            candidates.append(dataclasses.replace(candidate, prompts=prompts))
         if different:
             raise SettingsError(
                 f"{self.directory} holds an evaluation with other {', '.join(different)} ({'; '.join(changes)})",
                 "give another --out, or --force to begin anew",
             )
-        return dataclasses.replace(before, variants=(*variants, *asked.values()))
+        return dataclasses.replace(before, candidates=(*candidates, *asked.values()))
 
     def _save_spec(self) -> None:
         _replace(self.directory / RUN, json.dumps(self.spec.to_dict(), indent=2) + "\n")
 
-    def done(self, variant: Variant, seed: int) -> set[int]:
-        """The prompts that a variant has results of."""
-        return {result.prompt for result in self.results if (result.variant, result.seed) == (variant.key, seed)}
+    def done(self, candidate: Candidate, seed: int) -> set[int]:
+        """The prompts that a candidate has results of."""
+        return {result.prompt for result in self.results if (result.candidate, result.seed) == (candidate.key, seed)}
 
     def append(self, results: Iterable[ImageResult]) -> None:
         """Add results, as whole lines."""
@@ -179,7 +184,7 @@ class ResultStore:
 
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """No other evaluation in `directory` meanwhile, which is made if it is not there.
+    """Keep other evaluations out of `directory` meanwhile. The directory is made if it is not there.
 
     Raises:
         SettingsError: another one is at work in it.
@@ -187,19 +192,21 @@ def alone(directory: Path) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{directory} cannot be written ({error.strerror})", "give another --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it ends
-        except BlockingIOError as error:
-            raise SettingsError(
-                f"{directory}: another cat-eval is at work there", "wait for it, or give another --out"
-            ) from error
-        except OSError as error:
-            raise OutputError(f"{directory} cannot be locked ({error.strerror})", "give another --out") from error
+    lock = FileLock(directory / ".lock")  # the system lets go of it when the process ends, however it ends
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise SettingsError(
+            f"{directory}: another cat-eval is at work there", "wait for it, or give another --out"
+        ) from error
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be locked ({error.strerror})", "give another --out") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def sha256(file: Path) -> str:
@@ -208,7 +215,7 @@ def sha256(file: Path) -> str:
 
 
 def machine() -> dict[str, str]:
-    """What the results were computed on and with."""
+    """The processor and the libraries that compute the results."""
     versions = versions_of(("torch", "diffusers", "onnxruntime"))
     return {
         "processors": str(os.cpu_count()),
@@ -219,7 +226,7 @@ def machine() -> dict[str, str]:
 
 
 def load_spec(directory: Path) -> RunSpec:
-    """What was run in a directory.
+    """The spec of the run in a directory.
 
     Raises:
         SettingsError: nothing, or what another version wrote.
@@ -228,7 +235,7 @@ def load_spec(directory: Path) -> RunSpec:
         return RunSpec.from_dict(json.loads((directory / RUN).read_text(encoding="utf-8")))
     except OSError as error:
         raise SettingsError(f"{directory} holds no evaluation ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SettingsError(
             f"{directory / RUN} is not this version's ({error})", "give another --out, or --force to begin anew"
         ) from error
@@ -248,8 +255,8 @@ def load_results(directory: Path) -> list[ImageResult]:
     results = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            results.append(ImageResult(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            results.append(ImageResult(**current_result(json.loads(line))))
+        except (ValueError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"{file}, line {number} is no result ({error})", "remove it or give another --out"
             ) from error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from cat_pruning import step_io
@@ -243,7 +243,34 @@ class Family(ABC):
 
 
 class PatchFamily(Family):
-    """A family whose latents are pictures, (B, C, H, W), that the model patchifies itself, as in DiT."""
+    """A family whose latents are pictures, (B, C, H, W), that the model patchifies itself, as in DiT.
+
+    Its transformer is a row of like blocks, then an output projection. Positions are in the tokens, so that a block
+    computes whichever image tokens it is given.
+    """
+
+    @property
+    def num_layers(self) -> int:
+        """How many blocks there are."""
+        return int(self.config["num_layers"])
+
+    def blocks(self, transformer: Any) -> Sequence[nn.Module]:
+        """The blocks, in the order in which they run; the first attention in each attends over the image tokens."""
+        blocks: Sequence[nn.Module] = transformer.transformer_blocks
+        return blocks
+
+    def output_projection(self, transformer: Any) -> nn.Module:
+        """The layer whose output is a row for each image token, (B, n, channels), before the model's unpatchify."""
+        projection: nn.Module = transformer.proj_out
+        return projection
+
+    def with_image_rows(self, outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """What a block returned, with its image rows (B, n, D) replaced by what `change` makes of them."""
+        return change(outputs)
+
+    def skips_layers(self, model_inputs: Mapping[str, Tensor]) -> bool:
+        """Whether a call leaves out some blocks (skip-layer guidance). Synchronises with a GPU."""
+        return False
 
     @property
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,16 @@ class StableDiffusion3(PatchFamily):
             raise SettingsError(f"skip_layers {outside}: the model has blocks 0 to {num_layers - 1}")
         gates = torch.tensor([0.0 if layer in layers else 1.0 for layer in range(num_layers)])
         return {**conditioning, LAYER_GATES: gates.to(conditioning[LAYER_GATES])}
+
+    @override
+    def skips_layers(self, model_inputs: Mapping[str, Tensor]) -> bool:
+        return not bool((model_inputs[LAYER_GATES] == 1).all())
+
+    @override
+    def with_image_rows(self, outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """A block returns the text's rows, then the image's."""
+        text, image = outputs
+        return text, change(image)
 
     @override
     def pipeline_text_length(self, directory: Path) -> int:

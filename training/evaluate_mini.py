@@ -3,8 +3,8 @@
     python training/evaluate_mini.py models/sd3-mini --captions 48
     python training/evaluate_mini.py models/pixart-mini --captions 48 --steps 20
 
-Beside the generated images, the same score for the captions' real renderings, for these passed
-through the autoencoder (what no transformer can exceed by much), and for images of other captions.
+It writes the coverage of the generated images, of the captions' real renderings, and of these renderings passed through
+the autoencoder, which no transformer can exceed by much; each also against the next caption instead of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from numpy.typing import NDArray
 from PIL import Image
 
+from cat_pruning.evaluation.coverage import coverage
 from cat_pruning.evaluation.prompts import SCENES_SEED, unseen_scenes
-from cat_pruning.evaluation.scene_score import coverage_score, scene_score
 from cat_pruning.evaluation.scenes import Scene, render
 from mini_models import TEXT_LENGTH, quiet_libraries
 from mini_stages import to_images, to_pixels
@@ -47,7 +47,7 @@ class SchedulerName(StrEnum):
     """What samples."""
 
     OWN = "own"  # the pipeline's
-    EULER_KARRAS = "euler-karras"  # EulerDiscreteScheduler with Karras' sigmas; for a pipeline that predicts noise
+    EULER_KARRAS = "euler-karras"  # EulerDiscreteScheduler with Karras' sigmas; for a pipeline without flow matching
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,20 +114,19 @@ def through_autoencoder(pipeline: DiffusionPipeline, images: NDArray[np.uint8]) 
 
 
 def summary(images: NDArray[np.uint8], scenes: list[Scene]) -> dict[str, float]:
-    """The mean of either score with its standard error, and the mean against the next scene's caption."""
-    result: dict[str, float] = {}
-    for prefix, score in (("", scene_score), ("coverage_", coverage_score)):
-        scores = [score(image, scene) for image, scene in zip(images, scenes, strict=True)]
-        others = [score(image, scene) for image, scene in zip(images, scenes[1:] + scenes[:1], strict=True)]
-        error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
-        result[f"{prefix}score"] = round(float(np.mean(scores)), 4)
-        result[f"{prefix}standard_error"] = round(error, 4)
-        result[f"{prefix}shuffled_captions"] = round(float(np.mean(others)), 4)
-    return result
+    """The mean coverage with its standard error, and the mean against the next scene's caption."""
+    scores = [coverage(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    others = [coverage(image, scene) for image, scene in zip(images, scenes[1:] + scenes[:1], strict=True)]
+    error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
+    return {
+        "coverage": round(float(np.mean(scores)), 4),
+        "standard_error": round(error, 4),
+        "shuffled_captions": round(float(np.mean(others)), 4),
+    }
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """The scores of the pipeline in `config.pipeline`, as JSON types."""
+    """The coverage of the pipeline in `config.pipeline`, as JSON types."""
     pipeline = load(config)
     rng = np.random.default_rng(SCENES_SEED)
     scenes = unseen_scenes(config.captions, rng)

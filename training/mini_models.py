@@ -1,4 +1,4 @@
-"""What the miniatures share: their sizes, their autoencoder, and what the trainer asks of each.
+"""What the miniatures share: their sizes, their autoencoder, and the interface that the trainer uses.
 
 `mini_sd3.py` and `mini_pixart.py` fill in the classes of one large model each, small enough for a
 laptop's processor; `MINIATURES` in `miniatures.py` names them.
@@ -60,8 +60,8 @@ class Miniature(ABC):
         name: of its pipeline on disk.
         pipeline_class: of diffusers.
         size: of a new one.
-        load_options: what `from_pretrained` must be told.
-        call_options: what the pipeline's call must be told to sample as in the training.
+        load_options: arguments that `from_pretrained` needs.
+        call_options: arguments of the pipeline's call, so that it samples as in the training.
         guidance: the guidance scale to sample with.
         latents_are_shifted: whether the pipeline knows the autoencoder's `shift_factor`.
     """
@@ -80,7 +80,7 @@ class Miniature(ABC):
 
     @abstractmethod
     def new_denoiser(self, size: ModelSize, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        """An untrained denoiser: all that is trained together."""
+        """An untrained denoiser: the models that are trained together."""
 
     @abstractmethod
     def denoiser_of(self, pipeline: DiffusionPipeline) -> nn.Module:

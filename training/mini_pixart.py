@@ -5,8 +5,9 @@ cross-attention; DPM-Solver++.
 
 It predicts the velocity v = alpha * noise - sigma * latents (Salimans & Ho 2022, arXiv 2202.00512), where
 PixArt-Sigma itself predicts the noise: the scheduler's `prediction_type` says so, and nothing else is
-different. An attempt with noise prediction scored 0.05: where the composition is settled, at an SNR below 0.01,
-all but 1 % of the error is explained by returning the input, and little is left to learn from.
+different. An attempt with noise prediction painted almost nothing of its captions: where the composition is
+settled, at an SNR below 0.01, all but 1 % of the error is explained by returning the input, and little is left
+to learn from.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mini_models import TEXT_LENGTH, VAE_FACTOR, Miniature, ModelSize, half_copy
 
 LATENT_CHANNELS = 4
 PATCH = 2
-# log probability of a piece: any word costs less than its letters.
+# Log probabilities of the pieces: a word as a whole is always more probable than its letters.
 WORD_SCORE, LETTER_SCORE = -1.0, -10.0
 
 

@@ -1,4 +1,4 @@
-"""What every training draws on: scenes in rounds, pixels, latents."""
+"""What every training shares: rounds of scenes, pixels, latents."""
 
 from __future__ import annotations
 

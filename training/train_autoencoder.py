@@ -32,7 +32,7 @@ ROUND_EPOCHS = 4
 WARMUP_STEPS = 50
 LR_FLOOR = 0.02  # of the peak, where the decay ends
 EDGE_WEIGHT = 0.5
-KL_WEIGHT = 1e-5  # keeps the latents finite, no more
+KL_WEIGHT = 1e-5  # only keeps the latents finite
 LOG_EVERY = 100  # steps
 
 
@@ -66,7 +66,7 @@ class AutoencoderConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it: all but the budget and the place."""
+        """The settings that a checkpoint must share with the run that resumes it: all but the budget and the folder."""
         free = {"out", "init", "steps", "checkpoint_every_s", "threads"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
 
@@ -101,7 +101,7 @@ def trained_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
 
 
 def reconstruction_loss(restored: Tensor, pixels: Tensor) -> Tensor:
-    """L1 of the pixels (B, 3, H, W) and of their differences to the next ones, which blurred edges get wrong."""
+    """L1 of the pixels (B, 3, H, W), and of the differences between neighbours, which blurred edges make wrong."""
     loss = functional.l1_loss(restored, pixels)
     for dim in (-1, -2):
         loss = loss + EDGE_WEIGHT * functional.l1_loss(restored.diff(dim=dim), pixels.diff(dim=dim))
@@ -117,7 +117,7 @@ def _fit(vae: AutoencoderKL, config: AutoencoderConfig) -> None:
     with sigterm_requests() as terminated:
         for step in range(first, config.steps):
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            # Rounds of the denoiser's training count from 0 with the seed itself: another seed here.
+            # The denoiser's training draws its rounds with the seed itself, so this one takes the next seed.
             if step * BATCH // (SCENES * ROUND_EPOCHS) != index:
                 index = step * BATCH // (SCENES * ROUND_EPOCHS)
                 drawn, _ = sample_round(config.seed + 1, index, min(SCENES, BATCH * config.steps), config.size.side)
@@ -168,7 +168,7 @@ def _resume(file: Path, vae: AutoencoderKL, optimizer: torch.optim.Optimizer, co
 
 
 def _latent_statistics(vae: AutoencoderKL, config: AutoencoderConfig) -> dict[str, float]:
-    """What shifts and scales the latents to mean 0 and deviation 1."""
+    """The shift and the scale that bring the latents to mean 0 and deviation 1."""
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     images, _ = sample_round(config.seed + 1, 0, SCENES, config.size.side)
     latents = encode_round(vae, images)

@@ -15,14 +15,14 @@ LR_FLOOR = 0.02  # of the peak, where the cosine ends
 
 
 class Precision(StrEnum):
-    """What the denoiser computes in; its weights are fp32 either way."""
+    """The dtype that the denoiser computes in; its weights are fp32 either way."""
 
     FP32 = "fp32"
-    BF16 = "bf16"  # faster where the processor has avx512_bf16 or AMX, more than ten times slower where not
+    BF16 = "bf16"  # faster on processors with avx512_bf16 or AMX, more than ten times slower on others
 
 
 class Optimizer(StrEnum):
-    """What takes the steps."""
+    """The optimizer of the denoiser."""
 
     ADAMW = "adamw"
     MUON = "muon"  # for the matrices of the layers; AdamW for the rest
@@ -38,7 +38,7 @@ class TrainConfig:
         init: a pipeline to continue from: transformer, text encoders, and the autoencoder unless `vae` is given.
         vae: an autoencoder, in the place of `init`'s or of one that is trained for a new miniature.
         steps: optimizer steps. Exactly one of `steps` and `seconds`.
-        seconds: time on `threads` processors, by the process's own clock: a paused run does not age.
+        seconds: time on `threads` processors, by the process's own clock, which stands still while the run is paused.
 
     The ones to tinker with:
         batch_size: images of a step.
@@ -47,12 +47,12 @@ class TrainConfig:
         ema_decay: of the average of the weights that is saved.
         caption_dropout: share of the captions replaced by the empty one, for guidance.
         round_scenes: fresh scenes drawn and encoded at a time.
-        round_epochs: times that each is used.
+        round_epochs: how many times each round is used.
         autoencoder_steps: for a new autoencoder.
-        optimizer: what takes the steps.
+        optimizer: of the denoiser.
         sigma_shift: of sd3-mini's sigmas toward noise, as a scheduler's `shift`: 1 leaves them as they are.
         checkpoint_every_s: seconds by the clock on the wall.
-        precision: what the denoiser computes in.
+        precision: the dtype that the denoiser computes in.
         threads: of torch.
         seed: of everything random.
         size: of a new miniature.
@@ -100,7 +100,7 @@ class TrainConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it: all but the budget and the place."""
+        """The settings that a checkpoint must share with the run that resumes it: all but the budget and the folder."""
         free = {"out", "init", "vae", "steps", "seconds", "checkpoint_every_s", "threads", "precision"}
         settings = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
         return {**settings, "optimizer": str(self.optimizer)}  # an enum would not load with weights_only

@@ -56,7 +56,7 @@ class Run:
         self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self.vae = vae.float().eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self._tokenize = copy.deepcopy(tokenizer)  # a call changes what a tokenizer saves as its padding
+        self._tokenize = copy.deepcopy(tokenizer)  # a call changes the padding that a tokenizer saves
         self.optimizers = _new_optimizers(self.denoiser, config)
         self.step = 0
         self.seconds_before = 0.0
@@ -157,7 +157,8 @@ def _new_optimizers(denoiser: nn.Module, config: TrainConfig) -> list[torch.opti
     adamw = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True)
     if not matrices:
         return [adamw]
-    return [Muon(matrices, lr=0.0, weight_decay=config.weight_decay), adamw]  # steps of one size: one learning rate
+    # Their steps have one size, so one learning rate serves both.
+    return [Muon(matrices, lr=0.0, weight_decay=config.weight_decay), adamw]
 
 
 def prepare(config: TrainConfig) -> Run:

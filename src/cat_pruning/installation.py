@@ -15,7 +15,7 @@ PACKAGES: Final[dict[str, tuple[str, ...]]] = {
     "export": _EXPORT,
     "pictures": _PICTURES,
     "lora": ("peft",),
-    "eval": ("jinja2", *_EXPORT, *_PICTURES),
+    "eval": ("filelock", "jinja2", "scipy", *_EXPORT, *_PICTURES),
 }
 
 

@@ -7,18 +7,18 @@ import keep_eval
 import machine
 import pytest
 
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
 from cat_pruning.evaluation.results import ImageResult, ResultStore, RunSpec
-from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 
 SCORES = {  # of two prompts
-    "full-28": ({"scene_score": 0.9}, {"scene_score": 0.8}),
-    "fewer-steps-28-0.3": ({"scene_score": 0.7, "psnr_db": 20.0}, {"scene_score": 0.8, "psnr_db": 30.0}),
-    "cat-28-0.3": ({"scene_score": 0.8, "psnr_db": 31.0}, {"scene_score": 0.9, "psnr_db": None}),
+    "full-28": ({"coverage": 0.9}, {"coverage": 0.8}),
+    "fewer-steps-28-0.3": ({"coverage": 0.7, "psnr_db": 20.0}, {"coverage": 0.8, "psnr_db": 30.0}),
+    "cat-28-0.3": ({"coverage": 0.8, "psnr_db": 31.0}, {"coverage": 0.9, "psnr_db": None}),
 }
 
 
-def variant(method: str, keep_ratio: float, sampled: int) -> Variant:
-    return Variant(
+def candidate(method: str, keep_ratio: float, sampled: int) -> Candidate:
+    return Candidate(
         method=method, steps=28, keep_ratio=keep_ratio, sampled_steps=sampled, full_steps=8, macs_linear=1, macs_all=2
     )
 
@@ -36,15 +36,15 @@ def test_the_numbers_of_an_evaluation_are_kept(tmp_path: Path, monkeypatch: pyte
         height=128,
         width=128,
         guidance_scale=3.0,
-        metrics=("psnr_db", "scene_score"),
+        metrics=("psnr_db", "coverage"),
         settings={},
-        variants=(variant(FULL, 1.0, 28), variant(FEWER_STEPS, 0.3, 16), variant("cat", 0.3, 28)),
+        candidates=(candidate(FULL, 1.0, 28), candidate(FEWER_STEPS, 0.3, 16), candidate("cat", 0.3, 28)),
         machine={},
     )
     store = ResultStore(tmp_path / "eval", spec)
     for key, scores in SCORES.items():
         store.append(
-            ImageResult(variant=key, prompt=number, seed=0, seconds=1.5 + number, scores=score)
+            ImageResult(candidate=key, prompt=number, seed=0, seconds=1.5 + number, scores=score)
             for number, score in enumerate(scores)
         )
     monkeypatch.setattr(machine, "RESULTS", tmp_path / "kept")
@@ -52,11 +52,11 @@ def test_the_numbers_of_an_evaluation_are_kept(tmp_path: Path, monkeypatch: pyte
     keep_eval.main()
     kept = json.loads((tmp_path / "kept" / "eval.json").read_text())
     assert kept["machine"]["torch"]
-    assert kept["variants"]["fewer-steps-28-0.3"]["name"] == "16 full steps"
-    cat = kept["variants"]["cat-28-0.3"]
+    assert kept["candidates"]["fewer-steps-28-0.3"]["name"] == "16 full steps"
+    cat = kept["candidates"]["cat-28-0.3"]
     assert (cat["images"], cat["seconds"], cat["macs"]) == (2, 2.0, 2)
-    assert cat["scores"]["scene_score"]["mean"] == 0.85
+    assert cat["scores"]["coverage"]["mean"] == 0.85
     assert cat["scores"]["psnr_db"] == {"mean": 31.0, "half_width": None, "prompts": 1}
-    assert cat["less_full"]["scene_score"]["mean"] == 0.0
-    assert cat["less_fewer_steps"]["scene_score"]["mean"] == 0.1
-    assert kept["variants"]["full-28"]["less_full"] == kept["variants"]["full-28"]["less_fewer_steps"] == {}
+    assert cat["less_full"]["coverage"]["mean"] == 0.0
+    assert cat["less_fewer_steps"]["coverage"]["mean"] == 0.1
+    assert kept["candidates"]["full-28"]["less_full"] == kept["candidates"]["full-28"]["less_fewer_steps"] == {}

@@ -78,6 +78,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
          "cat-export: cat-export needs onnxscript, not installed here; pip install 'cat-pruning[export]'\n"),
         ("evaluation.cli", ["nowhere", "--out", "out"], "jinja2",
          "cat-eval: cat-eval needs jinja2, not installed here; pip install 'cat-pruning[eval]'\n"),
+        ("evaluation.cli", ["nowhere", "--out", "out"], "scipy",
+         "cat-eval: cat-eval needs scipy, not installed here; pip install 'cat-pruning[eval]'\n"),
         ("tools.generate_cli", ["nowhere", "a star", "--compare"], "onnx_ir",
          "cat-generate: --compare needs onnx_ir, not installed here; pip install 'cat-pruning[export]'\n"),
         ("tools.generate_cli", ["nowhere", "a star", "--token-map"], "matplotlib",

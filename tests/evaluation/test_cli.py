@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cat_pruning.evaluation import cli
+from cat_pruning.evaluation.arguments import parse
 from cat_pruning.evaluation.methods import METHODS
 from cat_pruning.evaluation.results import RESULTS, RUN
 
@@ -33,11 +34,11 @@ def results(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
 
 
-def test_quick_has_every_image_of_every_variant(quick: Path) -> None:
-    variants = json.loads((quick / RUN).read_text())["variants"]
-    methods = [variant["method"] for variant in variants]
+def test_quick_has_every_image_of_every_candidate(quick: Path) -> None:
+    candidates = json.loads((quick / RUN).read_text())["candidates"]
+    methods = [candidate["method"] for candidate in candidates]
     assert methods == ["full", "fewer-steps", *METHODS]
-    found = {(result["variant"], result["prompt"]) for result in results(quick)}
+    found = {(result["candidate"], result["prompt"]) for result in results(quick)}
     assert len(found) == len(results(quick)) == 11 * 2
 
 
@@ -45,15 +46,15 @@ def test_quick_tells_the_methods_apart(quick: Path) -> None:
     """What holds on two scenes already: CAT is near the full run, AT-EDM on a transformer is not."""
 
     def mean(method: str, metric: str) -> float:
-        values = [r["scores"][metric] for r in results(quick) if r["variant"].startswith(method)]
+        values = [r["scores"][metric] for r in results(quick) if r["candidate"].startswith(method)]
         assert len(values) == 2
         return float(sum(values) / 2)
 
     assert mean("cat-", "latents_error") < 0.2
     assert mean("at-edm-", "latents_error") > 0.4
-    assert mean("cat-", "scene_score") > 0.6
+    assert mean("cat-", "coverage") > 0.6
     assert mean("cat-", "latents_error") < mean("noise-", "latents_error") < mean("at-edm-", "latents_error")
-    assert all(set(r["scores"]) == {"scene_score"} for r in results(quick) if r["variant"] == "full-10")
+    assert all(set(r["scores"]) == {"coverage"} for r in results(quick) if r["candidate"] == "full-10")
 
 
 def test_quick_leaves_pictures_and_a_report(quick: Path) -> None:
@@ -69,14 +70,14 @@ def test_an_interrupted_run_goes_on(quick: Path, mini_bundle: Path, tmp_path: Pa
     out = tmp_path / "out"
     shutil.copytree(quick, out)
     lines = (out / RESULTS).read_text().splitlines(keepends=True)
-    kept = [line for line in lines if '"variant": "cat-' not in line]
+    kept = [line for line in lines if '"candidate": "cat-' not in line]
     (out / RESULTS).write_text("".join(kept) + lines[8][:30])  # and the line that was being written
     assert run(mini_bundle, "--out", out, *QUICK) == 0
     again = (out / RESULTS).read_text().splitlines(keepends=True)
     assert again[: len(kept)] == kept
 
     def scores(all_results: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
-        return {(r["variant"], r["prompt"]): r["scores"] for r in all_results}
+        return {(r["candidate"], r["prompt"]): r["scores"] for r in all_results}
 
     before, after = scores(results(quick)), scores(results(out))
     assert before.keys() == after.keys()
@@ -91,12 +92,12 @@ def test_a_finished_run_grows(
     out = tmp_path / "out"
     shutil.copytree(quick, out)
     before = (out / RESULTS).read_text()
-    assert run(mini_bundle, "--out", out, *QUICK, "--policies", "cat", "--keep-ratio", "0.5") == 0
+    assert run(mini_bundle, "--out", out, *QUICK, "--methods", "cat", "--keep-ratio", "0.5") == 0
     assert (out / RESULTS).read_text().startswith(before)
     grown = " ".join(capsys.readouterr().err.split())
     assert f"{out} grows: fewer-steps-10-0.5 (2 prompts), cat-10-0.5 (2 prompts)" in grown
-    added = {(r["variant"], r["prompt"]) for r in results(out)[len(results(quick)) :]}
-    assert added == {(variant, prompt) for variant in ("fewer-steps-10-0.5", "cat-10-0.5") for prompt in range(2)}
+    added = {(r["candidate"], r["prompt"]) for r in results(out)[len(results(quick)) :]}
+    assert added == {(candidate, prompt) for candidate in ("fewer-steps-10-0.5", "cat-10-0.5") for prompt in range(2)}
     report = (out / "report.html").read_text()
     assert "keep 0.5" in report
     assert "random" in report
@@ -135,8 +136,8 @@ def test_other_settings_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--policies", "best"], "policy 'best' is not known"),
-        (["--policies", "cat,at-edm", "--engine", "onnxruntime"], "--engine torch"),
+        (["--methods", "best"], "method 'best' is not known"),
+        (["--methods", "cat,at-edm", "--engine", "onnxruntime"], "--engine torch"),
         (["--metrics", "fid"], "known are psnr"),
         (["--metrics", "clip", "--clip-model", "/nowhere"], "/nowhere"),
         (["--keep-ratio", "1.5"], "keep_ratio=1.5"),
@@ -166,6 +167,18 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_former_names_are_taken_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["bundle", "--out", str(tmp_path), "--policies", "cat,forecast", "--metrics", "scene,psnr,coverage"]
+    arguments = parse(given)
+    assert (arguments.methods, arguments.metrics) == (("cat", "forecast"), ("coverage", "psnr"))
+    assert capsys.readouterr().err.splitlines() == [
+        "cat-eval: --policies is called --methods",
+        "cat-eval: --metrics scene is called coverage",
+    ]
+    assert parse([*given[:3], "--methods", "cat", "--metrics", "coverage"]).methods == ("cat",)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_empty_prompt_file(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     assert run(mini_bundle, "--out", tmp_path / "out", "--prompts", tmp_path / "empty.txt") == 2
@@ -176,7 +189,7 @@ def test_scenes_cannot_be_scored_for_other_prompts(
     mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a lighthouse in a storm\n")
-    arguments = ("--prompts", tmp_path / "prompts.txt", "--metrics", "scene")
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--metrics", "coverage")
     assert run(mini_bundle, "--out", tmp_path / "out", *arguments) == 2
     assert "a lighthouse in a storm" in capsys.readouterr().err
 
@@ -201,6 +214,9 @@ def test_an_interruption_says_that_it_goes_on(
     assert "what is done is kept" in capsys.readouterr().err
     begun = json.loads((tmp_path / "out" / RUN).read_text())
     assert begun["prompts_source"] == "scenes:4"  # and what else --quick is where nothing is said
-    assert {(variant["steps"], variant["keep_ratio"]) for variant in begun["variants"]} == {(28, 1.0), (28, 0.3)}
-    assert {variant["prompts"] for variant in begun["variants"]} == {4}
+    assert {(candidate["steps"], candidate["keep_ratio"]) for candidate in begun["candidates"]} == {
+        (28, 1.0),
+        (28, 0.3),
+    }
+    assert {candidate["prompts"] for candidate in begun["candidates"]} == {4}
     assert begun["sheet"] == 4

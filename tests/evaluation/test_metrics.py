@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.errors import InstallationError, SettingsError, ShapeError
 from cat_pruning.evaluation import metrics as metrics_module
+from cat_pruning.evaluation.coverage import coverage
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt, parse_caption
-from cat_pruning.evaluation.scene_score import coverage_score
 from cat_pruning.evaluation.scenes import render
 from cat_pruning.tools.pictures import psnr_db
 
@@ -19,7 +19,7 @@ CAPTIONS = (
     "a large purple cross on the right on a striped gray background",
 )
 PROMPTS = [Prompt(text=caption, scene=parse_caption(caption)) for caption in CAPTIONS]
-WITHOUT_CLIP = (Metric.PSNR, Metric.SSIM, Metric.LATENTS, Metric.SCENE)
+WITHOUT_CLIP = (Metric.PSNR, Metric.SSIM, Metric.LATENTS, Metric.COVERAGE)
 
 
 def noisy(image, strength, seed=0):
@@ -44,7 +44,7 @@ def test_the_names_are_those_of_the_command_line_and_of_the_results():
         "psnr": "psnr_db",
         "ssim": "ssim",
         "latents": "latents_error",
-        "scene": "scene_score",
+        "coverage": "coverage",
         "clip": "clip_score",
     }
     assert [metric for metric in Metric if metric.needs_reference] == [Metric.PSNR, Metric.SSIM, Metric.LATENTS]
@@ -52,12 +52,12 @@ def test_the_names_are_those_of_the_command_line_and_of_the_results():
 
 def test_an_image_is_scored_against_the_full_run_and_its_prompt(full, pruned):
     first, second = Metrics(WITHOUT_CLIP, PROMPTS).score(pruned, full, PROMPTS)
-    assert list(first) == ["psnr_db", "ssim", "latents_error", "scene_score"]
+    assert list(first) == ["psnr_db", "ssim", "latents_error", "coverage"]
     assert first["psnr_db"] == psnr_db(pruned.images[0], full.images[0]) > second["psnr_db"]
     assert 1 > first["ssim"] > second["ssim"] > 0
     assert (first["latents_error"], second["latents_error"]) == pytest.approx((0.1, 0.5))
     for of_image, image, prompt in zip((first, second), pruned.images, PROMPTS, strict=True):
-        assert of_image["scene_score"] == coverage_score(np.asarray(image), prompt.scene)
+        assert of_image["coverage"] == coverage(np.asarray(image), prompt.scene)
 
 
 def test_equal_samples_are_perfect(full):
@@ -67,8 +67,8 @@ def test_equal_samples_are_perfect(full):
 
 def test_without_a_reference_only_the_prompt_counts(full):
     for scores in Metrics(WITHOUT_CLIP, PROMPTS).score(full, None, PROMPTS):
-        assert list(scores) == ["scene_score"]
-        assert scores["scene_score"] > 0.95
+        assert list(scores) == ["coverage"]
+        assert scores["coverage"] > 0.95
 
 
 def test_ssim_is_that_of_wang_et_al(full, pruned):
@@ -99,7 +99,7 @@ def test_packed_latents_of_half_precision(full, dtype):
 
 def test_other_numbers_of_images_and_prompts_are_refused(full, pruned):
     fewer = Sample(images=full.images[:1], latents=full.latents[:1])
-    for metric in (Metric.PSNR, Metric.SSIM, Metric.SCENE):
+    for metric in (Metric.PSNR, Metric.SSIM, Metric.COVERAGE):
         with pytest.raises(ValueError, match="argument 2 is"):
             Metrics([metric], PROMPTS).score(pruned, fewer, PROMPTS[:1])
 
@@ -111,18 +111,19 @@ def test_a_reference_of_another_size_is_refused(full, metric):
         Metrics([metric], PROMPTS).score(full, half, PROMPTS)
 
 
-def test_the_scene_score_needs_scenes():
+def test_the_coverage_needs_scenes():
     prompts = [*PROMPTS, Prompt(text="a lighthouse", scene=None), Prompt(text="a boat", scene=None)]
-    with pytest.raises(SettingsError, match=r"metric scene: the prompt 'a lighthouse' is not the caption of a scene"):
-        Metrics([Metric.SCENE], prompts)
+    with pytest.raises(SettingsError, match=r"metric coverage: the prompt 'a lighthouse' is not the caption"):
+        Metrics([Metric.COVERAGE], prompts)
     Metrics([Metric.PSNR], prompts)
 
 
 @pytest.mark.parametrize("metric", [Metric.SSIM, Metric.CLIP])
 def test_without_torchmetrics_it_says_what_to_install(monkeypatch, metric):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(SettingsError, match=rf"metric {metric}: .*; pip install 'cat-pruning\[eval\]'"):
+    with pytest.raises(InstallationError, match=rf"metric {metric} needs torchmetrics") as caught:
         Metrics([metric], PROMPTS, "clip")
+    assert caught.value.remedy == "pip install 'cat-pruning[eval]'"
     Metrics([Metric.PSNR], PROMPTS)
 
 

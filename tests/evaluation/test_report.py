@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,17 @@ import pytest
 from PIL import Image
 
 from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
 from cat_pruning.evaluation.charts import inline_picture, quality_curves
 from cat_pruning.evaluation.report import write_report
 from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore, RunSpec
-from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 from cat_pruning.settings import PruneSettings
 
 PROMPTS = ("a <script>alert('x')</script> ring", "a red circle", "see https://example.org & more", "a blue star")
 
 
-def variant(method: str, keep_ratio: float, macs: float, sampled: int = 28, engine: str = "onnxruntime") -> Variant:
-    return Variant(
+def candidate(method: str, keep_ratio: float, macs: float, sampled: int = 28, engine: str = "onnxruntime") -> Candidate:
+    return Candidate(
         method=method,
         steps=28,
         keep_ratio=keep_ratio,
@@ -33,16 +32,16 @@ def variant(method: str, keep_ratio: float, macs: float, sampled: int = 28, engi
     )
 
 
-FULL_RUN = variant(FULL, 1.0, 2e12)
-FEWER = variant(FEWER_STEPS, 0.3, 1.0e12, sampled=14)
-CAT = variant("cat", 0.3, 1.1e12)
+FULL_RUN = candidate(FULL, 1.0, 2e12)
+FEWER = candidate(FEWER_STEPS, 0.3, 1.0e12, sampled=14)
+CAT = candidate("cat", 0.3, 1.1e12)
 OTHERS = (
-    variant("cat", 0.2, 0.9e12),
-    variant("cat", 0.5, 1.3e12),
-    variant("random", 0.3, 1.1e12),
-    variant("at-edm", 0.3, 1.2e12, engine="torch"),
+    candidate("cat", 0.2, 0.9e12),
+    candidate("cat", 0.5, 1.3e12),
+    candidate("random", 0.3, 1.1e12),
+    candidate("at-edm", 0.3, 1.2e12, engine="torch"),
 )
-VARIANTS = (FULL_RUN, FEWER, CAT, *OTHERS)
+CANDIDATES = (FULL_RUN, FEWER, CAT, *OTHERS)
 SPEC = RunSpec(
     bundle="sd3-mini",
     bundle_sha256="0" * 64,
@@ -55,20 +54,20 @@ SPEC = RunSpec(
     height=32,
     width=32,
     guidance_scale=4.0,
-    metrics=("psnr_db", "scene_score"),
+    metrics=("psnr_db", "coverage"),
     settings=PruneSettings().to_dict(),
-    variants=VARIANTS,
+    candidates=CANDIDATES,
     machine={"torch": "2.13"},
 )
 SCORES = {FULL_RUN.key: (0.9, 0.8, 0.7, 0.6), FEWER.key: (0.8, 0.7, 0.6, 0.55), CAT.key: (0.88, 0.79, 0.68, 0.59)}
 
 
-def result(of: Variant, prompt: int, score: float, psnr: float | None = 20.0, seconds: float = 1.0) -> ImageResult:
-    scores: dict[str, float | None] = {"scene_score": score} | ({} if of.method == FULL else {"psnr_db": psnr})
-    return ImageResult(variant=of.key, prompt=prompt, seed=0, seconds=seconds, scores=scores)
+def result(of: Candidate, prompt: int, score: float, psnr: float | None = 20.0, seconds: float = 1.0) -> ImageResult:
+    scores: dict[str, float | None] = {"coverage": score} | ({} if of.method == FULL else {"psnr_db": psnr})
+    return ImageResult(candidate=of.key, prompt=prompt, seed=0, seconds=seconds, scores=scores)
 
 
-def store(directory: Path, spec: RunSpec = SPEC, only: tuple[Variant, ...] = VARIANTS) -> ResultStore:
+def store(directory: Path, spec: RunSpec = SPEC, only: tuple[Candidate, ...] = CANDIDATES) -> ResultStore:
     made = ResultStore(directory, spec)
     seconds = {FULL_RUN.key: 4.0, FEWER.key: 2.0, CAT.key: 2.5}
     for one in only:
@@ -128,7 +127,7 @@ def test_engines_are_not_compared(page: str) -> None:
 
 def test_the_summary_says_what_the_intervals_do(page: str) -> None:
     assert (
-        "<li>cat, keep 0.3, 28 steps: scene score 0.735, full 0.750: −2.0 % (95 % CI −3.2 … −0.8), worse; "
+        "<li>cat, keep 0.3, 28 steps: coverage 0.735, full 0.750: −2.0 % (95 % CI −3.2 … −0.8), worse; "
         "against 14 full steps: +0.07"
     ) in page
     assert "(95 % CI +0.037 … +0.108), better. 4 prompts.</li>" in page
@@ -160,14 +159,14 @@ def test_every_id_is_unique_and_every_reference_has_one(page: str) -> None:
 def test_images_and_token_maps_are_in_it(page: str) -> None:
     sheet = page[page.index('<table class="sheet">') :]
     assert sheet.count("<tr><th scope") == 2
-    assert sheet.count("<img") == 2 * 5 + 5  # five variants at keep 0.3; five policies' maps
+    assert sheet.count("<img") == 2 * 5 + 5  # five candidates at keep 0.3; five policies' maps
     assert sheet.count('class="enlarged"') == 10
     assert "<summary>cat, keep 0.5, 28 steps</summary>" in page
 
 
 def test_curves_are_in_it(page: str) -> None:
     assert page.count("<svg") == 3  # two metrics, and the paired differences of one
-    assert "scene score, less full&#x27;s" in page or "scene score, less full's" in page
+    assert "coverage, less full&#x27;s" in page or "coverage, less full's" in page
 
 
 def test_it_is_the_same_each_time(tmp_path: Path, page: str) -> None:
@@ -190,7 +189,7 @@ def test_an_unfinished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("only", [(FULL_RUN,), (CAT,), (FULL_RUN, CAT)])
-def test_as_soon_as_there_is_a_result_there_is_a_report(tmp_path: Path, only: tuple[Variant, ...]) -> None:
+def test_as_soon_as_there_is_a_result_there_is_a_report(tmp_path: Path, only: tuple[Candidate, ...]) -> None:
     store(tmp_path, only=only)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert ("No pruned images to compare yet." in page) == (CAT not in only)
@@ -212,13 +211,6 @@ def test_no_results(tmp_path: Path) -> None:
 
 def test_no_evaluation(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="holds no evaluation"):
-        write_report(tmp_path)
-
-
-def test_without_jinja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store(tmp_path, only=(FULL_RUN,))
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(SettingsError, match=r"pip install 'cat-pruning\[eval\]'"):
         write_report(tmp_path)
 
 
@@ -246,7 +238,7 @@ def test_curves_take_the_prompts_that_all_have() -> None:
     # The full run's second prompt is one that cat has not: its band must not move with it.
     def curve(second: float) -> str | None:
         full = [result(FULL_RUN, 0, 0.5), result(FULL_RUN, 1, second)]
-        return quality_curves(VARIANTS, {FULL_RUN.key: full, CAT.key: [result(CAT, 0, 0.4)]}, "scene_score")
+        return quality_curves(CANDIDATES, {FULL_RUN.key: full, CAT.key: [result(CAT, 0, 0.4)]}, "coverage")
 
     assert curve(0.1) == curve(0.9)
-    assert quality_curves(VARIANTS, {FULL_RUN.key: [result(FULL_RUN, 0, 0.5)]}, "scene_score") is None
+    assert quality_curves(CANDIDATES, {FULL_RUN.key: [result(FULL_RUN, 0, 0.5)]}, "coverage") is None

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.results import (
     RESULTS,
     RUN,
@@ -18,10 +21,9 @@ from cat_pruning.evaluation.results import (
     load_results,
     load_spec,
 )
-from cat_pruning.evaluation.variants import Variant
 from cat_pruning.settings import PruneSettings
 
-VARIANT = Variant(
+CANDIDATE = Candidate(
     method="cat", steps=28, keep_ratio=0.3, sampled_steps=28, full_steps=8, macs_linear=3, macs_all=4, prompts=2
 )
 SPEC = RunSpec(
@@ -38,10 +40,10 @@ SPEC = RunSpec(
     guidance_scale=4.0,
     metrics=("psnr_db",),
     settings=PruneSettings().to_dict(),
-    variants=(VARIANT,),
+    candidates=(CANDIDATE,),
     machine={"torch": "2"},
 )
-RESULT = ImageResult(variant=VARIANT.key, prompt=0, seed=0, seconds=1.5, scores={"psnr_db": None})
+RESULT = ImageResult(candidate=CANDIDATE.key, prompt=0, seed=0, seconds=1.5, scores={"psnr_db": None})
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
@@ -51,8 +53,8 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert again.results == [RESULT]
     assert load_spec(tmp_path / "out") == load_spec(tmp_path / "out")
     assert load_spec(tmp_path / "out").to_dict() == SPEC.to_dict()
-    assert again.done(VARIANT, 0) == {0}
-    assert again.done(VARIANT, 1) == set()
+    assert again.done(CANDIDATE, 0) == {0}
+    assert again.done(CANDIDATE, 1) == set()
 
 
 @pytest.mark.parametrize(
@@ -63,10 +65,13 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         ({"prompts": ("a", "c")}, "prompts differ"),
         ({"prompts": ("a",)}, "prompts were 2, are 1"),
         ({"bundle_sha256": "1" * 64}, "bundle_sha256"),
-        ({"variants": (dataclasses.replace(VARIANT, full_steps=9),)}, "cat-28-0.3 (full_steps was 8, is 9)"),
-        ({"guidance_scale": 7.0, "variants": (dataclasses.replace(VARIANT, steps=2),)}, "other guidance_scale (guid"),
+        ({"candidates": (dataclasses.replace(CANDIDATE, full_steps=9),)}, "cat-28-0.3 (full_steps was 8, is 9)"),
         (
-            {"variants": (dataclasses.replace(VARIANT, settings={"policy": "ras"}),)},
+            {"guidance_scale": 7.0, "candidates": (dataclasses.replace(CANDIDATE, steps=2),)},
+            "other guidance_scale (guid",
+        ),
+        (
+            {"candidates": (dataclasses.replace(CANDIDATE, settings={"policy": "ras"}),)},
             "other cat-28-0.3 (policy was None, is 'ras')",
         ),
     ],
@@ -81,20 +86,20 @@ def test_other_settings_are_not_resumed(tmp_path: Path, change: dict[str, Any], 
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
 
 
-def test_it_grows_by_prompts_and_by_variants(tmp_path: Path) -> None:
+def test_it_grows_by_prompts_and_by_candidates(tmp_path: Path) -> None:
     """What was asked for before stays, results too; fewer prompts than before take nothing away."""
-    half = dataclasses.replace(VARIANT, keep_ratio=0.5, prompts=1)
-    more = dataclasses.replace(VARIANT, prompts=3)
+    half = dataclasses.replace(CANDIDATE, keep_ratio=0.5, prompts=1)
+    more = dataclasses.replace(CANDIDATE, prompts=3)
     ResultStore(tmp_path, SPEC).append([RESULT])
-    for asked, together in (((half,), (VARIANT, half)), ((more,), (more, half)), ((VARIANT,), (more, half))):
+    for asked, together in (((half,), (CANDIDATE, half)), ((more,), (more, half)), ((CANDIDATE,), (more, half))):
         before = load_spec(tmp_path)
-        store = ResultStore(tmp_path, dataclasses.replace(SPEC, variants=asked))
-        assert store.spec.variants == together
+        store = ResultStore(tmp_path, dataclasses.replace(SPEC, candidates=asked))
+        assert store.spec.candidates == together
         assert store.results[0] == RESULT
         assert load_spec(tmp_path) == before  # until there is something new
-        assert bool(store.added) == (together != before.variants)
+        assert bool(store.added) == (together != before.candidates)
         store.append([dataclasses.replace(RESULT, prompt=len(store.results))])
-        assert load_spec(tmp_path).variants == together
+        assert load_spec(tmp_path).candidates == together
 
 
 def test_another_machine_may_go_on(tmp_path: Path) -> None:
@@ -114,7 +119,7 @@ def test_a_line_cut_off_is_removed(tmp_path: Path) -> None:
     store = ResultStore(tmp_path, SPEC)
     store.append([RESULT])
     with (tmp_path / RESULTS).open("a") as file:
-        file.write('{"variant": "cat-28-0.3", "pro')
+        file.write('{"candidate": "cat-28-0.3", "pro')
     again = ResultStore(tmp_path, SPEC)
     assert again.results == [RESULT]
     again.append([dataclasses.replace(RESULT, prompt=1)])
@@ -123,9 +128,67 @@ def test_a_line_cut_off_is_removed(tmp_path: Path) -> None:
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     ResultStore(tmp_path, SPEC).append([RESULT])
-    (tmp_path / RESULTS).write_text('{"variant": 1}\n')
+    (tmp_path / RESULTS).write_text('{"candidate": 1}\n')
     with pytest.raises(SettingsError, match="line 1 is no result"):
         load_results(tmp_path)
+
+
+def former(directory: Path, spec: RunSpec, results: list[ImageResult]) -> None:
+    """A directory as versions before the renaming left it."""
+    fields = spec.to_dict() | {"format": 1}
+    fields["variants"] = fields.pop("candidates")
+    fields["metrics"] = ["scene_score" if name == "coverage" else name for name in fields["metrics"]]
+    (directory / RUN).write_text(json.dumps(fields))
+    lines = []
+    for result in results:
+        line = dataclasses.asdict(result)
+        line["variant"] = line.pop("candidate")
+        line["scores"] = {
+            "scene_score" if name == "coverage" else name: value for name, value in line["scores"].items()
+        }
+        lines.append(json.dumps(line) + "\n")
+    (directory / RESULTS).write_text("".join(lines))
+
+
+def test_a_directory_of_an_earlier_version_is_read_and_grows(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, metrics=("psnr_db", "coverage"))
+    result = dataclasses.replace(RESULT, scores={"psnr_db": 20.0, "coverage": 0.8})
+    former(tmp_path, spec, [result])
+    assert "scene_score" in (tmp_path / RUN).read_text()
+    assert load_spec(tmp_path).to_dict() == spec.to_dict()
+    assert load_results(tmp_path) == [result]
+    store = ResultStore(tmp_path, spec)
+    assert store.done(CANDIDATE, 0) == {0}
+    assert not store.added
+    more = dataclasses.replace(CANDIDATE, keep_ratio=0.5)
+    store = ResultStore(tmp_path, dataclasses.replace(spec, candidates=(more,)))
+    new = dataclasses.replace(result, candidate=more.key)
+    store.append([new])
+    assert load_spec(tmp_path).candidates == (CANDIDATE, more)
+    assert "scene_score" not in (tmp_path / RUN).read_text()
+    assert load_results(tmp_path) == [result, new]
+
+
+def test_a_lock_that_cannot_be_taken(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(OutputError, match="cannot be locked"), alone(tmp_path):
+        pass
+
+
+def test_another_process_has_the_directory_until_it_ends(tmp_path: Path) -> None:
+    """Killed, too: the lock is the system's and not the file."""
+    script = (
+        "import sys, time; from pathlib import Path; from cat_pruning.evaluation.results import alone\n"
+        "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(SettingsError, match="another cat-eval is at work there"), alone(tmp_path):
+            pass
+        process.kill()
+    with alone(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": 9}', "[1]"])

@@ -1,4 +1,4 @@
-"""Which variants an evaluation compares, and what an image of each costs."""
+"""A sweep over methods, schedules and keep ratios: an evaluation's candidates, and the MACs of an image of each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import profile_spec
-from cat_pruning.evaluation.at_edm import at_edm_step_macs
+from cat_pruning.evaluation.at_edm import at_edm_family, at_edm_step_macs
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
 from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, settings_of
-from cat_pruning.evaluation.variants import FEWER_STEPS, FULL, Variant
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.families import family_named
@@ -28,10 +28,11 @@ class Costs:
 
 
 def costs(bundle: Bundle, height: int, width: int, settings: PruneSettings, guided: bool, method: str) -> Costs:
-    """Count one image from the bundle's graphs; AT-EDM's pruned step from what it computes.
+    """The MACs of one image, counted from the bundle's graphs; AT-EDM's pruned step has no graph and is derived.
 
     Raises:
         ShapeError: a size that the model cannot take.
+        EngineError: AT-EDM cannot run the family.
     """
     manifest = bundle.manifest
     family = family_named(manifest.family, manifest.transformer_config)
@@ -45,7 +46,7 @@ def costs(bundle: Bundle, height: int, width: int, settings: PruneSettings, guid
             linear_full=spec.full_linear,
             linear_pruned=spec.pruned_linear,
             attention_full=spec.full_attention,
-            num_layers=int(family.config["num_layers"]),
+            num_layers=at_edm_family(family).num_layers,
             num_tokens=profile.num_tokens,
             num_kept=profile.num_kept,
             text_length=manifest.geometry.text_length,
@@ -58,17 +59,20 @@ def costs(bundle: Bundle, height: int, width: int, settings: PruneSettings, guid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to compare.
+class Sweep:
+    """The methods, schedules and keep ratios to compare.
 
     Attributes:
-        bundle, height, width: what makes the images. guided: with classifier-free guidance.
-        settings: of the pruning.
-        steps: schedules. keep_ratios, methods: of each of the three, the first is the main one.
-        prompts: that the full run, the main method, the forecast and as few steps as cost the same are run on, at the
+        bundle, height, width: of the images. guided: with classifier-free guidance.
+        settings: of the pruning; each method changes some.
+        steps, keep_ratios, methods: every combination is a candidate. The first of each is the main one.
+        prompts: how many the main comparison has: the full run, fewer steps, the main method and the forecast, at the
             main schedule and ratio.
-        curve_prompts: that everything else is run on.
-        engine: what computes, but AT-EDM, which has its own.
+        curve_prompts: how many every other candidate has.
+        engine: that computes, but for AT-EDM, which has its own.
+
+    Raises:
+        SettingsError: a method is not known.
     """
 
     bundle: Bundle
@@ -88,14 +92,14 @@ class Plan:
         for method in self.methods:
             check_method(method)
 
-    def variants(self) -> tuple[Variant, ...]:
+    def candidates(self) -> tuple[Candidate, ...]:
         """The full runs, then for each schedule and ratio the fewer steps and every method."""
         full = [self._full(steps) for steps in self.steps]
         others = [
-            variant
+            candidate
             for steps in self.steps
             for ratio in self.keep_ratios
-            for variant in (
+            for candidate in (
                 self._fewer(steps, ratio),
                 *(self._pruned(method, steps, ratio) for method in self.methods),
             )
@@ -109,9 +113,9 @@ class Plan:
             self._counted[key] = costs(self.bundle, self.height, self.width, settings, self.guided, method)
         return self._counted[key]
 
-    def _full(self, steps: int) -> Variant:
+    def _full(self, steps: int) -> Candidate:
         cost = self._costs(1.0)
-        return Variant(
+        return Candidate(
             method=FULL,
             steps=steps,
             keep_ratio=1.0,
@@ -124,8 +128,8 @@ class Plan:
             prompts=self._prompts(steps),
         )
 
-    def _fewer(self, steps: int, ratio: float) -> Variant:
-        """As many full steps as cost most nearly what the paper's policy does, through the same graphs."""
+    def _fewer(self, steps: int, ratio: float) -> Candidate:
+        """The number of full steps whose cost is nearest to that of the paper's policy, through the same graphs."""
         cost = self._costs(1.0).all
         sampled = max(1, round((self._budget(steps, ratio) - cost.prompt) / (cost.full + cost.timestep)))
         full = self._full(sampled)
@@ -136,13 +140,13 @@ class Plan:
         """MACs of an image by the paper's policy."""
         return self._costs(ratio).all.pruned_image(steps, settings_of("cat", ratio, steps, self.settings))
 
-    def _pruned(self, method: str, steps: int, ratio: float) -> Variant:
+    def _pruned(self, method: str, steps: int, ratio: float) -> Candidate:
         settings = settings_of(method, ratio, steps, self.settings)
         cost = self._costs(settings.keep_ratio, method)
         if method == FORECAST or method.endswith(REFRESHED):
             most = max(steps, settings.full_steps) if method == FORECAST else settings.full_steps
             settings = self._nearest(self._budget(steps, ratio), settings, steps, cost.all, most)
-        return Variant(
+        return Candidate(
             method=method,
             steps=steps,
             keep_ratio=ratio,
@@ -158,10 +162,10 @@ class Plan:
     def _nearest(
         self, budget: int, settings: PruneSettings, steps: int, cost: ImageMacs, most_full_steps: int
     ) -> PruneSettings:
-        """`settings` with the full steps that cost most nearly `budget`: their interval, and how many there are before.
+        """`settings` with the full steps at the start and the interval after them that cost most nearly `budget`.
 
-        With nothing between full steps the interval alone says too little, so there may be more of them at the start,
-        up to `most_full_steps`; of equals, the fewest.
+        The interval alone would be too coarse where the steps between compute nothing, so the number at the start may
+        rise to `most_full_steps`. Of equal costs, the fewest full steps at the start win.
         """
         possible = [
             settings.replace(full_steps=first, refresh_every=every)
@@ -171,7 +175,7 @@ class Plan:
         return min(possible, key=lambda each: abs(cost.pruned_image(steps, each) - budget))
 
     def _prompts(self, steps: int, ratio: float = 0.0, method: str = "") -> int:
-        """All for the main comparison; a full run, which has no ratio, is part of it on the main schedule."""
+        """How many prompts a candidate has; a full run, which has no ratio, is in the main comparison by its steps."""
         is_main = (
             steps == self.steps[0] and ratio in (0.0, self.keep_ratios[0]) and method in ("", self.methods[0], FORECAST)
         )

@@ -1,24 +1,24 @@
-"""What is compared: a method on a schedule of so many steps, at a share of the tokens."""
+"""What an evaluation compares: candidates, each one method on one schedule at one keep ratio."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-FULL = "full"  # every step of the schedule, every token: what the others are compared with
-FEWER_STEPS = "fewer-steps"  # every token, on as many steps as cost what the default policy's image costs
+FULL = "full"  # the method that computes every token on every step; the others are compared with it
+FEWER_STEPS = "fewer-steps"  # the method that computes every token, on as many steps as cost what CAT's image costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
+class Candidate:
     """One way to make the same images.
 
     Attributes:
-        method: `FULL`, `FEWER_STEPS` or the name of a method.
-        steps: of the schedule that it stands for; fewer steps are run with `sampled_steps` instead.
-        keep_ratio: share of the tokens that a pruned step computes; for fewer steps, refreshed methods and the
-            forecast, of the policy that costs as much.
-        sampled_steps: what the pipeline is asked for.
+        method: `FULL`, `FEWER_STEPS` or a name of `cat_pruning.evaluation.methods`.
+        steps: of the schedule that it belongs to.
+        keep_ratio: share of the tokens that a pruned step computes. Fewer steps, refreshed methods and the forecast
+            have the keep ratio of the policy that costs as much.
+        sampled_steps: the number of steps that the pipeline is asked for; `steps`, but for fewer steps.
         full_steps: how many of them compute every token.
         settings: of the pruning, as `PruneSettings.to_dict` has them.
         macs_linear, macs_all: of one image, in the conventions of `cat_pruning.exporter.macs`.
@@ -44,7 +44,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Its name among those of its schedule and ratio."""
+        """Its name in a table of its schedule and ratio."""
         if self.method == FEWER_STEPS:
             return f"{self.sampled_steps} full steps"
         if every := self.settings.get("refresh_every"):
@@ -53,7 +53,7 @@ class Variant:
 
     @property
     def title(self) -> str:
-        """Its name for people."""
+        """Its name in sentences and above pictures."""
         if self.method == FULL:
             return f"full, {self.steps} steps"
         return self.name if self.name != self.method else f"{self.method}, keep {self.keep_ratio:g}"

@@ -1,0 +1,147 @@
+"""The command line of `cat-eval`: its options, their defaults, and what can be checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cat_pruning import console
+from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.evaluation.former import FORMER_METRICS
+from cat_pruning.names import ENGINES
+
+_T = TypeVar("_T")
+_EXAMPLES = """\
+examples:
+  cat-eval build/sd3-mini --guidance-scale 3 --out build/eval                          the miniature, on its own scenes
+  cat-eval build/sd3-mini --guidance-scale 3 --out build/quick --quick                 the same in a minute or two
+  cat-eval sd3 --prompts PartiPrompts.tsv --steps 28,50 --metrics clip,psnr,ssim --out parti
+  cat-eval sd3 --prompts captions.json --limit 500 --metrics clip --methods cat,at-edm --engine torch --out coco
+
+The same command started again after an interruption goes on where it was. With other methods, ratios or schedules, or
+with more --curve-prompts, it adds them to what --out holds, and runs the first method, ratio and schedule that it is
+given then on all prompts, too.
+"""
+# Where an option is not given: with --quick, and without.
+_QUICK = {"prompts": "scenes:4", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 4, "sheet": 4}
+_DEFAULT = {"prompts": "scenes:64", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 64, "sheet": 6}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, each with its value; exits with code 2 where argparse refuses one."""
+    arguments = _parser().parse_args(argv)
+    for name, value in (_QUICK if arguments.quick else _DEFAULT).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = console.Parser(
+        prog="cat-eval",
+        description="Compare pruned images with full ones, other methods and fewer steps; write an HTML report.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, help="a bundle that cat-export wrote")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results and of report.html")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE|scenes:N",
+        help="a line each, PartiPrompts' .tsv or COCO's captions .json; or N scenes that the miniatures were not "
+        "trained on (default: scenes:64)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    parser.add_argument(
+        "--curve-prompts",
+        type=int,
+        metavar="N",
+        help="prompts of everything but the main comparison, which is the first method (and the forecast), ratio and "
+        "schedule against the full run and fewer steps (default: 64)",
+    )
+    parser.add_argument("--steps", type=_list_of(int), metavar="S,…", help="schedules (default: 28)")
+    parser.add_argument("--keep-ratio", type=_list_of(float), metavar="R,…", help="in (0, 1] (default: 0.3)")
+    parser.add_argument("--full-steps", type=int, metavar="F", help="full steps at the start (default: the bundle's)")
+    parser.add_argument(
+        "--methods",
+        type=_list_of(str),
+        metavar="M,…",
+        help="a policy (cat, noise, cluster, stale, random, ras), alone or with +extrapolate or +refresh after it; "
+        "forecast; at-edm (default: every policy, cat+refresh, forecast, and at-edm where model and engine allow it)",
+    )
+    parser.add_argument("--policies", dest="methods", type=_list_of(str), action=_FormerName, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt (default: 1)")
+    parser.add_argument(
+        "--metrics",
+        type=_metrics,
+        metavar="M,…",
+        help="psnr, ssim, latents: against the full run; coverage, clip: against the prompt "
+        "(default: all but clip; coverage where every prompt is a scene)",
+    )
+    parser.add_argument(
+        "--clip-model", metavar="ID|DIR", help="of the CLIP score (default: openai/clip-vit-base-patch16)"
+    )
+    parser.add_argument("--engine", choices=ENGINES, default="auto")
+    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
+    parser.add_argument("--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's)")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at once (default: 8)")
+    parser.add_argument("--sheet", type=int, metavar="N", help="prompts whose images the report shows (default: 6)")
+    parser.add_argument("--quick", action="store_true", help="four scenes, where nothing else is said")
+    parser.add_argument("--force", action="store_true", help="begin anew if --out holds an evaluation")
+    return parser
+
+
+class _FormerName(argparse.Action):
+    """An option by its former name: `--policies` for `--methods`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Take the value, with a note."""
+        sys.stderr.write(f"{parser.prog}: {option} is called --{self.dest}\n")
+        setattr(namespace, self.dest, values)
+
+
+def _metrics(text: str) -> tuple[str, ...]:
+    names = _list_of(str)(text)
+    for former, current in FORMER_METRICS.items():
+        if former in names:
+            sys.stderr.write(f"cat-eval: --metrics {former} is called {current}\n")
+    return tuple(dict.fromkeys(FORMER_METRICS.get(name, name) for name in names))
+
+
+def _list_of(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
+    def parse(text: str) -> tuple[_T, ...]:
+        try:
+            values = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between ({error})") from error
+        if "" in values:
+            raise argparse.ArgumentTypeError(f"{text!r}: an empty value")
+        return values
+
+    return parse
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Check what needs no bundle and no prompts.
+
+    Raises:
+        SettingsError: a number outside its range.
+        OutputError: --out is no directory.
+    """
+    for name, least in (("limit", 1), ("curve_prompts", 1), ("seeds", 1), ("batch", 1), ("sheet", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
+    if any(steps < 1 for steps in arguments.steps):
+        raise SettingsError(f"--steps {','.join(map(str, arguments.steps))}: expected numbers >= 1")
+    if 0.0 in arguments.keep_ratio:
+        raise SettingsError(
+            "--keep-ratio 0: expected numbers in (0, 1]", "for pruned steps that compute nothing, --methods forecast"
+        )
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise OutputError(f"--out {arguments.out} is no directory", "give another")
