@@ -134,8 +134,9 @@ def _spec(
     import inspect
 
     from cat_pruning.bundle.manifest import MANIFEST_NAME
-    from cat_pruning.evaluation.results import RunSpec, machine, sha256
+    from cat_pruning.evaluation.results import RunSpec, machine
     from cat_pruning.evaluation.sweep import Sweep
+    from cat_pruning.files import sha256
 
     manifest, pipe = bundle.manifest, generator.pipe
     guidance = arguments.guidance_scale

@@ -16,6 +16,7 @@ from cat_pruning.evaluation.methods import AT_EDM
 from cat_pruning.evaluation.metrics import Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore
+from cat_pruning.files import replacing
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
@@ -136,10 +137,8 @@ def _keep_pictures(store: ResultStore, candidate: Candidate, run: Run, seed: int
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in zip(batch, run.images, strict=True):
         if index < store.spec.sheet:
-            # Whole or not at all: an image that has results is never made again.
-            part = folder / f".{index:05d}-{seed}.part"
-            image.save(part, format="PNG")
-            part.replace(folder / f"{index:05d}-{seed}.png")
+            with replacing(folder / f"{index:05d}-{seed}.png") as part:  # an image that has results is never made again
+                image.save(part, format="PNG")
     if batch.start == 0 and any(record.kind is StepKind.PRUNED for record in run.records):
         rows = run.records[0].keep_indices.shape[0]
         row = rows // 2 if rows == 2 * len(batch) else 0  # the first prompt's positive one

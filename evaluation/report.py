@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
 import jinja2
@@ -16,6 +14,7 @@ from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.results import IMAGES, REPORT, TOKENS, RunSpec
 from cat_pruning.evaluation.tables import columns, groups
 from cat_pruning.evaluation.wording import summary
+from cat_pruning.files import write_whole
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _MAIN_RATIO = 0.3
@@ -111,13 +110,9 @@ def _token_maps(found: Findings) -> list[Picture]:
 
 
 def _write(path: Path, page: str) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # beside it, so that the rename is atomic
     try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
+        write_whole(path, page)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise OutputError(
             f"{path}: cannot write the report ({error.strerror or error})", "make room or give another --out"
         ) from error

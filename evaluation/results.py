@@ -10,7 +10,6 @@ OUT/report.html
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from filelock import FileLock, Timeout
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.former import current_result, current_spec
+from cat_pruning.files import write_whole
 from cat_pruning.versions import versions_of
 
 RUN, RESULTS, REPORT, IMAGES, TOKENS = "run.json", "results.jsonl", "report.html", "images", "tokens"
@@ -161,7 +161,7 @@ class ResultStore:
         return dataclasses.replace(before, candidates=(*candidates, *asked.values()))
 
     def _save_spec(self) -> None:
-        _replace(self.directory / RUN, json.dumps(self.spec.to_dict(), indent=2) + "\n")
+        write_whole(self.directory / RUN, json.dumps(self.spec.to_dict(), indent=2) + "\n")
 
     def done(self, candidate: Candidate, seed: int) -> set[int]:
         """The prompts that a candidate has results of."""
@@ -209,11 +209,6 @@ def alone(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def sha256(file: Path) -> str:
-    """The hash of a file's bytes."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def machine() -> dict[str, str]:
     """The processor and the libraries that compute the results."""
     versions = versions_of(("torch", "diffusers", "onnxruntime"))
@@ -251,7 +246,7 @@ def load_results(directory: Path) -> list[ImageResult]:
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        _replace(file, whole)
+        write_whole(file, whole)
     results = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
@@ -261,12 +256,6 @@ def load_results(directory: Path) -> list[ImageResult]:
                 f"{file}, line {number} is no result ({error})", "remove it or give another --out"
             ) from error
     return results
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def _change(name: str, before: Any, now: Any) -> str:
