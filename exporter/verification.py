@@ -15,13 +15,13 @@ from cat_pruning.exporter.verify import GRID, TEXT_LENGTH, Verify, verify_step_g
 from cat_pruning.exporter.verify_plans import (
     StepSample,
     can_verify,
-    check_polygraphy,
     sample_layers,
     sample_outputs,
     verify_layers,
     verify_plans,
 )
 from cat_pruning.families.interception import StepModule
+from cat_pruning.installation import require
 from cat_pruning.names import TITLES
 
 
@@ -49,7 +49,8 @@ class Verification:
         """What can be compared here of an export; to be asked before it, because an export is long.
 
         Raises:
-            EngineError: nothing that runs here computes in `dtype`, or Polygraphy is needed and not installed.
+            EngineError: nothing that runs here computes in `dtype`.
+            InstallationError: Polygraphy is needed and not installed.
         """
         runnable = tuple(plan for plan in plans if can_verify(plan)) if level else ()
         if level and dtype is DType.BF16 and not runnable:
@@ -58,7 +59,7 @@ class Verification:
                 "verify with --dtype fp32",
             )
         if runnable or level is Verify.LAYERS:
-            check_polygraphy()
+            require("--verify of layers, and of plans that run here,", "debug")
         return cls(level=level, dtype=dtype, plans=runnable)
 
     def sample(self, step: StepModule, directory: Path, profile: ProfileSpec, stage: Stage) -> Samples:

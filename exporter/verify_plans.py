@@ -9,7 +9,6 @@ torch alone, and takes its own results.
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,19 +54,6 @@ class StepSample:
     expected: Mapping[Part, Mapping[str, Tensor]]
     layers: Mapping[Part, Mapping[str, str]]
     in_place: frozenset[str]
-
-
-def check_polygraphy() -> None:
-    """Check that Polygraphy is installed; it is not imported.
-
-    Raises:
-        EngineError: it is not.
-    """
-    if importlib.util.find_spec("polygraphy") is None:
-        raise EngineError(
-            "--verify compares plans and layers through Polygraphy, which is not installed",
-            "pip install 'cat-pruning[debug]'",
-        )
 
 
 def can_verify(plan: PlanSpec) -> bool:

@@ -21,7 +21,7 @@ from cat_pruning.bundle.profiles import PlanProfile, profile_spec
 from cat_pruning.bundle.schema import Geometry, GraphSpec, PlanSpec, TokenOps
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import build_plan, can_build
-from cat_pruning.errors import EngineError
+from cat_pruning.errors import EngineError, InstallationError
 from cat_pruning.exporter import plans as plans_module
 from cat_pruning.exporter import verification, verify_plans
 from cat_pruning.exporter.export import graph_spec
@@ -289,7 +289,7 @@ def test_a_plan_that_does_not_run(
 
 
 def test_what_runs_here_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "check_polygraphy", lambda: None)
+    monkeypatch.setattr(verification, "require", lambda purpose, extra: None)
     plans = plans_of("tensorrt")
     for architecture, expected in (("sm89", tuple(plans)), ("sm90", ()), (None, ())):
         monkeypatch.setattr(verify_plans, "gpu_architecture", lambda found=architecture: found)
@@ -302,15 +302,15 @@ def test_what_runs_here_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_polygraphy_is_asked_for_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_plans.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("cat_pruning.installation.find_spec", lambda name: None if name == "polygraphy" else name)
     plans = plans_of("tensorrt")
     assert Verification.of(None, DType.FP32, plans).plans == ()
     assert Verification.of(Verify.OUTPUTS, DType.FP32, plans).plans == ()  # torch and ONNX Runtime alone
-    message = r"through Polygraphy, which is not installed; pip install 'cat-pruning\[debug\]'"
-    with pytest.raises(EngineError, match=message):
+    message = r"that run here, needs polygraphy, not installed here; pip install 'cat-pruning\[debug\]'"
+    with pytest.raises(InstallationError, match=message):
         Verification.of(Verify.LAYERS, DType.FP32, [])
     monkeypatch.setattr(verify_plans, "gpu_architecture", lambda: "sm89")
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(InstallationError, match=message):
         Verification.of(Verify.OUTPUTS, DType.FP32, plans)
 
 
