@@ -73,6 +73,7 @@ def test_export_and_load(run: Run, mini_bundle: Path, monkeypatch: pytest.Monkey
     assert Path("build/examples/exported.png").stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_policies(run: Run) -> None:
     rows = [line.split() for line in run("03_compare_policies.py").splitlines()[1:]]
     errors = {" ".join(row[:-5]): float(row[-3]) for row in rows}
@@ -83,6 +84,7 @@ def test_policies(run: Run) -> None:
     assert rows[0][-5:-3] == ["8", "30%"]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' DPM-Solver, of numpy
 def test_schedulers(run: Run) -> None:
     assert run("04_new_scheduler.py").split("\n")[:-1] == [
@@ -92,6 +94,7 @@ def test_schedulers(run: Run) -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_family(run: Run) -> None:
     printed = run("05_new_family.py")
     assert "before: a transformer of class ClampedTransformer is not supported" in printed

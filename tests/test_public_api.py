@@ -53,6 +53,7 @@ def test_the_public_names() -> None:
     assert not hasattr(cat_pruning, "Sampling")
 
 
+@pytest.mark.long
 def test_every_module_imports_without_the_optional_packages() -> None:
     names = python(_IMPORT_ALL).split()
     assert {"cat_pruning.runtime.transformer", "cat_pruning.exporter.cli", "cat_pruning.engines.builder.build"} <= set(

@@ -243,6 +243,7 @@ def test_stages_of_engines_have_time_and_say_what_they_need() -> None:
     assert "cuda.bindings" in by_name["tensorrt"].needs
 
 
+@pytest.mark.long
 def test_an_engine_beside_the_torch_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime on the CPU in the place of a GPU's plans."""
     monkeypatch.setattr(check_engine, "STEPS", 12)

@@ -20,38 +20,51 @@ from cat_pruning.bundle.bundle import Bundle, BundleWriter, new_bundle
 from cat_pruning.bundle.manifest import Manifest
 from cat_pruning.errors import BundleError, EngineError, OutputError
 
-# Run with: out, force, the event to die at, and the manifest on stdin. Every operation of the export on
-# the file system is an audit event, raised before it happens; the process kills itself at one of them.
+# Reads the manifest, then again and again: out, force and the event to die at, and answers with an exit code. Each
+# export is in a fork. Every operation of it on the file system is an audit event, raised before it happens; the fork
+# kills itself at one of them.
 CHILD = """
 import os, signal, sys
 from pathlib import Path
 from cat_pruning.bundle.bundle import new_bundle
 from cat_pruning.bundle.manifest import Manifest
 
-out, force, last = Path(sys.argv[1]), sys.argv[2] == "force", int(sys.argv[3])
-manifest = Manifest.model_validate_json(sys.stdin.read())
-seen = 0
+def write(out, force, last):
+    seen = 0
 
-def die_at_last(event, arguments):
-    global seen
-    about = any(str(out.name) in os.fsdecode(a) for a in arguments if isinstance(a, (str, bytes, os.PathLike)))
-    if event in ("test.half", "os.remove", "os.rmdir") or (event.split(".")[0] in ("open", "os", "shutil") and about):
-        if seen == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
+    def die_at_last(event, arguments):
+        nonlocal seen
+        about = any(str(out.name) in os.fsdecode(a) for a in arguments if isinstance(a, (str, bytes, os.PathLike)))
+        kinds = ("open", "os", "shutil")
+        if event in ("test.half", "os.remove", "os.rmdir") or (event.split(".")[0] in kinds and about):
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
 
-sys.addaudithook(die_at_last)
-with new_bundle(out, force=force, needed_bytes=1) as writer:
-    for name in ("prompt.onnx", "timestep.onnx"):
-        (writer.path / name).write_bytes(b"a graph")
-    with (writer.path / "step.onnx").open("wb") as file:
-        file.write(b"a step")
-        file.flush()
-        sys.audit("test.half")
-        file.write(b" graph")
-    (writer.path / "pipeline").mkdir()
-    (writer.path / "pipeline" / "model_index.json").write_text("{}")
-    writer.commit(manifest)
+    sys.addaudithook(die_at_last)
+    with new_bundle(out, force=force, needed_bytes=1) as writer:
+        for name in ("prompt.onnx", "timestep.onnx"):
+            (writer.path / name).write_bytes(b"a graph")
+        with (writer.path / "step.onnx").open("wb") as file:
+            file.write(b"a step")
+            file.flush()
+            sys.audit("test.half")
+            file.write(b" graph")
+        (writer.path / "pipeline").mkdir()
+        (writer.path / "pipeline" / "model_index.json").write_text("{}")
+        writer.commit(manifest)
+
+manifest = Manifest.model_validate_json(sys.stdin.readline())
+for line in sys.stdin:
+    out, force, last = line.rstrip().split("\\t")
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            write(Path(out), force == "force", int(last))
+            code = 0
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 # Run with: out, the limit of a file's size in bytes (0: none), how to write; the manifest on stdin.
@@ -185,30 +198,38 @@ def test_a_disk_that_becomes_full(tmp_path: Path, how: str) -> None:
 # ------------------------------------------------------------------ exports that are killed, exports side by side
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("force", [False, True])
 def test_killed_at_any_operation_an_export_leaves_nothing_that_loads(
     tmp_path: Path, manifest: Manifest, force: bool
 ) -> None:
     kills = 0
-    while True:
-        parent = tmp_path / str(kills)
-        out = parent / "sd3-out"
-        parent.mkdir()
-        if force:
-            export(out, manifest, step=b"old")
-        command = [sys.executable, "-c", CHILD, str(out), "force" if force else "no", str(kills)]
-        result = subprocess.run(command, input=manifest.model_dump_json(), capture_output=True, text=True)
-        if result.returncode == 0:
-            break
-        assert result.returncode == -signal.SIGKILL, result.stderr
-        check_what_is_left(parent, out, force)
-        with contextlib.suppress(OutputError):  # it may be complete; then only --force replaces it
-            export(out, manifest)
-        assert names(parent) == ["sd3-out"]
-        export(out, manifest, force=True, step=b"next")
-        assert Bundle.open(out).verified("step.onnx").read_bytes() == b"next"
-        assert names(parent) == ["sd3-out"]
-        kills += 1
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    with child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(manifest.model_dump_json() + "\n")
+        while True:
+            parent = tmp_path / str(kills)
+            out = parent / "sd3-out"
+            parent.mkdir()
+            if force:
+                export(out, manifest, step=b"old")
+            child.stdin.write(f"{out}\t{'force' if force else 'no'}\t{kills}\n")
+            code = int(child.stdout.readline())
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+            check_what_is_left(parent, out, force)
+            with contextlib.suppress(OutputError):  # it may be complete; then only --force replaces it
+                export(out, manifest)
+            assert names(parent) == ["sd3-out"]
+            export(out, manifest, force=True, step=b"next")
+            assert Bundle.open(out).verified("step.onnx").read_bytes() == b"next"
+            assert names(parent) == ["sd3-out"]
+            kills += 1
     assert kills > 10  # directories, files, the manifest, the renames
 
 

@@ -85,6 +85,7 @@ def outputs_of(bundle: Path, reference: Any) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(results["noise_out"]), run_step(step, inputs)["noise_out"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_a_fused_adapter_is_in_the_exported_weights(
     kind: str, request: pytest.FixtureRequest, base: Any, tiny_checkpoint: Path, tmp_path: Path

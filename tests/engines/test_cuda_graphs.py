@@ -73,6 +73,7 @@ def captured(pipe: Any) -> int:
     return int(graphs.num_captured)
 
 
+@pytest.mark.long
 def test_replayed_images_are_the_images(name: str, make: Make, drop_in: Any, sample: Any) -> None:
     """Other prompts and seeds on the same memory; another size, whose memory is new, and back."""
     runs: list[dict[str, Any]] = [
@@ -94,6 +95,7 @@ def test_replayed_images_are_the_images(name: str, make: Make, drop_in: Any, sam
         assert captured(pipe) >= 2 * kinds  # full steps, and pruned ones that choose their own tokens
 
 
+@pytest.mark.long
 def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sample: Any) -> None:
     pipe, plain = drop_in(make(name)), drop_in(make(name, captures=False))
     changes: list[dict[str, Any]] = [
@@ -104,6 +106,8 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
         {"reuse": "extrapolate"},
         {"fresh_fraction": 0.5},
     ]
+    if name != "torch":  # policies are the selector's, whatever the engine
+        changes = [change for change in changes if change.get("policy") in (None, Policy.NOISE)]
     for change in changes:
         images = []
         for each in (plain, pipe):
@@ -123,6 +127,7 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
         assert torch.equal(images[0].final, images[1].final)
 
 
+@pytest.mark.long
 def test_a_second_order_scheduler(name: str, make: Make, drop_in: Any, sample: Any) -> None:
     from diffusers import FlowMatchHeunDiscreteScheduler
 
@@ -134,6 +139,7 @@ def test_a_second_order_scheduler(name: str, make: Make, drop_in: Any, sample: A
         assert torch.equal(actual.final, expected.final)
 
 
+@pytest.mark.long
 def test_a_failure_in_the_middle(name: str, make: Make, drop_in: Any, sample: Any) -> None:
     expected = sample(drop_in(make(name, captures=False)))
     pipe = drop_in(make(name))
@@ -169,6 +175,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
     assert "not permitted when stream is capturing" in warnings[0].message
 
 
+@pytest.mark.long
 def test_adapters_between_images(make: Make, drop_in: Any, sample: Any) -> None:
     """Loaded, scaled, switched off and unloaded: a captured step is of the module as it was."""
     import peft

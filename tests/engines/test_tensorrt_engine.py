@@ -46,6 +46,7 @@ def sample(sample: Any) -> Any:
     return run
 
 
+@pytest.mark.long
 def test_it_computes_what_onnx_runtime_does(
     kind: str, make_tensorrt: Make, engines: dict[str, StepEngine], drop_in: Any, sample: Any, library: TensorRTDouble
 ) -> None:

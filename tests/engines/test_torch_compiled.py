@@ -63,6 +63,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
 def test_computes_what_the_plain_steps_do(tiny_transformer: Any) -> None:
     plain, fast = (TorchStepEngine(tiny_transformer, compiled=compiled) for compiled in (False, True))
@@ -79,6 +80,7 @@ def test_blocks_of_one_kind_share_a_graph(make_tiny: Any) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * 2 + 1  # full and pruned
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
 def test_one_session_for_images_of_two_shapes(make_tiny: Any) -> None:
     transformer = make_tiny("sd3")
@@ -106,6 +108,7 @@ def test_a_block_left_out_has_no_gates(make_tiny: Any) -> None:
     assert not torch.allclose(without[0], three_steps(fast, layer_gates=torch.ones(2))[0])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
 def test_adapters_are_seen(make_tiny: Any) -> None:
     peft = pytest.importorskip("peft")
@@ -159,6 +162,7 @@ def test_more_shapes_than_torch_keeps_graphs_of(make_tiny: Any, monkeypatch: pyt
     assert torch._dynamo.config.recompile_limit > 1
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings(IGNORED)
 def test_compiled_by_torch(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its default backend, once: what it makes agrees, and copies no whole cache to change some of its rows."""

@@ -65,6 +65,7 @@ def test_quick_leaves_pictures_and_a_report(quick: Path) -> None:
         assert method in report
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(quick: Path, mini_bundle: Path, tmp_path: Path) -> None:
     """What is missing is computed, the same as it was; what is there is kept."""
     out = tmp_path / "out"
@@ -85,6 +86,7 @@ def test_an_interrupted_run_goes_on(quick: Path, mini_bundle: Path, tmp_path: Pa
         assert after[key] == pytest.approx(values, rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_finished_run_grows(
     quick: Path, mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +105,7 @@ def test_a_finished_run_grows(
     assert "random" in report
 
 
+@pytest.mark.long
 def test_a_finished_run_computes_nothing(
     quick: Path, mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

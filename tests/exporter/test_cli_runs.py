@@ -105,6 +105,7 @@ def test_out_exists(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
 
 
+@pytest.mark.long
 def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "outs" / "bundle"
     traced(tiny_checkpoint)
@@ -119,6 +120,7 @@ def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None
 # ------------------------------------------------------------------ runs that end well, and runs that are killed
 
 
+@pytest.mark.long
 def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "outs" / "tiny"
     target = ["--target", "tensorrt_rtx"] if can_build("tensorrt_rtx") else ["--target", "onnx"]
@@ -151,6 +153,7 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert again.target == (["tensorrt_rtx"] if can_build("tensorrt_rtx") else None)
 
 
+@pytest.mark.long
 def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
     traced(tiny_checkpoint)
     result = with_stored_traces(KILLED, tiny_checkpoint, tmp_path / "outs")

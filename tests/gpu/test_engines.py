@@ -22,6 +22,7 @@ from cat_pruning.runtime.transformer import CatTransformer
 Make = Callable[..., Any]
 
 
+@pytest.mark.long
 def test_onnxruntime(device: torch.device, onnx_bundle: Path, assert_agrees: Callable[..., None]) -> None:
     import onnxruntime
 
@@ -62,6 +63,7 @@ def assert_takes_adapters(make: Make, sample: Make, assert_same_image: Make) -> 
     return check
 
 
+@pytest.mark.long
 def test_adapters_in_onnxruntime(
     device: torch.device, onnx_bundle: Path, assert_takes_adapters: Callable[[StepEngine], None]
 ) -> None:

@@ -28,6 +28,7 @@ def captured(transformer: CatTransformer) -> int:
     return graphs.num_captured
 
 
+@pytest.mark.long
 def test_captured_steps_equal_uncaptured_ones(
     device: torch.device, make: Make, sample: Any, assert_same_image: Any
 ) -> None:
@@ -40,6 +41,7 @@ def test_captured_steps_equal_uncaptured_ones(
         assert captured(fast) >= 2  # full steps, and pruned ones that choose their own tokens
 
 
+@pytest.mark.long
 def test_settings_between_images(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
     plain, fast = make(device, captures=False), make(device)
     for settings in (
@@ -69,6 +71,7 @@ def test_adapters_between_images(device: torch.device, make: Make, sample: Any, 
     assert_same_image(sample(fast), without)
 
 
+@pytest.mark.long
 def test_the_results_of_the_cpu(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
     cpu = make(torch.device("cpu"), captures=False)
     for captures in (False, True):
@@ -117,6 +120,7 @@ def test_a_loop_never_waits_for_the_device(device: torch.device, captures: bool,
                 torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("captures", [True, False])
 def test_compiled_steps(
     device: torch.device,
@@ -195,6 +199,7 @@ def _full(*arguments: Any) -> torch.Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 PiB.")
 
 
+@pytest.mark.long
 def test_memory_does_not_grow(device: torch.device, make: Make, sample: Any) -> None:
     """Over twenty images, after three that allocate and capture; on the CPU over eight."""
     transformer = make(device)

@@ -22,6 +22,7 @@ def untouched(pipeline: Callable[..., Any], sample: Callable[..., Any]) -> Calla
     return functools.cache(lambda size: sample(pipeline(), STEPS, size))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", SIZES)
 def test_keeping_every_token_is_the_untouched_pipeline(
     engine: StepEngine,
@@ -39,6 +40,7 @@ def test_keeping_every_token_is_the_untouched_pipeline(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4, msg=lambda m, step=step: f"step {step}: {m}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(128, 128), *SIZES])
 def test_the_engines_agree_on_tokens_and_latents(
     engines: dict[str, StepEngine], size: tuple[int, int], drop_in: Callable[..., Any], sample: Callable[..., Any]
@@ -52,6 +54,7 @@ def test_the_engines_agree_on_tokens_and_latents(
     torch.testing.assert_close(ort.final, reference.final, rtol=0, atol=1e-3)
 
 
+@pytest.mark.long
 def test_pruning_changes_the_image_but_not_much(
     engine: StepEngine,
     untouched: Callable[[tuple[int, int]], Any],

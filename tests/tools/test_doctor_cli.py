@@ -43,6 +43,7 @@ ctypes.CDLL(None).printf(b"chatter of C")
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="C's library has another name")
 def test_what_libraries_print_is_not_in_the_report(tmp_path: Path) -> None:
     package(tmp_path, "tensorrt", CHATTER + "raise OSError('libnvinfer.so.11: cannot open shared object file')")
@@ -63,6 +64,7 @@ def test_a_torch_that_is_broken(tmp_path: Path) -> None:
     assert result.stdout.endswith("This machine cannot generate images.\n")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["diffusers", "transformers"])
 def test_what_pipelines_are_made_of_is_broken(tmp_path: Path, name: str) -> None:
     package(tmp_path, name, "raise RuntimeError('operator torchvision::nms does not exist')")

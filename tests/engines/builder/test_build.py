@@ -134,6 +134,7 @@ def test_profiles_that_the_graph_cannot_have(mini_bundle: Path, tmp_path: Path) 
         build_plan(RTX, mini_bundle / "step.onnx", tmp_path / "rtx.plan", shapes)
 
 
+@pytest.mark.long
 @needs_rtx
 def test_a_disk_that_becomes_full_while_the_plan_is_written(mini_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "outs" / "bundle"

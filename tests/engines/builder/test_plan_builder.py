@@ -96,6 +96,7 @@ def test_a_plan_without_plugins_registers_none(tensorrt: Tensorrt, scatter_job: 
     assert tensorrt.asked[:3] == ["network 10", "config", "build, aliased False, DETAILED"]
 
 
+@pytest.mark.long
 @needs_rtx
 def test_a_refittable_plan(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
     build(changed(scatter_job, refittable=True))
@@ -191,6 +192,7 @@ def test_kernels_that_cannot_be_compiled_are_told_before_the_build(
     assert "config" not in tensorrt.asked
 
 
+@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize("found", ["none", "earlier", "damaged"])
 def test_the_timing_cache_is_written_after_the_build(tensorrt: Tensorrt, scatter_job: PlanJob, found: str) -> None:

@@ -42,18 +42,21 @@ def pipeline(bundle: Path | None, engine: str, scheduler: str, **settings: Any) 
     return pipe
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheduler", ["dpm-solver", "euler-karras"])
 def test_keeping_every_token_is_the_untouched_pipeline(
     bundle: Path, scheduler: str, size: tuple[int, int], sample: Sample
 ) -> None:
-    expected = sample(pipeline(None, "", scheduler), STEPS, size)
+    steps = 12
+    expected = sample(pipeline(None, "", scheduler), steps, size)
     for engine in ENGINES:
-        actual = sample(pipeline(bundle, engine, scheduler, keep_ratio=1.0), STEPS, size)
-        assert actual.kinds == KINDS
+        actual = sample(pipeline(bundle, engine, scheduler, keep_ratio=1.0), steps, size)
+        assert actual.kinds == KINDS[:steps]
         torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheduler", ["dpm-solver", "euler-karras"])
 def test_pruning_computes_the_same_tokens_and_keeps_the_picture(

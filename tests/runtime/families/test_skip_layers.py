@@ -37,7 +37,7 @@ ENGINES = ["torch", "onnxruntime"]
         ("sd35-tiny", {}),
         ("sd35-middle", {}),
         ("sd35-middle", {"prompt": PROMPTS, "seed": [1, 2]}),
-        ("sd35-middle", {"skip_guidance_layers": [0, 3, 5]}),
+        ("sd35-middle", {"skip_guidance_layers": [0, 2]}),
     ],
 )
 def test_keeping_every_token_is_the_untouched_pipeline(
