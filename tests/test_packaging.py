@@ -54,6 +54,7 @@ def test_wheel_has_the_licence(wheel: Path) -> None:
     assert licence == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.long
 def test_miniature_is_found_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)

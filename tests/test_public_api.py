@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import cat_pruning
 
 # Like an installation without the optional packages.
@@ -13,6 +15,8 @@ import importlib, pkgutil, sys
 
 for name in ("tensorrt", "tensorrt_rtx"):
     sys.modules[name] = None  # as Python itself marks what cannot be imported
+import pytest
+
 import cat_pruning
 names = [module.name for module in pkgutil.walk_packages(cat_pruning.__path__, "cat_pruning.")]
 for name in names:

@@ -80,6 +80,7 @@ def test_help_needs_no_torch(tool: str) -> None:
     assert said.endswith("[]\n")
 
 
+@pytest.mark.long
 def test_the_runtime_imports_torch_and_no_pipeline(mini_bundle: Path) -> None:
     heavy, by_the_engine, exporter = python(_ENGINE, mini_bundle).split("|")
     assert heavy.split() == []
@@ -88,6 +89,7 @@ def test_the_runtime_imports_torch_and_no_pipeline(mini_bundle: Path) -> None:
     assert set(by_the_engine.split()) <= {"cat_pruning", "onnxruntime", "onnx"}
 
 
+@pytest.mark.long
 def test_bundles_run_and_models_are_wrapped_without_the_extras(mini_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     said = python(_BLOCK + _GENERATE, mini_bundle, out).replace("\n", " ")

@@ -10,6 +10,7 @@ import pytest
 from cat_pruning import load_pipeline
 
 
+@pytest.mark.long
 def test_adapters(mini_bundle: Path) -> None:
     pytest.importorskip("peft")
     pipe = load_pipeline(mini_bundle, "onnxruntime")

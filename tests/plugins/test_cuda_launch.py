@@ -43,6 +43,7 @@ with pytest.raises(EngineError, match="cuLaunchKernel failed with CUDA_ERROR_INV
 """
 
 
+@pytest.mark.long
 def test_launches_reach_a_driver_as_the_kernels_declare_them(
     build_host_kernels: Callable[[Specialization, str], Path], tmp_path: Path
 ) -> None:

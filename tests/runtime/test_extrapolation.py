@@ -111,6 +111,7 @@ def test_every_token_kept_is_the_model_itself(engine: StepEngine, drop_in: Any, 
     assert torch.equal(sample(drop_in(engine, keep_ratio=1.0, reuse="extrapolate"), 10).final, plain.final)
 
 
+@pytest.mark.long
 def test_an_image_with_it_is_another(engine: StepEngine, drop_in: Any, sample: Any) -> None:
     repeated, extrapolated = (sample(drop_in(engine, reuse=reuse), 11) for reuse in ("repeat", "extrapolate"))
     assert torch.equal(repeated.latents[7], extrapolated.latents[7])  # full steps are the same

@@ -55,6 +55,7 @@ def test_images_one_after_another(engine: StepEngine, drop_in: Make, sample: Mak
         )
 
 
+@pytest.mark.long
 def test_other_shapes_after_another(engine: StepEngine, drop_in: Make, sample: Make) -> None:
     pipe = drop_in(engine, **SETTINGS)
     for arguments in (

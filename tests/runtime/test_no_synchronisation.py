@@ -106,6 +106,7 @@ def test_a_loop_leaves_the_host_alone(kind: str, pooling: Pooling, make_tiny: Ca
     assert noise.device == DEAF
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", Policy)
 def test_no_policy_asks_the_host(policy: Policy, make_tiny: Callable[..., Any]) -> None:
     """The families' own part is in every loop of the test above."""

@@ -114,6 +114,7 @@ def test_a_bundle_without_a_pipeline(copied_bundle: Path) -> None:
     assert CatTransformer.from_bundle(copied_bundle).engine.name == "onnxruntime"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plain", [(), ("text_encoder", "vae")])
 def test_parts_that_are_there_as_a_variant_only(
     mini_pipeline: StableDiffusion3Pipeline, tmp_path: Path, plain: tuple[str, ...]

@@ -19,6 +19,7 @@ Make = Callable[..., Any]
 TEXT_LENGTH = 48
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed")
 @pytest.mark.parametrize("name", ["pixart-middle", "flux-middle", "sd35-middle"])
 def test_the_middle_sizes_can_be_built(models: Make, name: str, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def untouched(models: Make, sample: Make) -> Make:
     return image
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "arguments"), cases(NAMES))
 def test_keeping_every_token_is_the_untouched_pipeline(
     models: Make, name: str, arguments: dict[str, Any], sample: Make, untouched: Make
