@@ -47,6 +47,7 @@ def _run_cells(path: Path) -> None:
             exec(compile("".join(cell["source"]), f"{path.name}:{cell['id']}", "exec"), names)
 
 
+@pytest.mark.long
 def test_the_drop_in(run: Run) -> None:
     full, pruned = run("01_drop_in.py").splitlines()
     assert full.split()[0] == "full"
@@ -102,6 +103,7 @@ def test_a_family(run: Run) -> None:
     assert "keep 0.3: 76 tokens on the last step" in printed
 
 
+@pytest.mark.long
 def test_the_notebook(run: Run) -> None:
     printed = run("token_map.ipynb")
     assert "step  9: pruned  76 of 256 tokens" in printed

@@ -173,6 +173,7 @@ def test_what_is_compiled_is_diffusers_module(monkeypatch: pytest.MonkeyPatch) -
     assert modes == ["default", "max-autotune-no-cudagraphs"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["sd3", LARGE_MODEL])  # diffusers knows the blocks of the second one only
 def test_blocks_compiled_compute_the_same(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced whole, as `fullgraph` asks for; compiled by what takes no compiler."""
@@ -192,6 +193,7 @@ def test_blocks_compiled_compute_the_same(model: str, monkeypatch: pytest.Monkey
     peers.forget_peers()
 
 
+@pytest.mark.long
 def test_engines_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing compiled for the compiled ones; what else they change is changed."""
     made = []

@@ -26,6 +26,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 GPU = {"name": "NVIDIA Test 100"}
 
 
+@pytest.mark.long
 @NO_GPU
 @pytest.mark.parametrize("file", ["gpu_check.py", "bench_gpu.py"])
 def test_without_a_gpu_it_says_so_in_one_line(file: str, tmp_path: Path) -> None:
@@ -39,6 +40,7 @@ def test_without_a_gpu_it_says_so_in_one_line(file: str, tmp_path: Path) -> None
     assert not out.exists()
 
 
+@pytest.mark.long
 @NO_GPU
 def test_make_does_too() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
@@ -256,6 +258,7 @@ def test_an_engine_beside_the_torch_engine(tmp_path: Path, monkeypatch: pytest.M
         assert result[name]["finite"]
 
 
+@pytest.mark.long
 def test_a_bare_checkout(tmp_path: Path) -> None:
     """The package from a tree of links, which may be there already; with its data, and no other names."""
     for _ in range(2):

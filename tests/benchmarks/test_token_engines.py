@@ -130,6 +130,7 @@ def test_the_graphs(tmp_path: Path, operator: str, dtype: torch.dtype) -> None:
     assert importer_findings(tmp_path / "one.onnx") == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[tensorrt-rtx]'")
 def test_the_real_tensorrt_rtx_builds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_engines, "build_plan", build_plan)

@@ -108,6 +108,7 @@ def test_a_fused_adapter_is_in_the_exported_weights(
     torch.testing.assert_close(weight, reference.transformer_blocks[0].attn.to_q.weight)
 
 
+@pytest.mark.long
 def test_an_adapter_that_is_loaded_but_not_fused_is_exported_with_its_module(
     base: Any, lora_file: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

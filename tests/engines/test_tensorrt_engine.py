@@ -63,6 +63,7 @@ def test_it_computes_what_onnx_runtime_does(
     assert len(library.contexts) == 2 * 2 * sets + 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_two_prompts(
     make_tensorrt: Make, engines: dict[str, StepEngine], drop_in: Any, sample: Any, guidance: float
@@ -76,6 +77,7 @@ def test_two_prompts(
     torch.testing.assert_close(actual.final, expected.final, rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_what_is_bound_stays_bound(
     kind: str, make_tensorrt: Make, drop_in: Any, sample: Any, library: TensorRTDouble
 ) -> None:
@@ -97,6 +99,7 @@ def test_cache_sets(kind: str, make_tensorrt: Make) -> None:
     assert session.num_cache_sets == (1 if kind == "in place" else 2)
 
 
+@pytest.mark.long
 def test_a_failed_step_leaves_no_trace(
     kind: str, make_tensorrt: Make, drop_in: Any, sample: Any, library: TensorRTDouble
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_tensor_of_another_dtype(make_tensorrt: Make) -> None:
         context.run({"encoder_hidden_states": torch.zeros(2, 48, 192, dtype=torch.float16)})
 
 
+@pytest.mark.long
 def test_a_device_that_is_out_of_memory(
     make_tensorrt: Make, drop_in: Any, sample: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +201,7 @@ def test_a_device_that_is_out_of_memory(
     assert torch.equal(sample(pipe, STEPS).final, expected.final)
 
 
+@pytest.mark.long
 def test_two_threads(make_tensorrt: Make, drop_in: Any, sample: Any, engines: dict[str, StepEngine]) -> None:
     pipe = drop_in(make_tensorrt("two cache sets"))
     expected = [sample(pipe, STEPS, seed=seed) for seed in (0, 1)]
@@ -214,6 +219,7 @@ def test_two_threads(make_tensorrt: Make, drop_in: Any, sample: Any, engines: di
         assert torch.equal(mine.final, theirs.final)
 
 
+@pytest.mark.long
 def test_compiled_kernels_are_kept(make_tensorrt: Make, drop_in: Any, sample: Any, tmp_path: Path) -> None:
     """Once something ran, not when the process ends: a server is killed."""
     kernels = tmp_path / "bundle.cache" / "kernels"
@@ -229,6 +235,7 @@ def test_compiled_kernels_are_kept(make_tensorrt: Make, drop_in: Any, sample: An
     assert kernels.read_bytes().endswith(b"kernels of this GPU")
 
 
+@pytest.mark.long
 def test_another_keep_ratio_is_told_at_once(make_tensorrt: Make, drop_in: Any, sample: Any) -> None:
     """Not after the full steps, and what was there for the last image still is."""
     pipe = drop_in(make_tensorrt(), keep_ratio=0.3)

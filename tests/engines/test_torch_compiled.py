@@ -70,6 +70,7 @@ def test_computes_what_the_plain_steps_do(tiny_transformer: Any) -> None:
     assert_close(three_steps(fast), three_steps(plain))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
 def test_blocks_of_one_kind_share_a_graph(make_tiny: Any) -> None:
     """One of each kind of block, SD3's last being a kind of its own, for each shape; and one of the embedding."""
@@ -97,6 +98,7 @@ def test_one_session_for_images_of_two_shapes(make_tiny: Any) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
 def test_a_block_left_out_has_no_gates(make_tiny: Any) -> None:
     """Of skip-layer guidance."""
@@ -123,6 +125,7 @@ def test_adapters_are_seen(make_tiny: Any) -> None:
     assert_close(after, three_steps(plain))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
 def test_adapters_that_are_scaled_and_fused_between_images(make_tiny: Any) -> None:
     """In one session, which keeps its copy of the module; a fused adapter lies in the weights' own memory."""

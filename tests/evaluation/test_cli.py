@@ -116,6 +116,7 @@ def test_a_finished_run_computes_nothing(
     assert (out / RESULTS).read_bytes() == (quick / RESULTS).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -206,6 +207,7 @@ def test_a_file_that_is_no_evaluation_is_left_alone(
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_an_interruption_says_that_it_goes_on(
     mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def written(tmp_path, name, text):
     return file
 
 
+@pytest.mark.long
 def test_scenes_are_unseen_and_distinct():
     loaded = load_prompts("scenes:48")
     assert len({prompt.text for prompt in loaded}) == 48

@@ -78,6 +78,7 @@ def test_two_things_never_share_colour_and_shape():
     assert all((a.color, a.shape) != (b.color, b.shape) for a, b in pairs)
 
 
+@pytest.mark.long
 def test_a_twentieth_of_the_captions_is_held_out():
     share = np.mean([is_held_out(scene) for scene in sampled(20_000, seed=4)])
     # 0.05 +- 4 standard deviations of a binomial share, sqrt(0.05 * 0.95 / 20000) = 0.0015.

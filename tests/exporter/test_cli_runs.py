@@ -256,6 +256,7 @@ def failing_builder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.mark.long
 def test_the_graphs_outlive_a_plan_that_fails(
     cat_export: CatExport,
     tiny_checkpoint: Path,

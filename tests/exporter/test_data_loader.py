@@ -169,6 +169,7 @@ def test_in_bf16_the_inputs_are_torch_tensors(folder: MakeFolder) -> None:
     assert timestep["pooled_projections"].dtype is torch.bfloat16
 
 
+@pytest.mark.long
 @needs_polygraphy
 @needs_rtx
 def test_polygraphy_builds_the_step_for_tensorrt_rtx(folder: MakeFolder, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def test_bundle_is_complete(mini_bundle: Path) -> None:
     assert {name for name in bundle.manifest.files if "/" not in name} == {*graphs, "data_loader.py"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "rows"), [("pixart", 2), ("flux-dev", 1)])
 def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, kind: str, rows: int) -> None:
     directory = write_checkpoint(tmp_path / "pipeline", kind, num_layers=1)

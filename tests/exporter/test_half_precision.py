@@ -37,6 +37,7 @@ def types_of(directory: Path) -> dict[str, int]:
     return {value.name: value.type.tensor_type.elem_type for graph in graphs for value in graph.input}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd3.5", "pixart-alpha", "flux-dev"])
 def test_fp16_loads_and_runs(make_tiny: Any, step_inputs: Any, tmp_path: Path, kind: str) -> None:
     step = exported(make_tiny(kind, num_layers=1).half(), tmp_path)

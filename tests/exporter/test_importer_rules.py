@@ -72,6 +72,7 @@ def test_every_graph_keeps_every_rule_in_16_bits(bf16_graphs: Callable[[str], Ex
     assert model_findings(in_fp16(model)) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="TensorRT-RTX is not installed; install '.[tensorrt-rtx]'")
 @pytest.mark.parametrize("kind", ["sd3.5", "pixart-alpha", "flux-dev"])
 def test_the_real_tensorrt_rtx_fuses_every_attention_in_bf16(

@@ -211,6 +211,7 @@ def test_a_plan_that_computes_something_else(
     assert caught.value.remedy == "--verify layers tells the first layer that differs"
 
 
+@pytest.mark.long
 @needs_polygraphy
 def test_the_layers_of_plans(
     export_tiny: Any, files: Any, library: TensorRTDouble, monkeypatch: pytest.MonkeyPatch
@@ -314,6 +315,7 @@ def test_polygraphy_is_asked_for_where_it_is_needed(monkeypatch: pytest.MonkeyPa
         Verification.of(Verify.OUTPUTS, DType.FP32, plans)
 
 
+@pytest.mark.long
 @needs_polygraphy
 def test_every_comparison_of_an_export(
     export_tiny: Any, files: Any, library: TensorRTDouble, monkeypatch: pytest.MonkeyPatch

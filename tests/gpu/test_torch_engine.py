@@ -54,6 +54,7 @@ def test_settings_between_images(device: torch.device, make: Make, sample: Any, 
         assert_same_image(sample(fast), sample(plain), exact=device.type == "cpu")
 
 
+@pytest.mark.long
 def test_adapters_between_images(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
     peft = pytest.importorskip("peft")
     plain, fast = make(device, captures=False), make(device)
@@ -100,6 +101,7 @@ def test_the_same_noise_selects_the_same_tokens(device: torch.device, pooling: P
         assert sum(len(set(a.tolist()) ^ set(b.tolist())) for a, b in zip(actual, expected, strict=True)) <= 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("captures", [True, False])
 def test_a_loop_never_waits_for_the_device(device: torch.device, captures: bool, make: Make, sample: Any) -> None:
     """From the second step on. Not in a session's first two images, which capture its steps, and that waits."""

@@ -31,6 +31,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
 def test_keeping_every_token_changes_nothing(
@@ -77,6 +78,7 @@ def _first_selection(relative: Tensor, grid: tuple[int, int], settings: Any) -> 
     return selection.first_selection(relative, clusters, settings.num_kept(relative.shape[1]), settings)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("guidance_scale", "count"), [(1.0, 2), (1.0, 3), (7.0, 3)])
 def test_every_prompt_is_generated_as_if_alone(
     engine: StepEngine, guidance_scale: float, count: int, drop_in: Make, sample: Make

@@ -106,6 +106,7 @@ def test_half_precision_stays(line: Line) -> None:
         assert line.extrapolation(noise, timestep, indices).dtype == torch.float16
 
 
+@pytest.mark.long
 def test_every_token_kept_is_the_model_itself(engine: StepEngine, drop_in: Any, sample: Any) -> None:
     plain = sample(drop_in(engine, keep_ratio=1.0), 10)
     assert torch.equal(sample(drop_in(engine, keep_ratio=1.0, reuse="extrapolate"), 10).final, plain.final)

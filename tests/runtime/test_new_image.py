@@ -47,6 +47,7 @@ def embeddings(pipe: Any, prompt: str, dtype: torch.dtype = torch.float32) -> di
     return {"prompt": None} | {name: tensor.to(dtype) for name, tensor in zip(names, encoded, strict=True)}
 
 
+@pytest.mark.long
 def test_images_one_after_another(engine: StepEngine, drop_in: Make, sample: Make) -> None:
     pipe = drop_in(engine, **SETTINGS)
     for arguments in ({"seed": 0}, {"seed": 1, "prompt": OTHER}, {"seed": 1, "prompt": OTHER}):
@@ -186,6 +187,7 @@ def test_a_pipeline_of_another_dtype_is_pruned(
     assert correlation > 0.5
 
 
+@pytest.mark.long
 def test_inference_mode_and_outside_of_it(engine: StepEngine, drop_in: Make, sample: Make) -> None:
     pipe = drop_in(engine, **SETTINGS)
     expected = sample(drop_in(engine, **SETTINGS), STEPS, SIZE)

@@ -90,6 +90,7 @@ class Loop:
         return record.kind.value
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pooling", Pooling)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loop_leaves_the_host_alone(kind: str, pooling: Pooling, make_tiny: Callable[..., Any]) -> None:

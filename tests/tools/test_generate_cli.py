@@ -138,6 +138,7 @@ def test_what_the_command_line_changes_of_the_settings(
     assert used == [PruneSettings(), expected, forecast, refreshed]
 
 
+@pytest.mark.long
 def test_everything_that_it_draws(mini_bundle: Path, tmp_path: Path) -> None:
     summary = tmp_path / "summary.json"
     run(
@@ -189,6 +190,7 @@ def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
     assert len(contents) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -47,6 +47,7 @@ def test_a_record_knows_its_counts_and_equals_only_itself() -> None:
     assert one != record(2, StepKind.PRUNED, (3, 4), [[0, 1, 2], [3, 4, 5]])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_pruned", "grid"), [(1, (4, 4)), (1, (9, 3)), (20, (16, 16)), (20, (3, 9)), (20, (9, 3)), (42, (64, 64))]
 )
@@ -70,6 +71,7 @@ def test_a_token_map_does_without_image_or_clusters(tmp_path: Path, image: Image
     assert (tmp_path / "map.png").stat().st_size > 0
 
 
+@pytest.mark.long
 def test_the_same_records_draw_the_same_picture(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         draw_token_map(records(4), tmp_path / name, None)

@@ -43,6 +43,7 @@ def test_a_finished_autoencoder_is_taken_as_it_is(finished):
     assert torch.equal(weights(again), weights(vae))
 
 
+@pytest.mark.long
 def test_a_terminated_run_resumes_where_it_was(finished, tmp_path, monkeypatch):
     config, whole = finished
     loss = train_autoencoder.reconstruction_loss

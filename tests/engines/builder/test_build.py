@@ -89,6 +89,7 @@ def test_the_bundle_has_the_plans_that_its_manifest_lists(mini_bundle: Path) -> 
         assert bundle.verified(plan.file).stat().st_size == bundle.manifest.files[plan.file].size > weights / 2
 
 
+@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize("part", list(Part))
 @pytest.mark.parametrize("kind", ["sd3.5", "pixart", "flux-dev"])

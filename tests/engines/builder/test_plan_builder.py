@@ -62,6 +62,7 @@ def changed(job: PlanJob, **changes: Any) -> PlanJob:
     return PlanJob(**{name: getattr(job, name) for name in PlanJob.__dataclass_fields__} | changes)
 
 
+@pytest.mark.long
 @needs_rtx
 def test_a_plan_with_plugins(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
     heads, rows = 4, 20 + 7  # of 80x64 pixels and the text
@@ -89,6 +90,7 @@ def test_a_plan_with_plugins(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
     assert tensorrt.asked.index("config") > tensorrt.asked.index(compiled[-1])  # before the long build
 
 
+@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize("tensorrt", [False], indirect=True)
 def test_a_plan_without_plugins_registers_none(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
@@ -145,6 +147,7 @@ def test_a_plugin_that_cannot_be_made(
         build(scatter_job)
 
 
+@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize("problem", ["not loaded", "no inspector", "no JSON"])
 def test_a_built_plan_is_not_lost_to_what_cannot_be_asked(
@@ -253,6 +256,7 @@ print(json.dumps([name for name in {names!r} if not has(name)]))
 """
 
 
+@pytest.mark.long
 @needs_rtx
 def test_every_name_that_the_builder_uses_is_in_both_libraries(
     tensorrt: Tensorrt,

@@ -78,6 +78,7 @@ def latents(sample: Make, pipe: Any) -> Tensor:
     return final
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 def test_adapters_mean_what_they_mean_in_diffusers(model: Any, drop_in: Make, sample: Make, engine: str) -> None:
     reference = model.pipeline(copy.deepcopy(model.transformer))

@@ -23,6 +23,7 @@ TRUE_GUIDANCE = {"true_cfg_scale": 3.0, "negative_prompt": "a large blue star"}
 ENGINES = ["torch", "onnxruntime"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 def test_guidance_is_an_input_of_the_model(models: Make, engine: str, sample: Make) -> None:
     model = models("flux-middle")

@@ -80,6 +80,7 @@ def test_keeping_every_token_is_the_untouched_pipeline(
         torch.testing.assert_close(mine, relative(theirs, theirs), rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "arguments"), cases(NAMES))
 def test_the_engines_agree_on_tokens_and_latents(
     models: Make, name: str, arguments: dict[str, Any], sample: Make, untouched: Make

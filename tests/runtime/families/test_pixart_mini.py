@@ -73,6 +73,7 @@ def test_pruning_computes_the_same_tokens_and_keeps_the_picture(
 
 
 # diffusers' schedulers, of the pair of torch and numpy.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_caption_is_seen_in_the_picture(bundle: Path) -> None:
     """What random weights could not do, pruned."""

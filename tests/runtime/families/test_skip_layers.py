@@ -30,6 +30,7 @@ NAMES = ["sd35-tiny", "sd35-middle"]
 ENGINES = ["torch", "onnxruntime"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("name", "arguments"),

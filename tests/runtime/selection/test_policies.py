@@ -162,6 +162,7 @@ def test_mixed_numbers_are_distinct_and_spread() -> None:
     assert abs(numbers.double().mean() / 2**30 - 1) < 0.03
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", [policy for policy in Policy if policy is not Policy.CAT])
 def test_engines_compute_the_same_tokens(
     policy: Policy, engines: dict[str, StepEngine], drop_in: Any, sample: Any
