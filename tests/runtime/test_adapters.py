@@ -54,12 +54,12 @@ def adapter(config: Any, seed: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def one(engines: dict[str, StepEngine]) -> dict[str, Tensor]:
-    return adapter(engines["torch"].config, 1)
+    return adapter(engines["torch"].family.config, 1)
 
 
 @pytest.fixture
 def two(engines: dict[str, StepEngine]) -> dict[str, Tensor]:
-    return adapter(engines["torch"].config, 2)
+    return adapter(engines["torch"].family.config, 2)
 
 
 def final(sample: Make, pipe: Any, **arguments: Any) -> Tensor:
