@@ -1,4 +1,4 @@
-"""A test that is too dear fails the run, unless it is marked; what shared fixtures take is not counted."""
+"""A test that is too dear fails the run, unless it is marked. What shared fixtures take is not counted."""
 
 from __future__ import annotations
 
@@ -60,11 +60,13 @@ def test_dear_tests_fail_the_run(tests: pytest.Pytester) -> None:
     assert too_dear(result) == ["test_dear", "test_with_a_dear_fixture", "test_with_a_dear_child"]
 
 
-def test_what_is_left_out_of_the_fast_tests_is_marked(tests: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_should_be_left_out_of_the_fast_tests_is_told(
+    tests: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu_seconds, "LONG", 0.1)
     tests.makepyfile(test_long=TESTS.replace("mark.slow", "mark.long"))
     result = tests.runpytest(*ARGUMENTS, "--most-cpu-seconds", "20", "test_long.py")
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert result.ret == pytest.ExitCode.OK
     assert too_dear(result) == ["test_dear", "test_with_a_dear_fixture", "test_with_a_dear_child"]
 
 
@@ -87,5 +89,5 @@ def test_the_ten_dearest_are_told_and_the_fixtures_apart(pytester: pytest.Pytest
     names = list(told)
     assert len(names) == 11
     assert set(names[:4]) == {"test_dear", "test_with_a_dear_fixture", "test_with_a_dear_child", "test_marked"}
-    assert told["shared, a fixture of a module"] == pytest.approx(0.15, abs=0.05)
+    assert told["shared, a fixture of a module"] == pytest.approx(0.15, abs=0.1)
     assert all(told[name] < 0.1 for name in names[4:10])
