@@ -60,9 +60,7 @@ def test_dear_tests_fail_the_run(tests: pytest.Pytester) -> None:
     assert too_dear(result) == ["test_dear", "test_with_a_dear_fixture", "test_with_a_dear_child"]
 
 
-def test_what_should_be_left_out_of_the_fast_tests_is_told(
-    tests: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_fast_tests_should_leave_out_is_told(tests: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_seconds, "LONG", 0.1)
     tests.makepyfile(test_long=TESTS.replace("mark.slow", "mark.long"))
     result = tests.runpytest(*ARGUMENTS, "--most-cpu-seconds", "20", "test_long.py")
