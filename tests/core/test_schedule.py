@@ -31,7 +31,7 @@ def full_steps(num_steps: int, settings: PruneSettings) -> list[int]:
         (8, 0, [*range(8)]),
     ],
 )
-def test_every_so_manieth_step_is_full_from_half_an_interval_on(first: int, every: int, expected: list[int]) -> None:
+def test_every_kth_step_is_full_from_half_an_interval_on(first: int, every: int, expected: list[int]) -> None:
     assert full_steps(28, PruneSettings(full_steps=first, refresh_every=every)) == expected
 
 
