@@ -6,6 +6,10 @@ It generates one picture with every token on every step, and one with the paper'
 """
 
 import os
+
+# Before torch is imported: on a machine that others use too, its threads have to sleep between two calls, not to spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import time
 from pathlib import Path
 from typing import Any

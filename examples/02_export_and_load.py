@@ -6,6 +6,10 @@
 """
 
 import os
+
+# Before torch is imported: on a machine that others use too, its threads have to sleep between two calls, not to spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from pathlib import Path
 
 import torch

@@ -6,6 +6,10 @@ One picture is an illustration. `cat-eval` compares on as many as you want, with
 """
 
 import os
+
+# Before torch is imported: on a machine that others use too, its threads have to sleep between two calls, not to spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import time
 from typing import Any
 

@@ -6,6 +6,10 @@ Heun calls the transformer twice at one timestep. Both calls compute the same to
 """
 
 import os
+
+# Before torch is imported: on a machine that others use too, its threads have to sleep between two calls, not to spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from typing import Any
 
 import torch

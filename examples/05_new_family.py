@@ -8,6 +8,10 @@ gives its names only. `docs/adding-a-model.md` says what a family of another arc
 """
 
 import os
+
+# Before torch is imported: on a machine that others use too, its threads have to sleep between two calls, not to spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from typing import Any
 
 import torch
