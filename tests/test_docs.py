@@ -136,7 +136,7 @@ def test_python_in_the_documents_parses(path: Path) -> None:
 def test_the_options_in_the_documents_exist() -> None:
     """An option that no parser of ours has is a typing error, or was renamed."""
     known = set(re.findall(r"--[a-z][a-z-]+", "\n".join(sources())))
-    known |= {f"--{path}" for path in ("constraint", "no-deps", "wheel-dir")}  # pip's
+    known |= {"--constraint", "--no-deps", "--wheel-dir", "--randomly-seed"}  # pip's and pytest's
     for folder in ("benchmarks", "training"):
         for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'"(--[a-z][a-z-]+)"', path.read_text()))
