@@ -32,7 +32,7 @@ check: install
 	$(BIN)/mypy
 
 # A worker for each core, which computes on one thread. What they share is kept for the next run: tests/fixtures/store.py.
-PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(shell env -u OMP_NUM_THREADS nproc) --dist loadfile --no-loadscope-reorder
 
 test: check
 	$(PYTEST) $(TEST_OPTIONS)

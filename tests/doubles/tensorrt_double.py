@@ -170,6 +170,7 @@ class ICudaEngine:
     def _load(self) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the engine of ONNX Runtime
         for name, value in self._weights.items():
             options.add_initializer(name, value)
         self._session = onnxruntime.InferenceSession(self._onnx, options, providers=["CPUExecutionProvider"])

@@ -206,9 +206,18 @@ def test_two_threads(make_tensorrt: Make, drop_in: Any, sample: Any, engines: di
     pipe = drop_in(make_tensorrt("two cache sets"))
     expected = [sample(pipe, STEPS, seed=seed) for seed in (0, 1)]
     actual: list[Any] = [None, None]
+    encoded, at_once = threading.Event(), threading.Barrier(2)
 
     def run(seed: int) -> None:
-        actual[seed] = sample(drop_in(pipe.transformer.engine), STEPS, seed=seed)
+        if seed == 1:  # the pipelines share a tokenizer, which is no two threads'
+            assert encoded.wait(60)
+
+        def meet(step: int) -> None:
+            if step == 0:
+                encoded.set()
+                at_once.wait(60)
+
+        actual[seed] = sample(drop_in(pipe.transformer.engine), STEPS, seed=seed, on_step=meet)
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in (0, 1)]
     for thread in threads:

@@ -1,36 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import MacsSpec, ProfileSpec
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.methods import METHODS, settings_of
 from cat_pruning.evaluation.sweep import Sweep
-from cat_pruning.exporter.export import profile_macs
 from cat_pruning.schedule import StepKind, step_kinds
 from cat_pruning.settings import Policy, PruneSettings, Reuse
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _counted_once() -> Iterator[None]:
-    """The MACs of the bundle's graphs at a profile, which every sweep asks for."""
-    counted: dict[str, MacsSpec] = {}
-
-    def count(directory: Path, graphs: Any, profile: ProfileSpec, *patch_size: int) -> MacsSpec:
-        key = f"{directory} {profile}"
-        if key not in counted:
-            counted[key] = profile_macs(directory, graphs, profile, *patch_size)
-        return counted[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cat_pruning.evaluation.sweep.profile_macs", count)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -78,19 +78,23 @@ def test_weights_of_the_dtype_on_disk_are_mapped(
     assert held == (0 if dtype is on_disk else checkpoint.num_parameters * dtype.num_bytes)
     # What the loaded module says of it: a mapped weight is no memory that torch allocated.
     transformer = load_transformer(checkpoint.source, dtype)
+    files = _mapped_files()
     allocated = sum(
-        parameter.numel() * dtype.num_bytes for parameter in transformer.parameters() if not _is_mapped(parameter)
+        parameter.numel() * dtype.num_bytes
+        for parameter in transformer.parameters()
+        if not _is_mapped(parameter, files)
     )
     assert allocated == held
 
 
-def _is_mapped(parameter: torch.Tensor) -> bool:
-    address = parameter.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(number, 16) for number in line.split(" ", 1)[0].split("-"))
-        if start <= address < end:
-            return line.endswith(".safetensors")
-    return False
+def _mapped_files() -> list[range]:
+    """The addresses of all weights that are mapped from files."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+    return [range(*(int(number, 16) for number in line.split(" ", 1)[0].split("-"))) for line in lines]
+
+
+def _is_mapped(parameter: torch.Tensor, files: list[range]) -> bool:
+    return any(parameter.data_ptr() in addresses for addresses in files)
 
 
 def test_what_else_is_held(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
