@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 
 from cat_pruning.checkpoints.checkpoint import model_names
 from cat_pruning.engines.tensorrt_library import tensorrt_library
-from cat_pruning.exporter import cli, verify_plans
+from cat_pruning.exporter import cli
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
 PUBLISHED = r"flux-dev, flux-schnell, pixart-sigma, sd3\.5-large, sd3\.5-medium, sd3"
@@ -90,8 +90,8 @@ def test_layers_need_polygraphy(
     refused: Callable[..., None], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the checkpoint is looked for, because what follows is long."""
-    monkeypatch.setattr(verify_plans.importlib.util, "find_spec", lambda name: None)
-    message = r"--verify .* Polygraphy, which is not installed; pip install 'cat-pruning\[debug\]'$"
+    monkeypatch.setattr("cat_pruning.installation.find_spec", lambda name: None if name == "polygraphy" else name)
+    message = r"--verify .* needs polygraphy, not installed here; pip install 'cat-pruning\[debug\]'$"
     refused(message, "--model", tiny_checkpoint / "nowhere", "--target", "onnx", "--verify", "layers")
 
 
