@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -28,6 +27,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.errors import CheckpointError
 from cat_pruning.families import FAMILIES, family_of_class
 from cat_pruning.families.family import Family
+from cat_pruning.imports import diffusers_class
 from cat_pruning.models import miniatures
 
 _FORMER_CLASS = "Transformer2DModel"  # of several families; diffusers tells them apart by their norms
@@ -132,7 +132,7 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
     else:
         directory = Path(source.location)
     checkpoint = _local(directory, source)
-    transformer_class = getattr(diffusers, checkpoint.family.transformer_class)
+    transformer_class = diffusers_class(checkpoint.family.transformer_class)
     folder = _transformer_directory(directory)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no *.safetensors weights", "download or convert them")
@@ -253,7 +253,7 @@ def config_of(transformer: Any) -> dict[str, Any]:
 
 def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     """The diffusers module of this config, without memory for its weights."""
-    transformer_class = getattr(diffusers, family.transformer_class)
+    transformer_class = diffusers_class(family.transformer_class)
     # As the class itself does, this drops unknown keys and fills in what an old config leaves out.
     arguments, _, _ = transformer_class.extract_init_dict(config)
     try:

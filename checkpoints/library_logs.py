@@ -6,12 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cat_pruning.imports import importing
+
 
 @contextmanager
 def quiet_diffusers(*, errors: bool = True) -> Iterator[None]:
     """Without the progress bars and hints of a load that the caller reports on itself; nor `errors`, if false."""
-    import diffusers
-    import transformers
+    with importing:
+        import diffusers
+        import transformers
 
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

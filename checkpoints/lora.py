@@ -17,6 +17,7 @@ from cat_pruning.bundle.schema import LoraSpec
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.errors import CheckpointError, SettingsError
 from cat_pruning.families import family_of
+from cat_pruning.imports import importing
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,9 @@ def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:
 
 
 def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
-    import diffusers.loaders
-    import peft
+    with importing:
+        import diffusers.loaders
+        import peft
 
     path = Path(lora.path)
     if (path / "adapter_config.json").is_file():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cat_pruning.dtype import DType
+from cat_pruning.imports import diffusers_class
+from cat_pruning.installation import require
 
 _DEVIATION = 0.02
 
@@ -59,11 +61,12 @@ def random_transformer(transformer_class: str, config: dict[str, Any], dtype: DT
 
 
 def _without_parameters(transformer_class: str, config: dict[str, Any], dtype: DType) -> nn.Module:
+    require("a transformer of random weights", "export")
     import accelerate
-    import diffusers
 
+    transformer = diffusers_class(transformer_class)
     with accelerate.init_empty_weights(include_buffers=False):
-        module: nn.Module = getattr(diffusers, transformer_class)(**config)
+        module: nn.Module = transformer(**config)
     for parent in module.modules():
         for name, buffer in parent.named_buffers(recurse=False):
             parent.register_buffer(name, buffer.to(dtype.torch) if buffer.is_floating_point() else buffer)

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         action="append",
         type=_target,
-        choices=list(Target),
+        choices=[*map(str, Target)],  # argparse shows their repr
         help="what to build; repeatable. The ONNX graphs always are; tensorrt_rtx needs no GPU, tensorrt the one that "
         "will run the plans (default: all that this machine can build)",
     )

@@ -25,6 +25,7 @@ from cat_pruning.engines.graph_weights import GraphWeights
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import CatError, CheckpointError, EngineError, SettingsError
+from cat_pruning.imports import diffusers_class
 from cat_pruning.installation import require
 
 
@@ -246,9 +247,7 @@ def _active(layer: Any) -> list[str]:
 
 def _without_weights(transformer_class: str, config: Mapping[str, Any]) -> nn.Module:
     """A diffusers transformer for adapters to lie in: its parameters take no memory, it cannot run."""
-    import diffusers
-
-    cls = getattr(diffusers, transformer_class)
+    cls = diffusers_class(transformer_class)
     with torch.device("meta"):
         module: nn.Module = cls(**cls.extract_init_dict(dict(config))[0])
     for name, parameter in list(module.named_parameters()):

@@ -16,6 +16,7 @@ from cat_pruning.engines.step_engine import StepEngine, enough_memory
 from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.errors import EngineError
 from cat_pruning.families import family_named
+from cat_pruning.imports import importing
 from cat_pruning.names import ENGINES, FLAVOURS, TITLES, Flavour
 from cat_pruning.step_io import Part
 
@@ -51,7 +52,8 @@ def engine_from_bundle(
             return _tensorrt(bundle, flavour, cuda_graphs)
     if engine == "onnxruntime":
         return _onnxruntime(bundle)
-    from cat_pruning.checkpoints.checkpoint import load_transformer
+    with importing:
+        from cat_pruning.checkpoints.checkpoint import load_transformer
     from cat_pruning.engines.torch_engine import TorchStepEngine
 
     transformer, device = load_transformer(bundle.manifest.source, bundle.manifest.dtype), _device()

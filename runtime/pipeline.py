@@ -13,6 +13,7 @@ from cat_pruning.checkpoints.hub import pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError
+from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.transformer import CatTransformer
@@ -97,13 +98,14 @@ def import_pipeline(parts: Path) -> None:
 
     What is wrong with the index is left to diffusers, which says it when it loads the parts.
     """
-    import diffusers.pipelines.pipeline_utils
+    with importing:
+        import diffusers.pipelines.pipeline_utils
 
     try:
         index = _index(parts)
     except (OSError, ValueError):
         return
-    with quiet_diffusers():
+    with importing, quiet_diffusers():
         getattr(diffusers, str(index.get("_class_name")), None)
         for name, value in index.items():
             if isinstance(value, list) and name != "transformer" and value[0] in ("diffusers", "transformers"):

@@ -16,6 +16,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
 from cat_pruning.runtime.adapter_methods import AdapterMethods
 from cat_pruning.runtime.adapters import Adapters
@@ -221,7 +222,8 @@ class CatTransformer(AdapterMethods, nn.Module):
 @functools.cache
 def _diffusers_model(cls: Any) -> Any:
     """`cls` with `ModelMixin` as a base; pipelines load adapters into models of that class only."""
-    from diffusers.models.modeling_utils import ModelMixin
+    with importing:
+        from diffusers.models.modeling_utils import ModelMixin
 
     if issubclass(cls, ModelMixin):
         return cls

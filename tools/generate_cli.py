@@ -16,6 +16,7 @@ from rich.table import Table
 from cat_pruning import console
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.installation import require
+from cat_pruning.names import ENGINES
 from cat_pruning.schedule import StepKind, step_kinds
 from cat_pruning.settings import Preset, PruneSettings, Reuse
 
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the image (default: out.png)")
     parser.add_argument(
         "--engine",
-        choices=["auto", "tensorrt", "tensorrt_rtx", "onnxruntime", "torch"],
+        choices=ENGINES,
         default="auto",
         help="default: the bundle's plans if there are some for this machine's GPU, else ONNX Runtime",
     )
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--preset",
-        choices=list(Preset),
+        choices=[*map(str, Preset)],  # argparse shows their repr
         help="settings that have a name; the next four options change them (default: the bundle's settings)",
     )
     parser.add_argument(
@@ -79,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="every K-th step after them is full too, 0: none (default: the bundle's)",
     )
-    parser.add_argument("--reuse", choices=list(Reuse), help="what the other tokens contribute (default: the bundle's)")
+    parser.add_argument(
+        "--reuse", choices=[*map(str, Reuse)], help="what the other tokens contribute (default: the bundle's)"
+    )
     parser.add_argument(
         "--compare", action="store_true", help="also generate without pruning, same seed; print and draw both"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,13 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place when the block ends, and is gone when it fails.
 
-    The place is taken by a rename, so a reader sees the old file or the new one. Two processes that write one path do
-    not meet; the last one wins.
+    The place is taken by a rename, so a reader sees the old file or the new one. Two threads or processes that write
+    one path do not meet; the last one wins.
 
     Raises:
         OSError: the file cannot be put in place.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
     try:
         yield part
         part.replace(path)

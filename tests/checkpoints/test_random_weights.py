@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer, random_transformer
 from cat_pruning.dtype import DType
+from cat_pruning.errors import InstallationError
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
@@ -40,6 +42,13 @@ def test_they_are_the_same_for_the_same_seed_and_normal(tiny_transformer: Any) -
     assert values.abs().max() > 0.06
     large = [parameter.flatten()[:8] for parameter in one.parameters() if parameter.numel() >= 8]
     assert len({tuple(values.tolist()) for values in large}) == len(large)  # a generator for each
+
+
+def test_they_need_the_extra_of_exports(monkeypatch: pytest.MonkeyPatch, tiny_flux: Any) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(InstallationError, match="random weights needs accelerate") as raised:
+        random_transformer(*architecture(tiny_flux), DType.FP32, 0)
+    assert raised.value.remedy == "pip install 'cat-pruning[export]'"
 
 
 @pytest.mark.parametrize("dtype", list(DType))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,20 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, error:
     with pytest.raises(type(error)):
         fail()
     assert path.read_text() == "before"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replacing(path) as part:
+        part.write_text("half")
+        other = threading.Thread(target=write_whole, args=(path, "the other's"))
+        other.start()
+        other.join()
+        assert path.read_text() == "the other's"
+        assert part.read_text() == "half"
+        part.write_text("whole")
+    assert path.read_text() == "whole"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 

@@ -71,7 +71,7 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--dtype", "fp8"], r"--dtype: .*fp8"),
         (["--target", "onnx", "--no-plugin"], "--no-plugin: only TensorRT's plans .*; give --target tensorrt too"),
         (["--target", "onnx", "--refittable"], "--refittable: only plans need it.* takes adapters from any bundle"),
-        (["--target", "coreml"], r"--target: invalid choice: 'coreml' .*onnx.*rtx"),
+        (["--target", "coreml"], r"invalid choice: 'coreml' \(choose from '?onnx'?, '?tensorrt'?, '?tensorrt_rtx'?\)"),
         (["--verify", "nothing"], r"--verify: invalid choice: 'nothing' .*outputs.*layers"),
         (
             ["--verify", "--dtype", "bf16"],

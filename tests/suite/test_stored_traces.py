@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,35 @@ def test_what_decides_a_graph_is_in_its_description(change: str) -> None:
     elif change == "option":
         other_options["kwargs"] = {"x": torch.ones(2, 3, dtype=torch.float64)}
     assert description(another, other_options) != description(one, options())
+
+
+@pytest.mark.parametrize("changed", ["forward", "hook"])
+def test_code_that_only_a_test_has_is_in_the_description(tmp_path: Path, changed: str) -> None:
+    """Its file is not among the sources that every trace depends on."""
+
+    def described(name: str, source: str) -> str:
+        file = tmp_path / name / "own.py"
+        file.parent.mkdir()
+        file.write_text(source)
+        own: Any = module_from_spec(spec := spec_from_file_location("own", file))  # type: ignore[arg-type]
+        sys.modules["own"] = own
+        spec.loader.exec_module(own)  # type: ignore[union-attr]
+        return description(own.make(), {})
+
+    source = {
+        "forward": (
+            "from torch import nn\nclass Own(nn.Module):\n    def forward(self, x):\n        return 2 * x\nmake = Own\n"
+        ),
+        "hook": (
+            "from torch import nn\ndef hook(_, args, x):\n    return 2 * x\n"
+            "def make():\n    layer = nn.Linear(3, 4)\n    layer.register_forward_hook(hook)\n    return layer\n"
+        ),
+    }[changed]
+    try:
+        assert described("one", source) == described("same", source)
+        assert described("other", source.replace("2 * x", "3 * x")) != described("again", source)
+    finally:
+        del sys.modules["own"]
 
 
 @pytest.mark.parametrize("kind", ["sd3", "pixart", "flux-dev"])

@@ -206,6 +206,7 @@ def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
         (["--full-steps", "1"], ["full_steps=1", ">= 2"]),
         (["--refresh-every", "-1"], ["refresh_every=-1", "or 0 for none"]),
         (["--reuse", "forget"], ["--reuse", "'forget'", "extrapolate"]),
+        (["--preset", "fast"], ["--preset", "'fast' (choose from 'paper', 'refreshed', 'forecast')"]),
         (["--steps", "0"], ["--steps 0", ">= 1"]),
         (["--steps", "-3"], ["--steps -3", ">= 1"]),
         (["--seed", "-1"], ["--seed -1", "expected"]),
