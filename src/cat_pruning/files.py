@@ -32,13 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, in UTF-8 if it is text: see `replacing`.
+    """Write a file, in UTF-8 if it is text: see `replacing`. Links, pipes and devices are written to, not replaced.
 
     Raises:
         OSError: it cannot be written; what was there is as it was.
     """
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(data)
+        return
     with replacing(path) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(data)
 
 
 def sha256(path: Path) -> str:
