@@ -44,7 +44,9 @@ class CatTransformer(AdapterMethods, nn.Module):
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         """An instance of this class and of `ModelMixin`; so diffusers is imported here, and not with this module."""
-        instance: Self = super().__new__(_diffusers_model(cls))  # type: ignore[arg-type]  # a class is hashable
+        with importing:  # and so all instances have one class
+            model = _diffusers_model(cls)  # type: ignore[arg-type]  # a class is hashable
+        instance: Self = super().__new__(model)
         return instance
 
     def __init__(self, engine: StepEngine, settings: PruneSettings | None = None) -> None:
@@ -222,8 +224,7 @@ class CatTransformer(AdapterMethods, nn.Module):
 @functools.cache
 def _diffusers_model(cls: Any) -> Any:
     """`cls` with `ModelMixin` as a base; pipelines load adapters into models of that class only."""
-    with importing:
-        from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.modeling_utils import ModelMixin
 
     if issubclass(cls, ModelMixin):
         return cls

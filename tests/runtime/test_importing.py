@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,3 +51,23 @@ def test_an_import_waits_for_another_threads(use: Callable[[Path], None], tmp_pa
         assert not done.wait(0.1)
     thread.join()
     assert done.is_set()
+
+
+def test_the_instances_of_several_threads_have_one_class() -> None:
+    class Mine(CatTransformer):
+        def __init_subclass__(cls) -> None:
+            time.sleep(0.05)  # while its class is made, the other threads come
+
+    start, made = threading.Barrier(4), []
+
+    def make() -> None:
+        start.wait()
+        made.append(type(Mine.__new__(Mine)))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4
+    assert len(set(made)) == 1
