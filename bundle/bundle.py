@@ -261,9 +261,8 @@ def _runs(path: Path) -> bool:
     pid = int(path.name.rpartition("-")[2])
     with contextlib.suppress(ProcessLookupError, OverflowError):
         os.getpgid(pid)  # unlike os.kill, answers for another user's process too
-        return (
-            pid != os.getpid()
-        )  # this process has just started, so a process before it left the name, for instance in a container
+        # This process has just started, so a name with its number was left by one before it, in a container for instance.
+        return pid != os.getpid()
     return False
 
 

@@ -257,9 +257,8 @@ def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     # As the class itself does, this drops unknown keys and fills in what an old config leaves out.
     arguments, _, _ = transformer_class.extract_init_dict(config)
     try:
-        with torch.device(
-            "meta"
-        ):  # accelerate's empty weights would still compute the position tables: 3 GiB for SD3.5
+        # Accelerate's empty weights would still compute the position tables: 3 GiB for SD3.5.
+        with torch.device("meta"):
             return transformer_class(**arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         problem = f"is not a {family.transformer_class}'s ({first_line(error)})"
