@@ -261,7 +261,7 @@ def _runs(path: Path) -> bool:
     pid = int(path.name.rpartition("-")[2])
     with contextlib.suppress(ProcessLookupError, OverflowError):
         os.getpgid(pid)  # unlike os.kill, answers for another user's process too
-        # This process has just started, so a name with its number was left by one before it, in a container for instance.
+        # This process has just started: a name with its number was left by one before it, in a container for instance.
         return pid != os.getpid()
     return False
 
