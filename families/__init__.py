@@ -17,11 +17,12 @@ _Known = TypeVar("_Known", bound=type[Family])
 
 
 def register(family: _Known) -> _Known:
-    """Make a family of your own known in this process; also a class decorator.
+    """Make a family of your own known in this process; also a class decorator. Defined again, it takes its own place.
 
     Raises:
         SettingsError: its name or its transformer's class is another family's.
     """
+    FAMILIES[:] = [other for other in FAMILIES if _place(other) != _place(family)]
     for other in FAMILIES:
         if family.name == other.name or family.transformer_class == other.transformer_class:
             raise SettingsError(
@@ -31,6 +32,11 @@ def register(family: _Known) -> _Known:
             )
     FAMILIES.append(family)
     return family
+
+
+def _place(family: type[Family]) -> tuple[str, str]:
+    """Where a class is defined: the same for a cell of a notebook that runs again."""
+    return family.__module__, family.__qualname__
 
 
 def family_of(transformer: Any) -> Family:

@@ -62,6 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.long
 def test_steps(results: dict[str, Any]) -> None:
     for model in MODELS:
         for captured in ("with CUDA graphs", "without CUDA graphs"):
@@ -72,6 +73,7 @@ def test_steps(results: dict[str, Any]) -> None:
         assert not results["steps"][model]["attention"]["full"].isdigit()
 
 
+@pytest.mark.long
 def test_loops_and_peers(results: dict[str, Any]) -> None:
     for model in MODELS:
         loop = results["loops"][model]["10 steps, with CUDA graphs"]
@@ -83,6 +85,7 @@ def test_loops_and_peers(results: dict[str, Any]) -> None:
     assert set(results["peer-loops"]["sd3"]["10 steps"]["ms"]) == {"diffusers", "full", "CAT"}
 
 
+@pytest.mark.long
 def test_what_is_measured_by_size(results: dict[str, Any]) -> None:
     sizes = results["sizes"]["sd3"]
     counted = [(each["tokens"], each["kept"]) for each in sizes.values()]
@@ -94,6 +97,7 @@ def test_what_is_measured_by_size(results: dict[str, Any]) -> None:
     assert len(steps.KEPT) < cuda_graphs.MOST_GRAPHS
 
 
+@pytest.mark.long
 def test_presets_memory_and_threads(results: dict[str, Any]) -> None:
     presets = results["presets"]["sd3"]["10 steps"]
     assert set(presets["ms"]) == {"full", "CAT", "refreshed", "forecast", "fewer steps"}
@@ -107,6 +111,7 @@ def test_presets_memory_and_threads(results: dict[str, Any]) -> None:
     assert results["threads"]["sd3"]["images_per_second"]["two threads"] > 0
 
 
+@pytest.mark.long
 def test_the_parts_of_a_step(results: dict[str, Any]) -> None:
     assert list(results["gemms"]) == list(kernels.GEMM_ROWS)
     assert len(results["gemms"]["full"]["tflops"]) == 6
@@ -120,6 +125,7 @@ def test_the_parts_of_a_step(results: dict[str, Any]) -> None:
     assert len(profile["longest"]) == profiles.TOP
 
 
+@pytest.mark.long
 def test_the_large_model_and_the_pipeline(results: dict[str, Any]) -> None:
     assert set(results["flux"]["10 steps, compiled"]["ms"]) == {"full", "CAT"}
     assert results["flux"]["steps, compiled"]["mac_bound"] == pytest.approx(2.65, abs=1e-2)
@@ -132,6 +138,7 @@ def test_the_large_model_and_the_pipeline(results: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.long
 def test_every_number_is_one(results: dict[str, Any]) -> None:
     def numbers(value: Any) -> Iterator[float]:
         for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -34,6 +34,7 @@ def results(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_quick_has_every_image_of_every_candidate(quick: Path) -> None:
     candidates = json.loads((quick / RUN).read_text())["candidates"]
     methods = [candidate["method"] for candidate in candidates]
@@ -42,6 +43,7 @@ def test_quick_has_every_image_of_every_candidate(quick: Path) -> None:
     assert len(found) == len(results(quick)) == 11 * 2
 
 
+@pytest.mark.long
 def test_quick_tells_the_methods_apart(quick: Path) -> None:
     """What holds on two scenes already: CAT is near the full run, AT-EDM on a transformer is not."""
 
@@ -57,6 +59,7 @@ def test_quick_tells_the_methods_apart(quick: Path) -> None:
     assert all(set(r["scores"]) == {"coverage"} for r in results(quick) if r["candidate"] == "full-10")
 
 
+@pytest.mark.long
 def test_quick_leaves_pictures_and_a_report(quick: Path) -> None:
     report = (quick / "report.html").read_text()
     for method in ("cat", "at-edm", "ras", "random"):

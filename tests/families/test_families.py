@@ -179,6 +179,9 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         transformer_class = "OwnTransformer2DModel"
 
     assert family_of_class("OwnTransformer2DModel") is Own
+    again = families.register(type("Own", Own.__bases__, dict(vars(Own))))
+    assert family_of_class("OwnTransformer2DModel") is again
+    families.register(Own)
     assert type(family_named("own", {})) is Own
     for taken in ({"name": "own"}, {"name": "other", "transformer_class": "FluxTransformer2DModel"}):
         with pytest.raises(SettingsError, match=r"the name or the class is (Own|Flux)'s; choose another name"):
