@@ -22,15 +22,15 @@ def register(family: _Known) -> _Known:
     Raises:
         SettingsError: its name or its transformer's class is another family's.
     """
-    FAMILIES[:] = [other for other in FAMILIES if _place(other) != _place(family)]
-    for other in FAMILIES:
+    others = [other for other in FAMILIES if _place(other) != _place(family)]
+    for other in others:
         if family.name == other.name or family.transformer_class == other.transformer_class:
             raise SettingsError(
                 f"the family {family.name!r} of {family.transformer_class}: the name or the class is "
                 f"{other.__name__}'s",
                 "choose another name",
             )
-    FAMILIES.append(family)
+    FAMILIES[:] = [*others, family]
     return family
 
 

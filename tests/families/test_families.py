@@ -179,7 +179,7 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         transformer_class = "OwnTransformer2DModel"
 
     assert family_of_class("OwnTransformer2DModel") is Own
-    again = families.register(type("Own", Own.__bases__, dict(vars(Own))))
+    again = families.register(type("Own", Own.__bases__, {**vars(Own), "__qualname__": Own.__qualname__}))
     assert family_of_class("OwnTransformer2DModel") is again
     families.register(Own)
     assert type(family_named("own", {})) is Own
