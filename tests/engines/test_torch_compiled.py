@@ -165,7 +165,7 @@ def test_more_shapes_than_torch_keeps_graphs_of(make_tiny: Any, monkeypatch: pyt
     assert torch._dynamo.config.recompile_limit > 1
 
 
-@pytest.mark.long
+@pytest.mark.slow  # the first time on a machine, for which a C++ compiler runs
 @pytest.mark.filterwarnings(IGNORED)
 def test_compiled_by_torch(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its default backend, once: what it makes agrees, and copies no whole cache to change some of its rows."""

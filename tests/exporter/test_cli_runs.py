@@ -153,7 +153,7 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert again.target == (["tensorrt_rtx"] if can_build("tensorrt_rtx") else None)
 
 
-@pytest.mark.long
+@pytest.mark.slow  # a process for each stage
 def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
     traced(tiny_checkpoint)
     result = with_stored_traces(KILLED, tiny_checkpoint, tmp_path / "outs")
