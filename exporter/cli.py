@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shape = parser.add_argument_group("shapes and precision")
     shape.add_argument(
-        "--dtype", type=DType, choices=list(DType), default=DType.FP32, help="of the weights (default: fp32)"
+        "--dtype", choices=[*map(str, DType)], default=str(DType.FP32), help="of the weights (default: fp32)"
     )
     shape.add_argument(
         "--resolution",
@@ -177,7 +177,7 @@ def _export(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         random_weights=arguments.random_weights,
         loras=tuple(map(parse_lora, arguments.lora or ())),
-        dtype=arguments.dtype,
+        dtype=DType(arguments.dtype),
         resolutions=tuple(arguments.resolution or ()),
         prompts=tuple(arguments.batch or (1,)),
         text_length=arguments.text_length,

@@ -68,7 +68,7 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--batch", "1", "--batch", "-2"], "--batch 1 -2: expected"),
         (["--text-length", "0"], "--text-length 0: expected a number of text tokens >= 1"),
         (["--text-length", "-3"], "--text-length -3: expected"),
-        (["--dtype", "fp8"], r"--dtype: .*fp8"),
+        (["--dtype", "fp8"], r"--dtype: invalid choice: 'fp8' \(choose from '?fp32'?, '?fp16'?, '?bf16'?\)"),
         (["--target", "onnx", "--no-plugin"], "--no-plugin: only TensorRT's plans .*; give --target tensorrt too"),
         (["--target", "onnx", "--refittable"], "--refittable: only plans need it.* takes adapters from any bundle"),
         (["--target", "coreml"], r"invalid choice: 'coreml' \(choose from '?onnx'?, '?tensorrt'?, '?tensorrt_rtx'?\)"),
