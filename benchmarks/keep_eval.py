@@ -16,8 +16,8 @@ from typing import Any
 from machine import write_result
 
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
-from cat_pruning.evaluation.findings import Findings
 from cat_pruning.evaluation.intervals import Interval
+from cat_pruning.evaluation.outcome import Outcome
 from cat_pruning.evaluation.paired import paired_difference, score_interval
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="that cat-eval wrote")
     parser.add_argument("--name", default="eval", help="of the file in benchmarks/results (default: eval)")
     arguments = parser.parse_args()
-    found = Findings(arguments.directory)
+    found = Outcome(arguments.directory)
     spec = found.spec
     result = {
         "bundle": spec.bundle,
@@ -42,7 +42,7 @@ def main() -> None:
     print(f"written to {write_result(arguments.name, result)}")  # noqa: T201
 
 
-def _numbers(found: Findings, candidate: Candidate) -> dict[str, Any]:
+def _numbers(found: Outcome, candidate: Candidate) -> dict[str, Any]:
     results = found.of(candidate)
     full, fewer = found.find(FULL, candidate.steps), found.find(FEWER_STEPS, candidate.steps, candidate.keep_ratio)
     return {
@@ -57,7 +57,7 @@ def _numbers(found: Findings, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _differences(found: Findings, candidate: Candidate, other: Candidate | None) -> dict[str, Any]:
+def _differences(found: Outcome, candidate: Candidate, other: Candidate | None) -> dict[str, Any]:
     if other is None or candidate in (other, found.find(FULL, candidate.steps)):
         return {}
     compared = {metric: paired_difference(found.of(candidate), found.of(other), metric) for metric in found.metrics}

@@ -219,7 +219,13 @@ def _transformer_alone(directory: Path, source: Source) -> Checkpoint:
     """A directory that `transformer.save_pretrained` wrote; the rest is as in its family's first published one."""
     config = _read_json(directory, "config.json", f"{directory} is no diffusers model")
     family = family_of_class(_class_of(str(config.get("_class_name")), config))
-    published = next(published for published in published_models().values() if published.family is family)
+    published = next((each for each in published_models().values() if each.family is family), None)
+    if published is None:
+        raise CheckpointError(
+            f"{directory} is a {family.transformer_class} alone, and no published pipeline has one: nothing says what "
+            "its autoencoder and its text are",
+            "give the directory of a whole pipeline",
+        )
     transformer = _without_weights(family, config)
     return _without_pipeline(transformer, published, source, directory)
 

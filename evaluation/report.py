@@ -9,8 +9,8 @@ import jinja2
 from cat_pruning.errors import OutputError
 from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.charts import Picture, inline_picture, quality_curves
-from cat_pruning.evaluation.findings import Findings
 from cat_pruning.evaluation.measures import measure_of
+from cat_pruning.evaluation.outcome import Outcome
 from cat_pruning.evaluation.results import IMAGES, REPORT, TOKENS, RunSpec
 from cat_pruning.evaluation.tables import columns, groups
 from cat_pruning.evaluation.wording import summary
@@ -34,7 +34,7 @@ def write_report(directory: Path) -> Path:
         SettingsError: no evaluation, or no results yet.
         OutputError: the page cannot be written.
     """
-    found = Findings(directory)
+    found = Outcome(directory)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -73,11 +73,11 @@ def _facts(spec: RunSpec) -> list[tuple[str, str]]:
     ]
 
 
-def _main_ratio(found: Findings, steps: int) -> float | None:
+def _main_ratio(found: Outcome, steps: int) -> float | None:
     return min(found.ratios(steps), key=lambda ratio: abs(ratio - _MAIN_RATIO), default=None)
 
 
-def _sheet(found: Findings, steps: int) -> tuple[str, list[str], list[tuple[str, list[Picture]]]]:
+def _sheet(found: Outcome, steps: int) -> tuple[str, list[str], list[tuple[str, list[Picture]]]]:
     """The first prompts under every method at the main ratio: a title, the columns' names, and a row a prompt."""
     ratio, full = _main_ratio(found, steps), found.find(FULL, steps)
     candidates = [*([full] if full else []), *(found.at(steps, ratio) if ratio is not None else [])]
@@ -90,7 +90,7 @@ def _sheet(found: Findings, steps: int) -> tuple[str, list[str], list[tuple[str,
     return title, names, [row for row in rows if any(picture.uri for picture in row[1])]
 
 
-def _sheet_picture(found: Findings, candidate: Candidate, prompt: int) -> Picture:
+def _sheet_picture(found: Outcome, candidate: Candidate, prompt: int) -> Picture:
     result = next((r for r in found.of(candidate) if (r.prompt, r.seed) == (prompt, 0)), None)
     values = [(metric, result.scores.get(metric)) for metric in found.headline] if result else []
     caption = ", ".join(
@@ -101,7 +101,7 @@ def _sheet_picture(found: Findings, candidate: Candidate, prompt: int) -> Pictur
     return inline_picture(found.directory / IMAGES / candidate.key / f"{prompt:05d}-0.png", caption, _SHEET_PIXELS)
 
 
-def _token_maps(found: Findings) -> list[Picture]:
+def _token_maps(found: Outcome) -> list[Picture]:
     maps = [
         inline_picture(found.directory / TOKENS / f"{candidate.key}.png", f"{candidate.title}, {candidate.steps} steps")
         for candidate in found.candidates

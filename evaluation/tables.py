@@ -7,9 +7,9 @@ from statistics import median
 
 from cat_pruning.console import macs
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
-from cat_pruning.evaluation.findings import Findings
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.evaluation.measures import Measure, measure_of
+from cat_pruning.evaluation.outcome import Outcome
 from cat_pruning.evaluation.paired import paired_scores, score_interval
 from cat_pruning.evaluation.wording import limits, signed
 
@@ -33,7 +33,7 @@ class Group:
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def columns(found: Findings) -> list[str]:
+def columns(found: Outcome) -> list[str]:
     """The titles of every table's columns."""
     titles = [measure_of(metric).title for metric in found.metrics]
     of_prompt = [f"{measure_of(metric).title}, change from full (%)" for metric in found.prompt_metrics]
@@ -41,7 +41,7 @@ def columns(found: Findings) -> list[str]:
     return ["Method", "MACs", "Throughput (images/s)", "Speed (×)", *titles, *of_prompt, *to_fewer, "Images"]
 
 
-def groups(found: Findings, steps: int) -> list[Group]:
+def groups(found: Outcome, steps: int) -> list[Group]:
     """The rows of one schedule's table: the full run, then each keep ratio."""
     full = found.find(FULL, steps)
     rows_by_ratio = [Group(title="", rows=((FULL, _cells(found, full)),))] if full else []
@@ -51,7 +51,7 @@ def groups(found: Findings, steps: int) -> list[Group]:
     return rows_by_ratio
 
 
-def _cells(found: Findings, candidate: Candidate) -> tuple[Cell, ...]:
+def _cells(found: Outcome, candidate: Candidate) -> tuple[Cell, ...]:
     results, full = found.of(candidate), found.find(FULL, candidate.steps)
     fewer = found.find(FEWER_STEPS, candidate.steps, candidate.keep_ratio) if candidate.method != FULL else None
     scores = [_score(score_interval(results, metric), measure_of(metric)) for metric in found.metrics]
@@ -60,7 +60,7 @@ def _cells(found: Findings, candidate: Candidate) -> tuple[Cell, ...]:
     return (*_costs(found, candidate, full), *scores, *to_full, *to_fewer, Cell(text=str(len(results))))
 
 
-def _costs(found: Findings, candidate: Candidate, full: Candidate | None) -> tuple[Cell, Cell, Cell]:
+def _costs(found: Outcome, candidate: Candidate, full: Candidate | None) -> tuple[Cell, Cell, Cell]:
     """MACs, throughput and speed; engines are not compared with one another."""
     share = f"{100 * candidate.macs_all / full.macs_all:.0f} % of full" if full and candidate != full else ""
     seconds = median(result.seconds for result in found.of(candidate))
@@ -80,7 +80,7 @@ def _score(interval: Interval | None, measure: Measure) -> Cell:
     return Cell(text=f"{interval.mean:.{measure.digits}f}{spread}", note=left_out)
 
 
-def _change(found: Findings, candidate: Candidate, other: Candidate | None, metric: str, *, percent: bool) -> Cell:
+def _change(found: Outcome, candidate: Candidate, other: Candidate | None, metric: str, *, percent: bool) -> Cell:
     if other is None or other == candidate:
         return Cell(text=_NOTHING)
     paired, measure = paired_scores(found.of(candidate), found.of(other), metric), measure_of(metric)

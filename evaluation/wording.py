@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL
-from cat_pruning.evaluation.findings import Findings
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.methods import FORECAST, MAIN_METHOD, policy_of
+from cat_pruning.evaluation.outcome import Outcome
 from cat_pruning.evaluation.paired import paired_scores, score_interval
 
 
-def summary(found: Findings) -> list[str]:
+def summary(found: Outcome) -> list[str]:
     """A sentence for each main method, ratio, schedule and headline metric that has results."""
     sentences = [
         _sentence(found, metric, method, steps, ratio)
@@ -22,7 +22,7 @@ def summary(found: Findings) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _sentence(found: Findings, metric: str, method: str, steps: int, ratio: float) -> str:
+def _sentence(found: Outcome, metric: str, method: str, steps: int, ratio: float) -> str:
     """A method against the full run and fewer steps; empty where there is nothing to say."""
     candidate = found.find(method, steps, ratio)
     own = score_interval(found.of(candidate), metric)
@@ -49,7 +49,7 @@ def _sentence(found: Findings, metric: str, method: str, steps: int, ratio: floa
     return f"{said}. {compared} prompt{'s' * (compared != 1)}."
 
 
-def _main_methods(found: Findings) -> list[str]:
+def _main_methods(found: Outcome) -> list[str]:
     """The methods of the policy that the evaluation is about, and the forecast."""
     methods = [candidate.method for candidate in found.candidates]
     compared = [method for method in dict.fromkeys(methods) if method not in (FULL, FEWER_STEPS)]

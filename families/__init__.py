@@ -19,6 +19,8 @@ _Known = TypeVar("_Known", bound=type[Family])
 def register(family: _Known) -> _Known:
     """Make a family of your own known in this process; also a class decorator. Defined again, it takes its own place.
 
+    `CatTransformer.from_model` takes any class; an export finds it by its name in diffusers, in a whole pipeline.
+
     Raises:
         SettingsError: its name or its transformer's class is another family's.
     """

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from cat_pruning import families
 from cat_pruning.bundle.schema import Source
 from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
 from cat_pruning.checkpoints.hub import pipeline_snapshot
@@ -76,6 +77,32 @@ def test_text_as_long_as_the_pipelines_default_where_the_tokenizer_has_more(
     directory = write_checkpoint(tmp_path / "pipeline", kind)
     (directory / tokenizer / "tokenizer_config.json").write_text('{"model_max_length": 4096}')
     assert find_checkpoint(str(directory)).text_length == text_length
+
+
+@pytest.mark.parametrize(
+    ("transformer_class", "message"),
+    [
+        ("AuraFlowTransformer2DModel", "AuraFlowTransformer2DModel alone, and no published pipeline has one: .* give"),
+        ("OwnTransformer2DModel", r"diffusers \S+ has no class OwnTransformer2DModel; update diffusers; a class of"),
+    ],
+)
+def test_a_family_of_ones_own_that_no_export_finds(
+    write_checkpoint: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, transformer_class: str, message: str
+) -> None:
+    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES])
+    families.register(
+        type("Own", (families.StableDiffusion3,), {"name": "own", "transformer_class": transformer_class})
+    )
+    directory = write_checkpoint(tmp_path / "pipeline", "sd3")
+    if "alone" in message:
+        directory = directory / "transformer"
+        path, former = directory / "config.json", '"_class_name": "SD3Transformer2DModel"'
+        renamed = f'"_class_name": "{transformer_class}"'
+    else:
+        path, former, renamed = directory / "model_index.json", '"SD3Transformer2DModel"', f'"{transformer_class}"'
+    path.write_text(path.read_text().replace(former, renamed))
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(str(directory))
 
 
 def test_a_transformer_alone(make_tiny: Any, kind: str, tmp_path: Path) -> None:

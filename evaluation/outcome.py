@@ -11,7 +11,7 @@ from cat_pruning.evaluation.methods import AT_EDM, FORECAST, MAIN_METHOD, policy
 from cat_pruning.evaluation.results import ImageResult, load_results, load_spec
 
 
-class Findings:
+class Outcome:
     """The results of a directory, by candidate.
 
     Args:
