@@ -18,25 +18,21 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
 from machine import write_result
 from torch import Tensor
-from try_settings import FORECAST, STEPS, Trials
+from try_settings import FORECAST, STEPS, Trials, forecast_between
 
 from cat_pruning.families import interception
-from cat_pruning.runtime import sampling
-from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.selection.policies import SELECTORS, CatSelector
-from cat_pruning.schedule import StepKind, schedule
+from cat_pruning.schedule import StepKind
 from cat_pruning.settings import Policy, PruneSettings
+from cat_pruning.timeline import step_kind
 
 PAPER = PruneSettings()
 REFRESHED = PruneSettings.preset("refreshed")
@@ -100,7 +96,7 @@ def rare_text(pipe: Any, settings: PruneSettings, computes_text: Callable[[int],
 
     def write(tokens: Tensor, start: int, rows: Tensor) -> None:
         is_text = start == num_tokens  # a joint cache has the image's rows, then the text's
-        if not is_text or schedule(step, settings) is StepKind.FULL or computes_text(step):
+        if not is_text or step_kind(step, settings) is StepKind.FULL or computes_text(step):
             original(tokens, start, rows)
 
     hook = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
@@ -112,26 +108,10 @@ def rare_text(pipe: Any, settings: PruneSettings, computes_text: Callable[[int],
         hook.remove()
 
 
-class SecondOrder(Extrapolation):
-    """The parabola through the last three full steps' outputs, where a step computes all tokens or none."""
-
-    def reset(self) -> None:
-        """Forget the image."""
-        self._full: list[tuple[float, Tensor]] = []
-
-    def __call__(self, noise: Tensor, timestep: float, keep_indices: Tensor) -> Tensor:
-        """The prediction of a step, in Lagrange's form."""
-        if keep_indices.shape[1]:
-            self._full = [*self._full, (timestep, noise.float())][-3:]
-            return noise
-        forecast = torch.zeros_like(noise, dtype=torch.float32)
-        for this, output in self._full:
-            others = [other for other, _ in self._full if other != this]
-            forecast += output * math.prod((timestep - other) / (this - other) for other in others)
-        return forecast.to(noise.dtype)
-
-
-ORDERS = {"forecast": Extrapolation, "forecast, second order": SecondOrder}
+ORDERS = {
+    "forecast": FORECAST,
+    "forecast, second order": forecast_between((*range(4), *range(4, STEPS, 2)), order=2),
+}
 
 
 def main() -> None:
@@ -147,10 +127,8 @@ def main() -> None:
             pipe.transformer = copy.deepcopy(pipe.transformer)  # the same weights, and a selector of its own
             with varying_keep_ratio(keep_ratio):
                 trials.run(pipe, name, PAPER, batch)
-        for name, extrapolation in ORDERS.items():
-            pipe.transformer = copy.deepcopy(pipe.transformer)
-            with mock.patch.object(sampling, "Extrapolation", extrapolation):
-                trials.run(pipe, name, FORECAST, batch)
+        for name, settings in ORDERS.items():
+            trials.run(pipe, name, settings, batch)
     pipe = load_pipeline(arguments.bundle, "torch")
     for batch in trials.batches(pipe):
         for name, (settings, computes_text) in TEXT.items():

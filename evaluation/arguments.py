@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         type=_list_of(str),
         metavar="M,…",
-        help="a policy (cat, noise, cluster, stale, random, ras), alone or with +extrapolate or +refresh after it; "
+        help="a policy (cat, noise, cluster, stale, random, ras), alone or with +refresh after it; "
         "forecast; at-edm (default: every policy, cat+refresh, forecast, and at-edm where model and engine allow it)",
     )
     parser.add_argument("--policies", dest="methods", type=_list_of(str), action=_FormerName, help=argparse.SUPPRESS)

@@ -18,7 +18,7 @@ from PIL import Image
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.evaluation.measures import measure_of
-from cat_pruning.evaluation.methods import EXTRAPOLATED, REFRESHED, policy_of
+from cat_pruning.evaluation.methods import REFRESHED, policy_of
 from cat_pruning.evaluation.paired import paired_difference, score_interval
 from cat_pruning.evaluation.results import ImageResult
 
@@ -47,12 +47,7 @@ class _Style:
     marker: str
     line: str
     width: float
-    hollow: bool
     order: int
-
-    @property
-    def face(self) -> str:
-        return "white" if self.hollow else self.colour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +195,7 @@ def _draw_method(panel: Axes, method: str, points: Sequence[_Point], style: _Sty
         label=method,
         color=style.colour,
         marker=style.marker,
-        markerfacecolor=style.face,
+        markerfacecolor=style.colour,
         markersize=5,
         linestyle=style.line,
         linewidth=style.width,
@@ -211,7 +206,7 @@ def _draw_method(panel: Axes, method: str, points: Sequence[_Point], style: _Sty
 
 
 def _style_of(method: str, methods: Sequence[str]) -> _Style:
-    """How every panel draws a method: with hollow marks if it extrapolates, dash-dotted if it refreshes."""
+    """How every panel draws a method: dash-dotted if it refreshes."""
     policy = policy_of(method)
     if policy in _COLOURS:
         line = "--" if policy == FEWER_STEPS else "-"
@@ -223,8 +218,7 @@ def _style_of(method: str, methods: Sequence[str]) -> _Style:
         line, width, order = "-", 1.3, 3
     if REFRESHED in method:
         line = "-."
-    hollow = EXTRAPOLATED in method
-    return _Style(colour=colour, marker=marker, line=":" if hollow else line, width=width, hollow=hollow, order=order)
+    return _Style(colour=colour, marker=marker, line=line, width=width, order=order)
 
 
 def _inline(figure: Figure, name: str) -> str:

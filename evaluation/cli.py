@@ -109,7 +109,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
 
     manifest = bundle.manifest
     # The paper's in what the methods vary, whatever the bundle's defaults are.
-    settings = manifest.settings.replace(refresh_every=0, extra_full_steps=(), reuse=Reuse.REPEAT)
+    settings = manifest.settings.replace(refresh_every=0, schedule=None, reuse=Reuse.REPEAT)
     if arguments.full_steps is not None:
         settings = settings.replace(full_steps=arguments.full_steps)
     arguments.methods = _methods(arguments, bundle)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.runtime.selection.policies import ras_dense_steps
+from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PRESETS, Policy, Preset, PruneSettings, Reuse
 
 AT_EDM = "at-edm"  # its engine chooses the tokens: `cat_pruning.evaluation.at_edm`
 FORECAST = "forecast"  # pruned steps compute no token: the preset `forecast`
-EXTRAPOLATED = "+extrapolate"  # ending of a policy: `Reuse.EXTRAPOLATE`
 REFRESHED = "+refresh"  # ending of a policy: fewer tokens, more full steps, extrapolated, as the preset `refreshed`
-ENDINGS = (EXTRAPOLATED, REFRESHED)
 MAIN_METHOD = "cat"  # an evaluation's report is about this one, if it is compared
 METHODS = (Policy.CAT, Policy.CAT + REFRESHED, FORECAST, *list(Policy)[1:], AT_EDM)  # the default
 
@@ -31,11 +30,10 @@ def check_method(name: str) -> None:
         SettingsError: it is none.
     """
     without_ending = (*Policy, FORECAST, AT_EDM)
-    with_ending = [policy + ending for policy in Policy for ending in ENDINGS]
-    if name not in (*without_ending, *with_ending):
+    if name not in (*without_ending, *(policy + REFRESHED for policy in Policy)):
         raise SettingsError(
             f"method {name!r} is not known; known are {', '.join(without_ending)}, "
-            f"and {', '.join(Policy)} with {' or '.join(ENDINGS)} after it"
+            f"and {', '.join(Policy)} with {REFRESHED} after it"
         )
 
 
@@ -49,15 +47,20 @@ def settings_of(method: str, keep_ratio: float, steps: int, settings: PruneSetti
         return _preset(settings, Preset.FORECAST, keep_ratio=0.0)
     name = policy_of(method)
     policy = Policy.STALE if name == AT_EDM else Policy(name)
-    reuse = Reuse.EXTRAPOLATE if method.endswith(EXTRAPOLATED) else Reuse.REPEAT
     if policy is Policy.RAS:
-        settings = settings.replace(extra_full_steps=ras_dense_steps(steps, settings.full_steps))
-    settings = settings.replace(policy=policy, reuse=reuse, keep_ratio=keep_ratio)
+        settings = settings.replace(schedule=_ras_schedule(steps, settings.full_steps))
+    settings = settings.replace(policy=policy, keep_ratio=keep_ratio)
     return _preset(settings, Preset.REFRESHED, keep_ratio / 3) if method.endswith(REFRESHED) else settings
+
+
+def _ras_schedule(steps: int, full_steps: int) -> Schedule:
+    """The full steps at the start and RAS's dense ones; pruned steps between."""
+    full = {*range(min(steps, full_steps)), *ras_dense_steps(steps, full_steps)}
+    return Schedule.of(steps, full, pruned=set(range(steps)) - full)
 
 
 def _preset(settings: PruneSettings, preset: Preset, keep_ratio: float) -> PruneSettings:
     """`settings` with what the preset changes, beginning with half as many full steps as they have."""
     first = max(2, settings.full_steps // 2)
-    changes = {**PRESETS[preset], "keep_ratio": keep_ratio, "full_steps": first, "extra_full_steps": ()}
+    changes = {**PRESETS[preset], "keep_ratio": keep_ratio, "full_steps": first, "schedule": None}
     return settings.replace(**changes)

@@ -28,7 +28,7 @@ from cat_pruning.files import write_whole
 from cat_pruning.versions import versions_of
 
 RUN, RESULTS, REPORT, IMAGES, TOKENS = "run.json", "results.jsonl", "report.html", "images", "tokens"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

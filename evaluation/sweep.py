@@ -13,9 +13,10 @@ from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_me
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.families import family_named
-from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import CacheRows
+from cat_pruning.timeline import step_kinds
 from cat_pruning.tools.generate import never_pruned
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from cat_pruning import CatTransformer, PruneSettings
 from cat_pruning.models import miniatures
-from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.schedule import StepKind
 from cat_pruning.settings import Policy
+from cat_pruning.timeline import step_kinds
 
 STEPS = int(os.environ.get("CAT_EXAMPLE_STEPS", "28"))
 PROMPT = "a large red circle left of a small blue star on a plain black background"

@@ -14,9 +14,10 @@ from pathlib import Path
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Shape
+from cat_pruning.timeline import step_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class ImageMacs:
 
     def pruned_image(self, num_steps: int, settings: PruneSettings) -> int:
         """MACs of a split and pruned run: full and pruned steps as the schedule has them."""
-        steps = sum(self.full if kind is StepKind.FULL else self.pruned for kind in step_kinds(num_steps, settings))
+        cost = {StepKind.FULL: self.full, StepKind.PRUNED: self.pruned, StepKind.FORECAST: 0}
+        steps = sum(cost[kind] for kind in step_kinds(num_steps, settings))
         return self.prompt + num_steps * self.timestep + steps
 
 

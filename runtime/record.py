@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cat_pruning.schedule import StepKind
+from cat_pruning.schedule import ScheduledStep, StepKind
 
 
 # eq=False: tensors have no single truth value, so two records are equal only if they are the same one.
@@ -15,8 +15,8 @@ class StepRecord:
     """One step of one image: what was computed.
 
     Attributes:
-        step: number of the step, 0-based.
-        kind: full or pruned.
+        step: number of the step, 0-based: in the schedule, where there is one, else in the image.
+        row: of the schedule, or by rule; full where the schedule's reads what the image has not computed.
         timestep: the scheduler's timestep that the transformer was called with.
         grid: image tokens (high, wide); N = high * wide.
         keep_indices: (B, n) int32, the tokens that were computed in each row of the batch, ascending.
@@ -24,11 +24,16 @@ class StepRecord:
     """
 
     step: int
-    kind: StepKind
+    row: ScheduledStep
     timestep: float
     grid: tuple[int, int]
     keep_indices: Tensor
     cluster_ids: Tensor | None
+
+    @property
+    def kind(self) -> StepKind:
+        """What was computed."""
+        return self.row.kind
 
     @property
     def num_tokens(self) -> int:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepSession, ordinary_tensors
-from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.image import Image, every_token
+from cat_pruning.runtime.outputs import Outputs
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.selection.policies import SELECTORS
 from cat_pruning.runtime.selection.selector import Selector
 from cat_pruning.runtime.side_branch import SideBranch
 from cat_pruning.runtime.timesteps import TimestepReader
-from cat_pruning.schedule import StepKind, schedule
-from cat_pruning.settings import PruneSettings, Reuse
+from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
+from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import LATENTS
+from cat_pruning.timeline import last_read, reference_step, scheduled_step
 
 _ANOTHER_PROMPT = "another prompt"  # the side branch of calls that no context names
 
@@ -34,68 +35,92 @@ class ImageInProgress:
         image: its shapes and conditioning, which the session has begun with.
         session: computes it.
         settings: what to compute on which step.
-        selector: chooses the tokens of pruned steps.
+        selector: chooses the tokens of pruned steps; None where there are none.
 
     Attributes:
         timesteps: of its steps so far.
         record: of its last step; None before the first.
     """
 
-    def __init__(self, image: Image, session: StepSession, settings: PruneSettings, selector: Selector) -> None:
+    def __init__(self, image: Image, session: StepSession, settings: PruneSettings, selector: Selector | None) -> None:
         self.image, self.session, self.settings, self.selector = image, session, settings, selector
         self.timesteps: list[float] = []
         self.record: StepRecord | None = None
-        self._extrapolation = Extrapolation(session.engine.family)
-        self._noise = torch.empty(0)  # the last output
+        self._reference_step = reference_step(settings)
+        self._outputs = Outputs(session.engine.family)
+        self._noise = torch.empty(0)  # every token's as it was last computed
 
     @property
     def timestep(self) -> float:
         """Of its last step; infinite before the first."""
         return self.timesteps[-1] if self.timesteps else math.inf
 
-    def compute(self, latents: Tensor, timestep: float) -> Tensor:
+    def compute(self, latents: Tensor, timestep: float, precision: float) -> Tensor:
         """The prediction of one call; latents on the engine's device and in its dtype.
 
         A failure leaves the image half way: it is to be forgotten.
+
+        Args:
+            latents: of the call.
+            timestep: its value.
+            precision: machine epsilon of the dtype that the timestep came in.
         """
         if self.record is None or timestep != self.timestep:
             self.timesteps.append(timestep)
-            self.record = self._step(latents, timestep)
+            self.record = self._step(latents, timestep, precision)
         else:
             self._noise = self.session.step(latents, timestep, self.record.keep_indices)
-        if self.record.step == self.settings.reference_step:
+        record = self.record
+        if self.selector is not None and self._is_reference(record.step):
             self.selector.refer_to(self._noise)
-        if self.settings.reuse is Reuse.EXTRAPOLATE:
-            return self._extrapolation(self._noise, timestep, self.record.keep_indices)
-        return self._noise
+        output = self._outputs.of(self._noise, record.row, record.keep_indices)
+        if record.num_kept:
+            self._outputs.keep(record.step, output, last_read(record.step, self.settings))
+        return output
 
-    def _step(self, latents: Tensor, timestep: float) -> StepRecord:
-        step = len(self.timesteps) - 1
-        kind = schedule(step, self.settings)
-        tokens = self._every_token(latents) if kind is StepKind.FULL else self._selected(latents)
+    def _step(self, latents: Tensor, timestep: float, precision: float) -> StepRecord:
+        number, row = self._row(timestep, precision)
+        tokens = self._tokens(row.kind, latents)
         self._noise = self.session.step(latents, timestep, tokens)
         return StepRecord(
-            step=step,
-            kind=kind,
+            step=number,
+            row=row,
             timestep=timestep,
             grid=self.image.grid,
             keep_indices=self.session.computed,
-            cluster_ids=self.selector.cluster_ids,
+            cluster_ids=self.selector.cluster_ids if self.selector else None,
         )
 
+    def _is_reference(self, number: int) -> bool:
+        """Whether a step is t0; in an image that begins after it, the first one is."""
+        is_first = len(self.timesteps) == 1
+        return number == self._reference_step or (is_first and number > self._reference_step)
+
+    def _row(self, timestep: float, precision: float) -> tuple[int, ScheduledStep]:
+        """The step's number and row; a full one instead of one that reads what this image has not computed."""
+        table = self.settings.schedule
+        number = len(self.timesteps) - 1
+        if table is not None and table.timesteps is not None:
+            number = table.number_at(timestep, precision)
+        row = scheduled_step(number, self.timesteps, self.settings)
+        is_possible = self._outputs.has(row) and (self.record is not None or row.kind is StepKind.FULL)
+        return number, row if is_possible else FULL_STEP
+
+    def _tokens(self, kind: StepKind, latents: Tensor) -> Tensor | Selector:
+        """The tokens of a step, or their choice within the step."""
+        if kind is StepKind.FULL:
+            return self._every_token(latents)
+        if kind is StepKind.FORECAST or self.selector is None:
+            return latents.new_empty((latents.shape[0], 0), dtype=torch.int32)
+        return self.selector if self.selector.has_begun else self.selector.first(latents, self._noise)
+
     def _every_token(self, latents: Tensor) -> Tensor:
-        """The tokens of a full step."""
         num_tokens, last = int(self.image.dims.num_tokens), self.record
         was_full = last is not None and last.num_kept == num_tokens
         tokens = last.keep_indices if last is not None and was_full else every_token(latents, num_tokens)
-        self.selector.count(tokens)
+        if self.selector is not None:
+            self.selector.count(tokens)
         return tokens
-
-    def _selected(self, latents: Tensor) -> Tensor | Selector:
-        """The tokens of a pruned step, or their choice within the step."""
-        if self.selector.num_kept and not self.selector.has_begun:
-            return self.selector.first(latents, self._noise)
-        return self.selector
 
 
 class Sampling:
@@ -154,10 +179,11 @@ class Sampling:
         if current is not None and self._is_beside(current, latents, value, arguments):
             return self.call_beside(_ANOTHER_PROMPT, latents, timestep, arguments)
         if current is None or not current.image.holds(latents, arguments):
-            current = self._begin(latents, arguments)
+            current = self._begin(latents, arguments, _precision(timestep))
         try:
             with ordinary_tensors():
-                return current.compute(self.session.to_engine(LATENTS, latents), value)
+                precision = _precision(timestep)
+                return current.compute(self.session.to_engine(LATENTS, latents), value, precision)
         except BaseException:
             self.reset()  # a step may have begun that was never computed
             raise
@@ -176,9 +202,8 @@ class Sampling:
         value, new_schedule = self._timesteps.read(timestep)
         self._new_schedule |= new_schedule  # the image's next call begins a new one
         step = self.record if self.record and value == self.record.timestep else None
-        return self._branches[name].call(
-            latents, value, arguments, skip_layers, step, self._expected(), self.settings.reuse
-        )
+        last = last_read(step.step, self.settings) if step else 0
+        return self._branches[name].call(latents, value, arguments, skip_layers, step, self._expected(), last)
 
     def _is_beside(
         self, current: ImageInProgress, latents: Tensor, timestep: float, arguments: Mapping[str, Tensor]
@@ -198,20 +223,24 @@ class Sampling:
         """The timesteps that will come: the schedule's, or where the pipeline hides it, those of the last image."""
         return self._timesteps.schedule or self._past
 
-    def _begin(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> ImageInProgress:
+    def _begin(self, latents: Tensor, arguments: Mapping[str, Tensor], precision: float) -> ImageInProgress:
+        if self.settings.schedule is not None:
+            self.settings.schedule.check_timesteps(self._timesteps.schedule, precision)
         if self._image is not None:
             self._past = self._image.timesteps
         self.reset()
         image = Image(self.session, latents, arguments)
         selector = self._selector_for(image)
-        dims = dataclasses.replace(image.dims, num_kept=selector.num_kept)
+        dims = dataclasses.replace(image.dims, num_kept=selector.num_kept if selector else 0)
         self.session.begin(dims, image.conditioning, self._expected())
         self._image = ImageInProgress(image, self.session, self.settings, selector)
         return self._image
 
-    def _selector_for(self, image: Image) -> Selector:
+    def _selector_for(self, image: Image) -> Selector | None:
         """The last image's, whose captured steps can be replayed, if it was for images like this one."""
         engine = self.session.engine
+        if not self.settings.num_kept(int(image.dims.num_tokens)):
+            return None
         needed = (self.settings, image.dims, engine.device, engine.dtype)
         if needed not in self._selectors:
             self._selectors.clear()
@@ -222,3 +251,7 @@ class Sampling:
             self._selectors[needed] = selector
         self._selectors[needed].reset()
         return self._selectors[needed]
+
+
+def _precision(timestep: Tensor) -> float:
+    return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0

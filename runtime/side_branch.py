@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepSession
-from cat_pruning.runtime.extrapolation import Extrapolation
 from cat_pruning.runtime.image import Image, every_token
+from cat_pruning.runtime.outputs import Outputs
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.settings import Reuse
+from cat_pruning.schedule import FULL_STEP
 from cat_pruning.step_io import LATENTS
 
 
@@ -23,13 +23,13 @@ class SideBranch:
 
     def __init__(self, session: StepSession) -> None:
         self.session = session
-        self._extrapolation = Extrapolation(session.engine.family)
+        self._outputs = Outputs(session.engine.family)
         self.reset()
 
     def reset(self) -> None:
         """Forget the image."""
         self.session.reset()
-        self._extrapolation.reset()
+        self._outputs.reset()
         self._image: Image | None = None
         self._skipped: tuple[int, ...] = ()
         self._last_step: int | None = None
@@ -42,7 +42,7 @@ class SideBranch:
         skip_layers: tuple[int, ...],
         step: StepRecord | None,
         timesteps: Sequence[float],
-        reuse: Reuse,
+        last_read: float,
     ) -> Tensor:
         """Compute one call.
 
@@ -53,23 +53,31 @@ class SideBranch:
             skip_layers: blocks that it leaves out.
             step: what the image computes at this timestep; None if it does not.
             timesteps: those that are expected.
-            reuse: what tokens that are not computed contribute.
+            last_read: the image's last step that reads this one.
         """
         if self._image is None or self._skipped != skip_layers or not self._image.holds(latents, arguments):
             self._begin(latents, arguments, skip_layers, timesteps)
         assert self._image is not None
         latents = self.session.to_engine(LATENTS, latents)
         rows, num_tokens = latents.shape[0], int(self._image.dims.num_tokens)
-        tokens = every_token(latents, num_tokens)
-        if step is not None and self._last_step in (step.step, step.step - 1) and step.keep_indices.shape[0] >= rows:
-            tokens = step.keep_indices[-rows:]
+        tokens, row = every_token(latents, num_tokens), FULL_STEP
+        if step is not None and self._follows(step, rows):
+            tokens, row = step.keep_indices[-rows:], step.row
         try:
             noise = self.session.step(latents, timestep, tokens)
         except BaseException:
             self.reset()
             raise
         self._last_step = step.step if step else None
-        return self._extrapolation(noise, timestep, tokens) if reuse is Reuse.EXTRAPOLATE else noise
+        output = self._outputs.of(noise, row, tokens)
+        if step is not None and tokens.shape[1]:
+            self._outputs.keep(step.step, output, last_read)
+        return output
+
+    def _follows(self, step: StepRecord, rows: int) -> bool:
+        """Whether the branch has what the image's step goes on from."""
+        is_next = self._last_step in (step.step, step.step - 1)
+        return is_next and self._outputs.has(step.row) and step.keep_indices.shape[0] >= rows
 
     def _begin(
         self,

@@ -8,7 +8,6 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import profile_spec
@@ -17,7 +16,6 @@ from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.families import family_named
 from cat_pruning.files import write_whole
-from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, Run, never_pruned
 from cat_pruning.tools.pictures import psnr_db
@@ -32,8 +30,6 @@ class Comparison:
         None where a pruned step computes nothing.
     full_macs, pruned_macs: of one run. psnr_db: of each image, pruned against full. versions: that made the bundle.
     """
-
-    kinds: ClassVar[tuple[StepKind, StepKind]] = (StepKind.FULL, StepKind.PRUNED)
 
     engine: str
     full_step_ms: float | None
@@ -90,8 +86,8 @@ def summarise(
     macs = ImageMacs(spec.full_total, spec.pruned_total, spec.prompt_linear, spec.timestep_linear)
     return Comparison(
         engine=engine,
-        full_step_ms=full.median_ms(StepKind.FULL),
-        pruned_step_ms=pruned.median_ms(StepKind.PRUNED),
+        full_step_ms=full.median_ms(full=True),
+        pruned_step_ms=pruned.median_ms(full=False),
         full_image_s=full.seconds,
         pruned_image_s=pruned.seconds,
         mac_bound=macs.full / macs.pruned if macs.pruned else None,

@@ -40,9 +40,10 @@ class Run:
     records: list[StepRecord]
     step_ms: list[float]
 
-    def median_ms(self, kind: StepKind) -> float | None:
-        """Median time of the steps of one kind, selection included; None where there are none."""
-        times = [ms for record, ms in zip(self.records, self.step_ms, strict=True) if record.kind is kind]
+    def median_ms(self, *, full: bool) -> float | None:
+        """Median time of the full steps or of the others, selection included; None where there are none."""
+        steps = zip(self.records, self.step_ms, strict=True)
+        times = [ms for record, ms in steps if (record.kind is StepKind.FULL) is full]
         return statistics.median(times) if times else None
 
 
@@ -72,7 +73,7 @@ def generate(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Run:
 
 def never_pruned(settings: PruneSettings, steps: int) -> PruneSettings:
     """The same settings with every one of `steps` steps full: the run to compare with."""
-    return settings.replace(full_steps=max(2, 2 * steps), extra_full_steps=())  # Heun counts fewer steps, never more
+    return settings.replace(full_steps=max(2, 2 * steps), schedule=None)  # Heun counts fewer steps, never more
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from cat_pruning import console
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.installation import require
 from cat_pruning.names import ENGINES
-from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.schedule import StepKind
 from cat_pruning.settings import Preset, PruneSettings, Reuse
+from cat_pruning.timeline import step_kinds
 
 if TYPE_CHECKING:
     from cat_pruning.bundle.manifest import Manifest
@@ -121,13 +122,13 @@ def _generate(arguments: argparse.Namespace) -> None:
         ),
     )
     _check_size(manifest, pipe, height, width)
-    if StepKind.PRUNED not in step_kinds(config.steps, settings):
+    if set(step_kinds(config.steps, settings)) == {StepKind.FULL}:
         later = f", then one in {settings.refresh_every} (--refresh-every)" if settings.refresh_every else ""
         none = f"none of {config.steps} steps is pruned: the first {settings.full_steps} are full (--full-steps){later}"
         if arguments.token_map:
             raise SettingsError(f"--token-map: {none}", "give more --steps, or fewer full ones")
         terminal.print(f"[yellow]{none}[/]", highlight=False)
-    elif not settings.keep_ratio and not settings.refresh_every and not settings.extra_full_steps:
+    elif not settings.keep_ratio and not settings.refresh_every and settings.schedule is None:
         terminal.print(
             f"[yellow]nothing is computed after the first {settings.full_steps} steps (--keep-ratio 0); "
             "give --refresh-every 2 --reuse extrapolate[/]",
@@ -222,7 +223,7 @@ def _compare(
     for column in ("", "image", "full step", "pruned step", "MACs of the image"):
         table.add_column(column, justify="right" if column else "left")
     for name, run, cost in (("full", full, comparison.full_macs), ("pruned", pruned, comparison.pruned_macs)):
-        medians = [run.median_ms(kind) for kind in comparison.kinds]
+        medians = [run.median_ms(full=is_full) for is_full in (True, False)]
         times = [f"{ms:.1f} ms" if ms is not None else "–" for ms in medians]
         table.add_row(name, f"{run.seconds:.2f} s", *times, console.macs(cost))
     Console().print(table)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cat_pruning.schedule import StepKind, schedule
+from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
+from cat_pruning.timeline import step_kinds
 
 if TYPE_CHECKING:
     from cat_pruning.exporter.macs import ImageMacs
@@ -44,8 +45,8 @@ def step_bound(model: str) -> float:
 def loop_bound(model: str, num_steps: int, settings: PruneSettings) -> float:
     """The most that an image of so many steps can gain in the torch engine, at the default keep ratio."""
     macs = step_macs(model)
-    kinds = [schedule(step, settings) for step in range(num_steps)]
-    return num_steps * macs["full"] / sum(macs["full" if kind is StepKind.FULL else "pruned"] for kind in kinds)
+    cost = {StepKind.FULL: macs["full"], StepKind.PRUNED: macs["pruned"], StepKind.FORECAST: 0}
+    return num_steps * macs["full"] / sum(cost[kind] for kind in step_kinds(num_steps, settings))
 
 
 def fewer_steps(model: str, num_steps: int, settings: PruneSettings) -> int:

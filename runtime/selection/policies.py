@@ -135,7 +135,7 @@ class RasSelector(Selector):
     """Region-adaptive sampling: the n highest std(output) · exp(k · drops), drops counted from the first pruned step.
 
     The standard deviation is over a token's values; RAS's authors take it over the channels of each latent pixel, of
-    the guided output, and average over the token's pixels. Their dense steps are `PruneSettings.extra_full_steps`.
+    the guided output, and average over the token's pixels. Their dense steps are rows of `PruneSettings.schedule`.
     Compared by their logarithms, which cannot overflow.
     """
 

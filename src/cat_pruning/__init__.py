@@ -1,6 +1,7 @@
 """CAT Pruning (Cheng, Chen, Jia; arXiv 2502.00433) for deployment.
 
     PruneSettings      what to compute on which step
+    Schedule           the same as a table, fitted to a model by `cat-tune`
     CatTransformer     stands in for `pipe.transformer` of a diffusers pipeline
     load_pipeline      a bundle written by `cat-export` as a ready diffusers pipeline
 
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cat_pruning.runtime.pipeline import load_pipeline
     from cat_pruning.runtime.transformer import CatTransformer
+    from cat_pruning.schedule import Schedule
     from cat_pruning.settings import PruneSettings
 
 __version__ = "0.1.0"
-__all__ = ["CatTransformer", "PruneSettings", "load_pipeline"]
+__all__ = ["CatTransformer", "PruneSettings", "Schedule", "load_pipeline"]
 
 _HOME = {
     "CatTransformer": "cat_pruning.runtime.transformer",
     "PruneSettings": "cat_pruning.settings",
+    "Schedule": "cat_pruning.schedule",
     "load_pipeline": "cat_pruning.runtime.pipeline",
 }
 

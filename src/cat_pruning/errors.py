@@ -2,6 +2,7 @@
 
     CatError
     ├── SettingsError     an argument or setting outside its domain (also a ValueError)
+    │   └── ScheduleError a schedule that is damaged, or that was made for another model or other timesteps
     ├── ShapeError        a resolution, batch or token count that the model cannot take (also a ValueError)
     ├── CheckpointError   a checkpoint that is missing, gated, unreachable or of no supported family
     ├── BundleError       a bundle that is missing, truncated, edited or of another format version
@@ -34,6 +35,10 @@ class CatError(Exception):
 
 class SettingsError(CatError, ValueError):
     """An argument or setting is outside its domain."""
+
+
+class ScheduleError(SettingsError):
+    """A schedule is damaged, or was made for another model or other timesteps."""
 
 
 class ShapeError(CatError, ValueError):

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from pydantic.dataclasses import dataclass
 
 from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.schedule import Schedule, StepKind
 
 _Settings = TypeVar("_Settings")
 
@@ -33,7 +34,7 @@ class Reuse(StrEnum):
     """What a token that is not computed contributes to the noise prediction."""
 
     REPEAT = "repeat"  # its last output: the paper's
-    EXTRAPOLATE = "extrapolate"  # the line through its last two outputs. See `cat_pruning.runtime.extrapolation`
+    EXTRAPOLATE = "extrapolate"  # the line through the outputs of the last two full steps
 
 
 class Pooling(StrEnum):
@@ -74,7 +75,7 @@ Quotas = Annotated[tuple[Quota, ...], Field(strict=False, min_length=1, descript
 Count = Annotated[int, Field(ge=1, description="an integer >= 1")]
 FullSteps = Annotated[int, Field(ge=2, description="an integer >= 2")]
 Interval = Annotated[int, Field(ge=0, description="an integer >= 1, or 0 for none")]
-Steps = Annotated[tuple[int, ...], Field(strict=False, description="integers")]
+Table = Annotated[Schedule | None, Field(description="a Schedule")]
 
 
 def _refuse_with_settings_errors(cls: type[_Settings]) -> type[_Settings]:
@@ -115,9 +116,10 @@ class PruneSettings:
         keep_ratio: fraction of the image tokens that a pruned step computes, in [0, 1]; 1 is the unpruned model. 0
             computes nothing at all, the text's rows neither, as the preset `forecast` does.
         full_steps: full steps at the start, F >= 2. Step F-2 is the reference of the relative noise.
-        refresh_every: after them, every K-th step is full as well (`schedule`); 0 is the paper's: none.
+        refresh_every: after them, every K-th step is full as well (`timeline`); 0 is the paper's: none.
         policy: how the tokens are chosen; the paper's is CAT.
-        reuse: what the others contribute; the paper's is REPEAT.
+        reuse: what the others contribute; the paper's is REPEAT. EXTRAPOLATE needs `refresh_every`: far from the full
+            steps, the line through them leads away from the image.
         num_clusters: clusters of KMeans, at most the number of image tokens.
         noise_scale: weight of the relative noise against the position in the features of KMeans.
         fresh_fraction: share of a later selection that goes by relative noise; the rest goes to stale tokens.
@@ -126,7 +128,8 @@ class PruneSettings:
         first_quota: most that one cluster gives to the first selection, as a fraction of the kept tokens.
         fresh_quotas: the same for later selections, by rank of the cluster; the last one serves all further ranks.
         kmeans_iterations: Lloyd iterations, a fixed number.
-        extra_full_steps: steps (0-based, >= full_steps) that run full as well, by their numbers; none in the paper.
+        schedule: a table that says of every step what it computes, instead of the three settings `full_steps`,
+            `refresh_every` and `reuse`. None: those say it.
 
     Raises:
         SettingsError: a value is outside its domain, or there is no such field.
@@ -145,15 +148,24 @@ class PruneSettings:
     first_quota: Quota = 0.10
     fresh_quotas: Quotas = (0.15, 0.10, 0.05)
     kmeans_iterations: Count = 10
-    extra_full_steps: Steps = ()
+    schedule: Table = None
 
-    @field_validator("extra_full_steps")
+    @field_validator("reuse")
     @classmethod
-    def _after_the_first_ones(cls, steps: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        # Pydantic leaves `full_steps` out of `info.data` if it was refused; then its own error is the one to tell.
-        if any(step < info.data.get("full_steps", 0) for step in steps):
-            raise ValueError(f"integers >= full_steps ({info.data['full_steps']})")
-        return steps
+    def _near_full_steps(cls, reuse: Reuse, info: ValidationInfo) -> Reuse:
+        # Pydantic leaves a field that it refused out of `info.data`; then that field's own error is the one to tell.
+        if reuse is Reuse.EXTRAPOLATE and info.data.get("refresh_every") == 0:
+            raise ValueError(f"{Reuse.REPEAT} without refresh_every, which {reuse} needs")
+        return reuse
+
+    @classmethod
+    def tuned(cls, schedule: Schedule, **changes: Any) -> Self:
+        """The settings of a schedule, as `cat-tune` fits them.
+
+        Raises:
+            SettingsError: a value is outside its domain.
+        """
+        return cls(**{"schedule": schedule, **changes})
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -177,24 +189,28 @@ class PruneSettings:
         return cls(**{**PRESETS[Preset(name)], **changes})
 
     @property
-    def reference_step(self) -> int:
-        """t0 = F - 2, the step (0-based) whose noise is the reference of the relative noise."""
-        return self.full_steps - 2
+    def prunes(self) -> bool:
+        """Whether there may be steps that compute some tokens and not all."""
+        table = self.schedule
+        scheduled = table is None or any(step.kind is StepKind.PRUNED for step in table.steps)
+        return self.keep_ratio > 0.0 and scheduled
 
     def num_kept(self, num_tokens: int) -> int:
-        """n, the tokens that a pruned step computes: floor(keep_ratio * N), at least 1 but where keep_ratio is 0.
+        """n, the tokens that a pruned step computes: floor(keep_ratio * N), at least 1; 0 where no step is pruned.
 
         The paper's own count: 1228 of 4096 at 0.3. The small term keeps 0.29 * 100 from becoming 28.
 
         Raises:
             ShapeError: the image has fewer tokens than there are clusters.
         """
+        if not self.prunes:
+            return 0
         if num_tokens < self.num_clusters:
             raise ShapeError(
                 f"the image has {num_tokens} tokens, fewer than num_clusters={self.num_clusters}",
                 f"use a larger resolution or num_clusters <= {num_tokens}",
             )
-        return max(1, math.floor(self.keep_ratio * num_tokens + 1e-6)) if self.keep_ratio else 0
+        return max(1, math.floor(self.keep_ratio * num_tokens + 1e-6))
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; validated like a new one."""
@@ -202,7 +218,8 @@ class PruneSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
-        return dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"schedule": self.schedule.model_dump(mode="json") if self.schedule else None}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -211,4 +228,6 @@ class PruneSettings:
         Raises:
             SettingsError: an unknown field, or a value of the wrong type or outside its domain.
         """
+        if isinstance(table := fields.get("schedule"), Mapping):
+            fields = {**fields, "schedule": Schedule.from_dict(table)}
         return cls(**fields)
