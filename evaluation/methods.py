@@ -9,7 +9,7 @@ from __future__ import annotations
 from cat_pruning.errors import SettingsError
 from cat_pruning.runtime.selection.policies import ras_dense_steps
 from cat_pruning.schedule import Schedule
-from cat_pruning.settings import PRESETS, Policy, Preset, PruneSettings, Reuse
+from cat_pruning.settings import PRESETS, Policy, Preset, PruneSettings
 
 AT_EDM = "at-edm"  # its engine chooses the tokens: `cat_pruning.evaluation.at_edm`
 FORECAST = "forecast"  # pruned steps compute no token: the preset `forecast`

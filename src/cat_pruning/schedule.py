@@ -157,13 +157,16 @@ class Schedule(_Model):
         full, pruned, weights = set(full), set(pruned), weights or {}
         if strange := (full | pruned | set(weights)) - set(range(num_steps)):
             raise ScheduleError(f"steps {sorted(strange)} of {num_steps}", f"give numbers from 0 to {num_steps - 1}")
-        steps = tuple(
-            ScheduledStep(
-                kind=_kind(number, full, pruned), weights={} if number in full else dict(weights.get(number, {}))
+
+        def made() -> Any:
+            rows = (
+                ScheduledStep(kind=kind, weights=dict(weights.get(number, {})) if kind is not StepKind.FULL else {})
+                for number, kind in enumerate(kinds)
             )
-            for number in range(num_steps)
-        )
-        return cls._validated("a schedule", lambda: cls(steps=steps, **fields))
+            return cls(steps=tuple(rows), **fields)
+
+        kinds = [_kind(number, full, pruned) for number in range(num_steps)]
+        return cls._validated("a schedule", made)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

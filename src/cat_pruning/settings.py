@@ -10,7 +10,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from cat_pruning.errors import SettingsError, ShapeError
@@ -99,6 +99,8 @@ def _first_problem(cls: Any, fields: Mapping[str, Any], error: ValidationError) 
     if unknown := sorted(set(fields) - set(known)):
         return f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
     problem = error.errors()[0]
+    if not problem["loc"]:  # fields that do not go together
+        return str(problem["ctx"]["error"])
     name = str(problem["loc"][0])
     expected = problem.get("ctx", {}).get("error") or known[name].description
     return f"{name}={fields[name]!r}: expected {expected}"
@@ -150,13 +152,11 @@ class PruneSettings:
     kmeans_iterations: Count = 10
     schedule: Table = None
 
-    @field_validator("reuse")
-    @classmethod
-    def _near_full_steps(cls, reuse: Reuse, info: ValidationInfo) -> Reuse:
-        # Pydantic leaves a field that it refused out of `info.data`; then that field's own error is the one to tell.
-        if reuse is Reuse.EXTRAPOLATE and info.data.get("refresh_every") == 0:
-            raise ValueError(f"{Reuse.REPEAT} without refresh_every, which {reuse} needs")
-        return reuse
+    @model_validator(mode="after")
+    def _near_full_steps(self) -> Self:
+        if self.reuse is Reuse.EXTRAPOLATE and not self.refresh_every:
+            raise ValueError(f"reuse='{self.reuse}': expected {Reuse.REPEAT} where refresh_every is 0")
+        return self
 
     @classmethod
     def tuned(cls, schedule: Schedule, **changes: Any) -> Self:

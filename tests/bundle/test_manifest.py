@@ -13,6 +13,7 @@ from cat_pruning.bundle.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest,
 from cat_pruning.bundle.schema import FileSpec, PipelineSpec, PlanSpec, Source
 from cat_pruning.dtype import DType
 from cat_pruning.errors import BundleError
+from cat_pruning.schedule import Schedule
 from cat_pruning.settings import Pooling, PruneSettings
 from cat_pruning.step_io import Part, StepDims
 
@@ -37,7 +38,7 @@ FIELDS: dict[str, Any] = {
     "transformer_config": {"num_layers": 2, "dual_attention_layers": [0, 1], "qk_norm": None},
     "dtype": "fp16",
     "guidance": True,
-    "settings": PruneSettings().to_dict() | {"fresh_quotas": [0.15, 0.1, 0.05], "extra_full_steps": []},
+    "settings": PruneSettings().to_dict() | {"fresh_quotas": [0.15, 0.1, 0.05], "schedule": None},
     "geometry": {
         "pixels_per_latent": 8,
         "patch_size": 2,
@@ -140,7 +141,11 @@ def test_round_trip_through_disk(tmp_path: Path) -> None:
 
 def test_round_trip_of_settings_that_are_not_the_papers(tmp_path: Path) -> None:
     settings = PruneSettings(
-        keep_ratio=0.5, pooling=Pooling.MEAN, fresh_quotas=(0.2, 1 / 3), extra_full_steps=(12, 20), num_clusters=7
+        keep_ratio=0.5,
+        pooling=Pooling.MEAN,
+        fresh_quotas=(0.2, 1 / 3),
+        schedule=Schedule.of(28, (0, 12, 20)),
+        num_clusters=7,
     )
     manifest = read_manifest(write(tmp_path, FIELDS | {"settings": settings.to_dict(), "macs": [], "profiles": [
         FIELDS["profiles"][0] | {"num_kept": settings.num_kept(256)}

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from cat_pruning.errors import CatError, SettingsError, ShapeError
-from cat_pruning.schedule import StepKind, step_kinds
+from cat_pruning.schedule import Schedule, StepKind
 from cat_pruning.settings import PRESETS, Policy, Pooling, Preset, PruneSettings, Reuse
+from cat_pruning.timeline import step_kinds
 
 
 def test_the_defaults_are_the_papers() -> None:
     settings = PruneSettings()
     assert (settings.keep_ratio, settings.full_steps, settings.num_clusters) == (0.3, 8, 20)
     assert (settings.noise_scale, settings.fresh_fraction, settings.staleness_decay) == (0.05, 0.25, 0.5)
-    assert settings.reference_step == 6
-    assert settings.extra_full_steps == ()
+    assert (settings.refresh_every, settings.reuse, settings.schedule) == (0, Reuse.REPEAT, None)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,8 @@ def test_the_defaults_are_the_papers() -> None:
         *(("first_quota", value) for value in (0.0, 1.1, math.nan)),
         *(("fresh_quotas", value) for value in ((), (0.1, 0.0), (1.1,), (math.nan,))),
         *(("kmeans_iterations", value) for value in (0, 2.5, False)),
-        *(("extra_full_steps", value) for value in ((7,), (9, 3), (9.0,))),
+        ("reuse", "extrapolate"),  # without refresh_every
+        *(("schedule", value) for value in ("28-9", (0, 1), 3)),
     ],
 )
 def test_a_value_outside_its_domain_is_named(name: str, value: Any) -> None:
@@ -70,7 +71,7 @@ def test_fewer_tokens_than_clusters() -> None:
 
 def test_round_trip_through_json() -> None:
     settings = PruneSettings(
-        keep_ratio=0.5, pooling=Pooling.MEAN, fresh_quotas=(0.2, 0.1), extra_full_steps=(12, 20), full_steps=4
+        keep_ratio=0.5, pooling=Pooling.MEAN, fresh_quotas=(0.2, 0.1), schedule=Schedule.of(9, (0, 4)), full_steps=4
     )
     again = PruneSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
     assert again == settings
@@ -84,7 +85,7 @@ def test_unknown_fields_are_named() -> None:
         PruneSettings.from_dict({"ratio": 0.3, "alpha": 1, "keep_ratio": 0.3})
 
 
-@pytest.mark.parametrize("fields", [{"keep_ratio": "0.3"}, {"fresh_quotas": 0.1}, {"extra_full_steps": 9}])
+@pytest.mark.parametrize("fields", [{"keep_ratio": "0.3"}, {"fresh_quotas": 0.1}, {"schedule": 9}])
 def test_fields_of_the_wrong_type(fields: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         PruneSettings.from_dict(fields)
@@ -96,8 +97,8 @@ def test_replace_validates_and_leaves_the_original() -> None:
     assert settings.keep_ratio == 0.3
     with pytest.raises(SettingsError, match="keep_ratio"):
         settings.replace(keep_ratio=2.0)
-    with pytest.raises(SettingsError, match="extra_full_steps"):
-        settings.replace(extra_full_steps=(9,)).replace(full_steps=10)
+    with pytest.raises(SettingsError, match="reuse='extrapolate': expected repeat where refresh_every is 0"):
+        PruneSettings.preset("forecast").replace(refresh_every=0)
 
 
 def test_the_presets() -> None:

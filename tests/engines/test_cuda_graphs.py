@@ -101,9 +101,9 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
     changes: list[dict[str, Any]] = [
         {"fresh_fraction": 0.5},
         {"num_clusters": 9},
-        {"extra_full_steps": (6,)},
+        {"refresh_every": 3},
         *({"policy": policy} for policy in Policy),
-        {"reuse": "extrapolate"},
+        {"refresh_every": 3, "reuse": "extrapolate"},
         {"fresh_fraction": 0.5},
     ]
     if name != "torch":  # policies are the selector's, whatever the engine
@@ -116,7 +116,7 @@ def test_settings_change_between_images(name: str, make: Make, drop_in: Any, sam
                 **{
                     "fresh_fraction": 0.25,
                     "num_clusters": 20,
-                    "extra_full_steps": (),
+                    "refresh_every": 0,
                     "policy": "cat",
                     "reuse": "repeat",
                 }

@@ -10,8 +10,9 @@ from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.methods import METHODS, settings_of
 from cat_pruning.evaluation.sweep import Sweep
-from cat_pruning.schedule import StepKind, step_kinds
-from cat_pruning.settings import Policy, PruneSettings, Reuse
+from cat_pruning.schedule import StepKind
+from cat_pruning.settings import Policy, PruneSettings
+from cat_pruning.timeline import step_kinds
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +119,12 @@ def test_candidates_say_what_they_are_made_with(sweep: Any) -> None:
 def test_settings_of_a_method() -> None:
     base = PruneSettings(num_clusters=9)
     assert settings_of("cat", 0.4, 28, base) == base.replace(keep_ratio=0.4)
-    assert settings_of("ras", 0.3, 28, base).extra_full_steps == (12, 20)
-    assert settings_of("stale+extrapolate", 0.3, 28, base) == base.replace(policy=Policy.STALE, reuse=Reuse.EXTRAPOLATE)
+    assert settings_of("ras", 0.3, 28, base).schedule.full_steps == (*range(8), 12, 20)
 
 
 @pytest.mark.parametrize(
     "method",
-    ["best", "at-edm+extrapolate", "at-edm+refresh", "forecast+refresh", "", "cat+", "cat+extrapolate+refresh"],
+    ["best", "at-edm+refresh", "forecast+refresh", "", "cat+", "cat+refresh+refresh"],
 )
 def test_an_unknown_method_is_named(sweep: Any, method: str) -> None:
     with pytest.raises(SettingsError, match="is not known; known are cat, noise"):

@@ -224,7 +224,7 @@ def test_pixart_sigma_against_the_paper(pixart: Count) -> None:
 
 def test_totals_follow_the_schedule() -> None:
     image = ImageMacs(full=100, pruned=1, prompt=10_000, timestep=1_000_000)
-    settings = PruneSettings(full_steps=3, extra_full_steps=(5,))
+    settings = PruneSettings(full_steps=3, refresh_every=5)
     assert image.pruned_image(8, settings) == 8_010_404  # the prompt once, the timestep 8 times, 4 full steps of 8
     assert image.pruned_image(2, settings) == 2_010_200
     assert image.unpruned(2) == 2_020_200  # everything on every step

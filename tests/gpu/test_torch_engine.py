@@ -47,7 +47,7 @@ def test_settings_between_images(device: torch.device, make: Make, sample: Any, 
     for settings in (
         PruneSettings(full_steps=4),
         PruneSettings(keep_ratio=0.5, num_clusters=9),
-        PruneSettings(extra_full_steps=(10,), pooling=Pooling.MEAN),
+        PruneSettings(refresh_every=5, pooling=Pooling.MEAN),
         PruneSettings(keep_ratio=1),
     ):
         plain.settings = fast.settings = settings

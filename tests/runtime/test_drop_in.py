@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.runtime.selection import kmeans, selection
+from cat_pruning.schedule import Schedule
 
 Make = Callable[..., Any]
 STEPS = 7
@@ -138,6 +139,10 @@ def _image(size: tuple[int, int]) -> Tensor:
     return torch.stack([rows.view(-1, 1).expand(size), columns.expand(size), torch.full(size, 0.5)]).unsqueeze(0)
 
 
-def test_extra_full_steps_are_full(engine: StepEngine, drop_in: Make, sample: Make) -> None:
-    run = sample(drop_in(engine, **SETTINGS, extra_full_steps=(4,)), STEPS, SIZE)
+def test_full_steps_of_a_table_are_full(engine: StepEngine, drop_in: Make, sample: Make) -> None:
+    table = Schedule.of(STEPS, (0, 1, 2, 4), pruned=(3, 5, 6))
+    by_rule = sample(drop_in(engine, **SETTINGS), STEPS, SIZE)
+    run = sample(drop_in(engine, **SETTINGS, schedule=table), STEPS, SIZE)
     assert run.kinds == "FFFPFPP"
+    assert torch.equal(run.latents[3], by_rule.latents[3])
+    assert not torch.equal(run.latents[4], by_rule.latents[4])

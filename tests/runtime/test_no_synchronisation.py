@@ -23,7 +23,7 @@ from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse
 from cat_pruning.step_io import LATENTS, SYMBOLIC, TIMESTEP
 
 GRID = (8, 6)
-SETTINGS = PruneSettings(full_steps=2, num_clusters=5, extra_full_steps=(4,))
+SETTINGS = PruneSettings(full_steps=2, num_clusters=5, refresh_every=5)
 KINDS = ["sd3", "sd3.5", "pixart", "pixart-alpha", "flux-dev", "flux-schnell"]
 HOST_READS: dict[str, Callable[[torch.Tensor], object]] = {
     "item": lambda x: x.sum().item(),

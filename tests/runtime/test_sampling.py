@@ -14,6 +14,7 @@ from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.selection import kmeans, selection
 from cat_pruning.runtime.selection.selector import guiding_rows
+from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import StepDims
 
@@ -148,15 +149,16 @@ def test_the_timeline(
         assert torch.equal(later[2], expected)
 
 
-def test_extra_full_steps_count_for_every_token(
+def test_full_steps_of_a_table_count_for_every_token(
     session: NoiseSession, conditioning: dict[str, Tensor], spied: dict[str, list[tuple[Any, ...]]]
 ) -> None:
-    sampling = Sampling(session, SETTINGS.replace(extra_full_steps=(4, 6)))
+    table = Schedule.of(10, (0, 1, 2, 3, 4, 6), pruned=(5, 7, 8, 9))
+    sampling = Sampling(session, SETTINGS.replace(schedule=table))
     assert run(sampling, conditioning) == "FFFFFPFPPP"
     assert [kept.shape[1] for kept in session.kept] == [64] * 5 + [25] + [64] + [25] * 3
     tokens = [session.engine.family.noise_tokens(noise) for noise in session.noises]
     (first,) = spied["first_selection"]
-    torch.testing.assert_close(first[0], (tokens[4] - tokens[2])[torch.tensor([1, 1])])
+    torch.testing.assert_close(first[0], (tokens[4] - tokens[3])[torch.tensor([1, 1])])
     counts = spied["next_selection"][0][2]
     chosen = torch.zeros(2, 64).scatter(1, session.kept[5].long(), 1.0)
     assert torch.equal(counts, chosen * SETTINGS.staleness_decay + 1)
