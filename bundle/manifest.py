@@ -4,7 +4,7 @@
     ├── Source, transformer_class, transformer_config, dtype, guidance, PruneSettings    what was exported
     ├── Geometry, GraphSpec*, ProfileSpec*                                               its graphs and shapes
     ├── MacsSpec*                                                                        what a step costs
-    ├── PlanSpec*, PipelineSpec                                                          what lies beside the graphs
+    ├── PlanSpec*, PipelineSpec, schedules                                               what lies beside the graphs
     └── versions, FileSpec*                                                              what made it, what to check
 
 Every model is frozen, strict and refuses unknown fields, and the shapes are checked against each
@@ -15,6 +15,7 @@ A change of these fields, or of those of `PruneSettings`, is a new `FORMAT_VERSI
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import shlex
@@ -43,7 +44,7 @@ from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
 
-FORMAT_VERSION: Final = 5
+FORMAT_VERSION: Final = 6
 MANIFEST_NAME: Final = "manifest.json"
 
 
@@ -88,6 +89,7 @@ class Manifest(Spec):
     macs: Annotated[tuple[MacsSpec, ...], Strict(False)] = ()
     plans: Annotated[tuple[PlanSpec, ...], Strict(False)] = ()
     pipeline: PipelineSpec | None = None
+    schedules: Annotated[tuple[BundlePath, ...], Strict(False)] = ()
     versions: dict[str, str]
     files: dict[BundlePath, FileSpec] = Field(default_factory=dict)
 
@@ -138,10 +140,19 @@ class Manifest(Spec):
             raise ValueError(f"graphs that are not among the files: {', '.join(missing)}")
         if missing := [plan.file for plan in self.plans if plan.file not in self.files]:
             raise ValueError(f"plans that are not among the files: {', '.join(missing)}")
+        if missing := [name for name in self.schedules if name not in self.files]:
+            raise ValueError(f"schedules that are not among the files: {', '.join(missing)}")
         folder = self.pipeline.path if self.pipeline else None
         if folder and not any(name.startswith(f"{folder}/") for name in self.files):
             raise ValueError(f"no files below the pipeline's {folder}/")
         return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest without its schedules: the same before and after they are tuned."""
+        others = {name: spec for name, spec in self.files.items() if name not in self.schedules}
+        text = type(self).model_validate(dict(self) | {"schedules": (), "files": others}).model_dump_json()
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileSpec]) -> Self:
         """A copy with other files; validated like a new one."""

@@ -133,10 +133,8 @@ def _spec(
 ) -> RunSpec:
     import inspect
 
-    from cat_pruning.bundle.manifest import MANIFEST_NAME
     from cat_pruning.evaluation.results import RunSpec, machine
     from cat_pruning.evaluation.sweep import Sweep
-    from cat_pruning.files import sha256
 
     manifest, pipe = bundle.manifest, generator.pipe
     guidance = arguments.guidance_scale
@@ -159,7 +157,7 @@ def _spec(
     )
     return RunSpec(
         bundle=arguments.bundle.resolve().name,
-        bundle_sha256=sha256(bundle.path / MANIFEST_NAME),
+        bundle_sha256=manifest.digest,
         engine=engine,
         prompts=tuple(prompts),
         prompts_source=arguments.prompts,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schedules import choose_schedule, read_schedules
 from cat_pruning.checkpoints.hub import pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.engines.step_engine import enough_memory
-from cat_pruning.errors import BundleError
+from cat_pruning.errors import BundleError, SettingsError
 from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
 from cat_pruning.runtime.engine_choice import engine_from_bundle
@@ -30,6 +32,8 @@ def load_pipeline(
     engine: str = "auto",
     *,
     settings: PruneSettings | None = None,
+    speedup: float | None = None,
+    steps: int | None = None,
     dtype: torch.dtype | None = None,
     cuda_graphs: bool = True,
     compiled: bool = False,
@@ -43,6 +47,8 @@ def load_pipeline(
         path: the bundle's directory.
         engine: see `CatTransformer.from_bundle`.
         settings: instead of those that the bundle was exported with.
+        speedup: take the bundle's schedule that makes images so many times as fast, by MACs: see `cat-tune`.
+        steps: of that schedule, `num_inference_steps` of the calls; by default the pipeline's own default.
         dtype: of the pipeline's other parts; by default the engine's.
         cuda_graphs: see `CatTransformer.from_bundle`.
         compiled: see `CatTransformer.from_bundle`.
@@ -52,9 +58,14 @@ def load_pipeline(
             be loaded.
         EngineError: the engine cannot run here.
         CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
+        SettingsError: `settings` and `speedup` are both given.
+        ScheduleError: the bundle has no schedule of this speedup and number of steps.
     """
     check_platform()
+    if settings is not None and speedup is not None:
+        raise SettingsError("settings and speedup are both given", "give PruneSettings.tuned(schedule) or speedup")
     bundle = Bundle.open(path)
+    schedules = read_schedules(bundle) if speedup is not None else {}
     parts = pipeline_directory(bundle)
     step_engine = _engine_beside_imports(bundle, parts, engine, cuda_graphs, compiled)
     import diffusers
@@ -73,6 +84,10 @@ def load_pipeline(
         ) from error
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
     pipe = type(loaded)(**{**loaded.components, "transformer": transformer})
+    if speedup is not None:
+        steps = steps or inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
+        schedule = choose_schedule(schedules, speedup, steps, tune=f"cat-tune {path}")
+        transformer.settings = PruneSettings.tuned(schedule)
     with enough_memory(transformer.device, "the pipeline's other parts", "free memory on it, or give a smaller dtype"):
         return pipe.to(transformer.device)
 

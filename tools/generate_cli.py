@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from cat_pruning.tools.comparison import Comparison
     from cat_pruning.tools.generate import GenerateConfig, Run
 
+_SETTINGS = ("keep_ratio", "full_steps", "refresh_every", "reuse")
 _EXAMPLES = """\
 examples:
   cat-generate build/sd3-mini "a large red circle above a small blue star on a plain black background" -o out.png
   cat-generate build/sd3-mini "…" -o out.png --compare --token-map         out.comparison.png, out.token_map.png
   cat-generate build/sd3-mini "…" -o out.png --preset forecast             nearest to the full run's picture on sd3-mini
+  cat-generate build/sd3-mini "…" -o out.png --speedup 3                   by a schedule that cat-tune made
   cat-generate build/sd3-mini "…" "…" -o out.png --keep-ratio 0.5          two prompts, one batch: out-0.png, out-1.png
 """
 
@@ -63,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on (default: 0)")
     parser.add_argument(
         "--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's first)"
+    )
+    parser.add_argument(
+        "--speedup", type=float, metavar="X", help="so many times as fast, by a schedule of the bundle: see cat-tune"
     )
     parser.add_argument(
         "--preset",
@@ -107,7 +112,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         settings = _settings(manifest, arguments)
         status.update("Load the bundle and import its pipeline …")
         graphs = not arguments.no_cuda_graphs
-        pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings, cuda_graphs=graphs)
+        pipe = load_pipeline(
+            arguments.bundle,
+            arguments.engine,
+            settings=settings,
+            speedup=arguments.speedup,
+            steps=arguments.steps,
+            cuda_graphs=graphs,
+        )
+        settings = pipe.transformer.settings
         pipe.set_progress_bar_config(disable=True)
     height, width = arguments.resolution or (manifest.profiles[0].height, manifest.profiles[0].width)
     config = GenerateConfig(
@@ -122,7 +135,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         ),
     )
     _check_size(manifest, pipe, height, width)
-    if set(step_kinds(config.steps, settings)) == {StepKind.FULL}:
+    _note_other_guidance(terminal, settings, config.guidance_scale)
+    kinds = step_kinds(config.steps, settings)
+    if arguments.token_map and StepKind.FORECAST in kinds and StepKind.PRUNED not in kinds:
+        raise SettingsError("--token-map: every step computes all tokens or none", "leave it out")
+    if set(kinds) == {StepKind.FULL}:
         later = f", then one in {settings.refresh_every} (--refresh-every)" if settings.refresh_every else ""
         none = f"none of {config.steps} steps is pruned: the first {settings.full_steps} are full (--full-steps){later}"
         if arguments.token_map:
@@ -138,7 +155,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         with terminal.status("Generate without pruning …"):
             warm_up = dataclasses.replace(config, steps=min(config.steps, settings.full_steps + 2))
-            generate(pipe, settings, warm_up)  # so that neither run pays for the first one's allocations
+            warm = settings if settings.schedule is None else never_pruned(settings, warm_up.steps)
+            generate(pipe, warm, warm_up)  # so that neither run pays for the first one's allocations
             full = generate(pipe, never_pruned(settings, config.steps), config)
     with terminal.status("Generate …"):
         pruned = generate(pipe, settings, config)
@@ -162,6 +180,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--seed {arguments.seed}: expected a number in [0, 2^63)")
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise SettingsError("an empty prompt", "say what to draw")
+    if arguments.speedup is not None:
+        if not arguments.speedup >= 1.0:
+            raise SettingsError(f"--speedup {arguments.speedup:g}: expected a number >= 1")
+        if given := [name for name in ("preset", *_SETTINGS) if getattr(arguments, name) is not None]:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise SettingsError(f"--speedup goes with no {options}: the schedule says what each step computes")
     if arguments.out.suffix.lower() != ".png":
         raise SettingsError(f"--out {arguments.out}: expected a name that ends in .png")
     if not arguments.out.parent.is_dir():
@@ -176,11 +200,23 @@ def _check(arguments: argparse.Namespace) -> None:
         require("--token-map", "pictures")
 
 
-def _settings(manifest: Manifest, arguments: argparse.Namespace) -> PruneSettings:
+def _settings(manifest: Manifest, arguments: argparse.Namespace) -> PruneSettings | None:
+    """The settings; None where a schedule of the bundle says what is computed."""
+    if arguments.speedup is not None:
+        return None
     settings = PruneSettings.preset(arguments.preset) if arguments.preset else manifest.settings
-    names = ("keep_ratio", "full_steps", "refresh_every", "reuse")
-    changes = {name: getattr(arguments, name) for name in names}
+    changes = {name: getattr(arguments, name) for name in _SETTINGS}
     return settings.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _note_other_guidance(terminal: Console, settings: PruneSettings, guidance_scale: float) -> None:
+    made_for = settings.schedule.made_for if settings.schedule else None
+    if made_for is not None and made_for.guidance_scale != guidance_scale:
+        terminal.print(
+            f"[yellow]the schedule was tuned at --guidance-scale {made_for.guidance_scale:g}; at {guidance_scale:g} "
+            "its images differ more from the full run's[/]",
+            highlight=False,
+        )
 
 
 def _given_or_default(given: Any, pipe: Any, parameter: str) -> Any:
@@ -235,12 +271,19 @@ def _compare(
     panels = []
     for index in range(len(full.images)):
         panels.append((full.images[index], f"full · {config.steps} steps · {full.seconds:.2f} s"))
-        caption = f"pruned, keep {settings.keep_ratio:g} · {pruned.seconds:.2f} s · {comparison.psnr_db[index]:.1f} dB"
+        caption = f"{_what_is_left_out(config, settings)} · {pruned.seconds:.2f} s · {comparison.psnr_db[index]:.1f} dB"
         panels.append((pruned.images[index], caption))
     draw_comparison(panels, _beside(arguments.out, ".comparison.png"))
     Console().print(f"{_beside(arguments.out, '.comparison.png')}")
     if arguments.summary is not None:
         write_summary(comparison, arguments.summary)
+
+
+def _what_is_left_out(config: GenerateConfig, settings: PruneSettings) -> str:
+    if settings.prunes:
+        return f"pruned, keep {settings.keep_ratio:g}"
+    full = step_kinds(config.steps, settings).count(StepKind.FULL)
+    return f"{full} of {config.steps} steps computed"
 
 
 def _draw_token_map(out: Path, run: Run) -> None:

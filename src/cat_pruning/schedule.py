@@ -14,6 +14,7 @@ of its own.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -252,6 +253,20 @@ class Schedule(_Model):
         """By the number of a step, the last step that reads its output."""
         return {read: number for number, step in enumerate(self.steps) for read in step.weights}
 
+    def check_model(self, transformer_class: str, config: Mapping[str, Any]) -> None:
+        """Check that the schedule is for this model, as far as its class and config tell.
+
+        Raises:
+            ScheduleError: it was made for another.
+        """
+        if self.made_for is None:
+            return
+        expected, remedy = self.made_for.transformer_class, "tune one for this model: cat-tune"
+        if transformer_class != expected:
+            raise ScheduleError(f"the schedule {self.name} is for a {expected}, this is a {transformer_class}", remedy)
+        if config_sha256(config) != self.made_for.config_sha256:
+            raise ScheduleError(f"the schedule {self.name} is for a {expected} of another config", remedy)
+
     def number_at(self, timestep: float, precision: float = 0.0) -> int:
         """The row of a timestep.
 
@@ -295,6 +310,12 @@ class Schedule(_Model):
             f"call the pipeline with num_inference_steps={self.num_steps} and the scheduler that it was tuned for, "
             "or tune it for yours: cat-tune --steps",
         )
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a diffusers config, without what says where it is from and who wrote it."""
+    told = {name: value for name, value in config.items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _kind(number: int, full: set[int], pruned: set[int]) -> StepKind:

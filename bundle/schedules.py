@@ -1,0 +1,97 @@
+"""The schedules in a bundle: read, chosen by their speed, and put there by `cat-tune`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.manifest import MANIFEST_NAME, read_manifest
+from cat_pruning.bundle.schema import FileSpec
+from cat_pruning.errors import OutputError, ScheduleError
+from cat_pruning.files import write_whole
+from cat_pruning.schedule import Schedule
+
+FOLDER: Final = "schedules"
+_SLACK: Final = 0.97  # of a speedup that is asked for: 3 is 28 steps of which 9 are full, 3.1, or 10 of 29
+
+
+def read_schedules(bundle: Bundle) -> dict[str, Schedule]:
+    """The schedules of a bundle by their names, the slowest first.
+
+    Raises:
+        BundleError: a file of one is missing or was edited.
+        ScheduleError: one is of another version, or was made for another model.
+    """
+    manifest = bundle.manifest
+    schedules = [Schedule.load(bundle.verified(name)) for name in manifest.schedules]
+    for schedule in schedules:
+        schedule.check_model(manifest.transformer_class, manifest.transformer_config)
+    return {each.name: each for each in sorted(schedules, key=lambda each: (each.num_steps, -len(each.full_steps)))}
+
+
+def choose_schedule(schedules: Mapping[str, Schedule], speedup: float, num_steps: int, *, tune: str) -> Schedule:
+    """The slowest schedule of `num_steps` steps that is `speedup` times as fast as the full run, to 3 %.
+
+    Args:
+        schedules: to choose from.
+        speedup: by MACs.
+        num_steps: of the run.
+        tune: the command that makes more of them, up to its options.
+
+    Raises:
+        ScheduleError: there is none; what there is.
+    """
+    as_long = [each for each in schedules.values() if each.num_steps == num_steps]
+    if fitting := [each for each in as_long if speed_of(each) >= _SLACK * speedup]:
+        return min(fitting, key=speed_of)
+    there = ", ".join(f"{each.num_steps} steps at {speed_of(each):.3g}" for each in schedules.values())
+    raise ScheduleError(
+        f"there is no schedule of {num_steps} steps that is {speedup:g} times as fast"
+        + (f"; there are {there}" if there else ", nor any other"),
+        f"make one: {tune} --steps {num_steps} --speedup {speedup:g}",
+    )
+
+
+def speed_of(schedule: Schedule) -> float:
+    """How many times as fast as the full run a schedule is, by MACs where they were counted, else by its full steps."""
+    return schedule.measured.speedup if schedule.measured else schedule.num_steps / len(schedule.full_steps)
+
+
+def write_schedules(directory: Path, schedules: Iterable[Schedule]) -> Bundle:
+    """Put schedules into a bundle, in the place of those of the same names.
+
+    A file's name has its content's hash, so what the manifest lists is never overwritten; the manifest is replaced in
+    one step, and files that it no longer lists go after that. So whatever a process dies of, the bundle is whole.
+
+    Raises:
+        BundleError: there is no bundle.
+        OutputError: it cannot be written.
+    """
+    bundle = Bundle.open(directory)
+    new = {each.name: each for each in schedules}
+    try:
+        manifest = read_manifest(bundle.path)  # once more: another process may have tuned other steps meanwhile
+        kept = [name for name in manifest.schedules if Path(name).name.split(".")[0] not in new]
+        files = {name: spec for name, spec in manifest.files.items() if name not in set(manifest.schedules) - set(kept)}
+        (bundle.path / FOLDER).mkdir(exist_ok=True)
+        written = []
+        for name, schedule in new.items():
+            content = schedule.to_json().encode()
+            digest = hashlib.sha256(content).hexdigest()
+            file = f"{FOLDER}/{name}.{digest[:12]}.json"
+            write_whole(bundle.path / file, content)
+            files[file] = FileSpec(size=len(content), sha256=digest)
+            written.append(file)
+        changed = manifest.model_copy(update={"schedules": (*kept, *written)}).with_files(files)
+        write_whole(bundle.path / MANIFEST_NAME, changed.model_dump_json(indent=2) + "\n")
+        for path in (bundle.path / FOLDER).glob("*.json"):
+            if f"{FOLDER}/{path.name}" not in changed.schedules:
+                path.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{bundle.path} cannot be written ({error.strerror or error})", "make room, or make it writable"
+        ) from error
+    return Bundle(path=bundle.path, manifest=changed)
