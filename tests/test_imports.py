@@ -24,6 +24,7 @@ ORDER = (
     "exporter",
     "tools",
     "evaluation",
+    "tuning",
 )
 FACADE = "cat_pruning/__init__.py"  # gives the public names, which lie in `runtime`
 

@@ -1,0 +1,1 @@
+"""Schedules fitted to a model: which steps are full, and what the others are made of."""
