@@ -1,0 +1,205 @@
+"""Runs of the full model, recorded on disk: made a batch at a time, and gone on with after an interruption.
+
+DIR/run.json                 all that the recordings depend on; a run goes on only under the same
+DIR/batch-0000.safetensors   start, outputs, final (float32) and the transformer's timesteps, of a batch of prompts
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.files import replacing, write_whole
+from cat_pruning.settings import PruneSettings
+from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
+from cat_pruning.tuning.recordings import Recordings
+
+RUN: Final = "run.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedRun:
+    """All that recordings depend on, as JSON types.
+
+    Attributes:
+        bundle: `Manifest.digest`. engine: what computed.
+        scheduler: its class and config. steps: of a run.
+        prompts, batch, seed: run i starts from the noise of seed + i.
+        height, width, guidance_scale: of the pipeline's call.
+    """
+
+    bundle: str
+    engine: str
+    scheduler: dict[str, Any]
+    steps: int
+    prompts: tuple[str, ...]
+    batch: int
+    seed: int
+    height: int
+    width: int
+    guidance_scale: float
+
+    def configs(self, text_arguments: dict[str, Any]) -> list[GenerateConfig]:
+        """The pipeline's calls, one a batch."""
+        return [
+            GenerateConfig(
+                prompts=self.prompts[first : first + self.batch],
+                height=self.height,
+                width=self.width,
+                steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                seed=self.seed + first,
+                text_arguments=text_arguments,
+            )
+            for first in range(0, len(self.prompts), self.batch)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Recorded:
+    """Recordings, and the timesteps that the transformer was called with: one a step."""
+
+    recordings: Recordings
+    timesteps: tuple[float, ...]
+
+
+def record(
+    pipe: Any, run: RecordedRun, text_arguments: dict[str, Any], directory: Path, advance: Callable[[int], None]
+) -> Recorded:
+    """Record what `directory` does not hold yet. Each batch is written whole or not at all.
+
+    Args:
+        pipe: a pipeline with a `CatTransformer`.
+        run: what to record.
+        text_arguments: passed to the pipeline's call as they are.
+        directory: made if it is not there.
+        advance: called with the number of prompts that were recorded, or found.
+
+    Raises:
+        SettingsError: the directory holds the recordings of another run; the scheduler calls the model more than once
+            a step.
+        OutputError: it cannot be written.
+    """
+    _begin(directory, run)
+    settings = never_pruned(pipe.transformer.settings, run.steps)
+    batches = []
+    for number, config in enumerate(run.configs(text_arguments)):
+        path = directory / f"batch-{number:04d}.safetensors"
+        tensors = _stored(path)
+        if tensors is None:
+            tensors = _recorded(pipe, settings, config)
+            try:
+                with replacing(path) as part:
+                    save_file(tensors, part)
+            except (OSError, SafetensorError) as error:
+                raise OutputError(f"{path} cannot be written ({error})", "make room") from error
+        batches.append(tensors)
+        advance(len(config.prompts))
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in ("start", "outputs", "final")}
+    return Recorded(recordings=Recordings(**joined), timesteps=tuple(batches[0]["timesteps"].tolist()))
+
+
+def _begin(directory: Path, run: RecordedRun) -> None:
+    file, fields = directory / RUN, run.to_dict()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{file} cannot be read ({error})", "remove it, or give another --recordings") from error
+    if found is not None and found != fields:
+        held = found if isinstance(found, dict) else {}
+        other = ", ".join(sorted(name for name in fields if held.get(name) != fields[name]))
+        raise SettingsError(
+            f"{directory} holds the recordings of a run with other {other}",
+            "give another --recordings, or --force to record anew",
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(fields, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be written ({error.strerror or error})", "give another") from error
+
+
+def forget(directory: Path) -> None:
+    """Remove the recordings in a directory, and nothing else.
+
+    Raises:
+        OutputError: they cannot be removed.
+    """
+    try:
+        for path in (directory / RUN, *directory.glob("batch-[0-9][0-9][0-9][0-9].safetensors")):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be cleared ({error.strerror or error})", "give another") from error
+
+
+def _stored(path: Path) -> dict[str, Tensor] | None:
+    """A batch that is on disk; None if it is not, or damaged: it is recorded anew."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    return tensors if tensors.keys() == {"start", "outputs", "final", "timesteps"} else None
+
+
+def _recorded(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> dict[str, Tensor]:
+    with recorded_steps(pipe) as steps:
+        run = generate(pipe, settings, config)
+    if len(steps) != len(run.records) or len(steps) != config.steps:
+        raise SettingsError(
+            f"{type(pipe.scheduler).__name__} took {len(steps)} steps with {len(run.records)} noise levels for "
+            f"{config.steps} that were asked for: expected one call of the model a step",
+            "tune with a scheduler of first order or a multistep one, such as Euler's or DPM-Solver++",
+        )
+    return {
+        "start": steps[0].sample,
+        "outputs": torch.stack([step.output for step in steps], dim=1),
+        "final": steps[-1].result,
+        "timesteps": torch.tensor([record.timestep for record in run.records], dtype=torch.float64),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SchedulerStep:
+    """One call of a scheduler, on the CPU in float32: what it got of the model, the sample before and after."""
+
+    output: Tensor
+    sample: Tensor
+    result: Tensor
+
+
+@contextmanager
+def recorded_steps(pipe: Any) -> Iterator[list[SchedulerStep]]:
+    """A list that the calls of the pipeline's scheduler go to meanwhile."""
+    scheduler, step, steps = pipe.scheduler, pipe.scheduler.step, []
+
+    def recorded(model_output: Tensor, timestep: Any, sample: Tensor, *arguments: Any, **options: Any) -> Any:
+        given = _copy(model_output), _copy(sample)  # before the scheduler may write into them
+        result = step(model_output, timestep, sample, *arguments, **options)
+        after = result[0] if isinstance(result, tuple) else result.prev_sample
+        steps.append(SchedulerStep(output=given[0], sample=given[1], result=_copy(after)))
+        return result
+
+    scheduler.step = recorded
+    try:
+        yield steps
+    finally:
+        del scheduler.step
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
