@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mini_models import Miniature
 from mini_pixart import PixArtMini
-from mini_sd3 import Sd3Mini
+from mini_sd3 import Sd3Mini, Sd3Mini256
 
-MINIATURES: dict[str, Miniature] = {miniature.name: miniature for miniature in (Sd3Mini(), PixArtMini())}
+MINIATURES: dict[str, Miniature] = {miniature.name: miniature for miniature in (Sd3Mini(), Sd3Mini256(), PixArtMini())}
 
 
 def miniature_in(folder: Path) -> Miniature:
