@@ -1,4 +1,4 @@
-"""Coverage of rich scenes: how well an image shows the scene of its caption, a number in [0, 1], without a learned judge.
+"""Coverage of rich scenes: how well an image shows its caption's scene, a number in [0, 1], without a learned judge.
 
 As `coverage` does it, for things and grounds of two colours: every pixel of a thing's part of the picture is explained
 as a mixture of two of the scene's colours there, and belongs to the thing if at least half of it is the thing's. The
@@ -61,9 +61,8 @@ def _thing_coverage(image: NDArray[np.uint8], scene: RichScene, thing: RichThing
     own = _palette(COLORS[thing.color], ACCENT, thing.texture)
     covered = _covered(window, own, _palette(GROUNDS[scene.ground], GROUND_ACCENTS[scene.ground], scene.texture))
     iou, mask = max((_best_iou(covered, *_shifted(thing.size, thing.shape, side, s)) for s in SCALES), key=_first)
-    return (
-        iou if painted_texture(window[mask], np.argwhere(mask), thing.color) == thing.texture else iou * WRONG_TEXTURE
-    )
+    painted = painted_texture(window[mask], np.argwhere(mask), thing.color)
+    return iou if painted == thing.texture else iou * WRONG_TEXTURE
 
 
 def painted_texture(pixels: NDArray[np.float64], at: NDArray[np.int64], color: str) -> str:

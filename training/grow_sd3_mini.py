@@ -45,10 +45,8 @@ def grow(source: Path, out: Path, side: int) -> None:
     pipeline: StableDiffusion3Pipeline = miniature.load_pipeline(source)
     tokenizer = miniature.new_tokenizer(sorted({*scenes.vocabulary(), *rich_scenes.vocabulary()}))
     torch.manual_seed(0)
-    encoders = [
-        with_words(encoder, pipeline.tokenizer, tokenizer)
-        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
-    ]
+    known = pipeline.text_encoder, pipeline.text_encoder_2
+    encoders = [with_words(encoder, pipeline.tokenizer, tokenizer) for encoder in known]
     denoiser = Sd3Denoiser(with_side(pipeline.transformer, side), *encoders)
     pipeline.vae.register_to_config(sample_size=side)
     miniature.save_pipeline(out, denoiser, pipeline.vae, tokenizer)
