@@ -32,7 +32,7 @@ from cat_pruning.evaluation.scenes import GROUNDS
 OFF_MIXTURE = 50.0  # how far in RGB a pixel may be from every mixture of two of the scene's colours
 REACH = 5  # pixels that a mask is shifted by at most; positions jitter by 3.8 of 256
 SCALES = (0.95, 1.0, 1.05)  # sizes jitter by 7 %
-PHASES = (0.0, 0.25, 0.5, 0.75)  # of a period: where a painted texture may begin
+PHASES = 8  # in a period: where a painted texture may begin, along either axis
 WRONG_TEXTURE = 0.5
 
 
@@ -73,14 +73,12 @@ def painted_texture(pixels: NDArray[np.float64], at: NDArray[np.int64], color: s
         at: their rows and columns, (n, 2).
         color: a key of `COLORS`.
     """
-    rows, columns = at[:, 0].astype(float), at[:, 1].astype(float)
+    phases = np.arange(PHASES) / PHASES * PERIOD
+    down, right = (at[:, axis] + phases[:, None] for axis in (0, 1))  # (PHASES, n)
     as_color, as_accent = (((pixels - np.array(rgb)) ** 2).sum(-1) for rgb in (COLORS[color], ACCENT))
 
     def error(texture: str) -> float:
-        accents = [
-            texture_accents(texture, columns + right * PERIOD, rows + down * PERIOD, PERIOD)
-            for right, down in itertools.product(PHASES, PHASES)
-        ]
+        accents = texture_accents(texture, right[:, None], down[None], PERIOD)  # (PHASES, PHASES, n)
         return float(np.where(accents, as_accent, as_color).mean(-1).min())
 
     return min(TEXTURES, key=error)

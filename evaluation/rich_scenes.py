@@ -156,7 +156,7 @@ def texture_accents(texture: str, x: NDArray[np.float64], y: NDArray[np.float64]
     right, down = x / period + 0.25, y / period + 0.25
     odd_right, odd_down = right % 1 >= 0.5, down % 1 >= 0.5
     if texture == "striped":
-        return odd_right | np.zeros_like(odd_down)
+        return odd_right | np.zeros_like(odd_down)  # of both axes
     if texture == "checked":
         return odd_right ^ odd_down
     if texture == "dotted":
