@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +144,9 @@ def vocabulary() -> list[str]:
     return sorted(words)
 
 
-def texture_accents(texture: str, x: NDArray[np.float64], y: NDArray[np.float64], period: float) -> NDArray[np.bool_]:
+def texture_accents(
+    texture: str, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]], period: float
+) -> NDArray[np.bool_]:
     """Where a texture shows its second colour.
 
     Args:
