@@ -163,8 +163,8 @@ def texture_accents(
     if texture == "checked":
         return odd_right ^ odd_down
     if texture == "dotted":
-        nearest = np.hypot((x / period + 0.5) % 1 - 0.5, (y / period + 0.5) % 1 - 0.5)
-        return nearest < DOT_RADIUS
+        inside: NDArray[np.bool_] = np.hypot((x / period + 0.5) % 1 - 0.5, (y / period + 0.5) % 1 - 0.5) < DOT_RADIUS
+        return inside
     return np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)
 
 
