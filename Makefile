@@ -11,8 +11,12 @@ MODEL ?= sd3-mini
 DEMO := build/demo$(if $(filter-out sd3-mini,$(MODEL)),-$(MODEL))
 # sd3-mini has no T5, whose empty tokens would be five times its own; and it paints best at this guidance.
 EXPORT_sd3-mini := --text-length 48
+EXPORT_sd3-mini-256 := --text-length 72
 GENERATE_sd3-mini := --guidance-scale 3
-PROMPT := a large red circle left of a small blue star on a plain black background
+GENERATE_sd3-mini-256 := --guidance-scale 3
+PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star north, large plain green triangle \
+  middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
+PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
 .PHONY: install check test test-fast demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-startup bench-gpu gpu-check clean
 

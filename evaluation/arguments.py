@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="directory of the results and of report.html")
     parser.add_argument(
         "--prompts",
-        metavar="FILE|scenes:N",
+        metavar="FILE|scenes:N|rich:N",
         help="a line each, PartiPrompts' .tsv or COCO's captions .json; or N scenes that the miniatures were not "
-        "trained on (default: scenes:64)",
+        "trained on, rich ones for sd3-mini-256 (default: scenes:64)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     parser.add_argument(

@@ -18,6 +18,8 @@ from cat_pruning.errors import InstallationError, SettingsError, ShapeError
 from cat_pruning.evaluation.clip_score import ClipScorer
 from cat_pruning.evaluation.coverage import coverage
 from cat_pruning.evaluation.prompts import Prompt
+from cat_pruning.evaluation.rich_coverage import rich_coverage
+from cat_pruning.evaluation.rich_scenes import RichScene
 from cat_pruning.installation import pip_install
 from cat_pruning.tools.pictures import psnr_db
 
@@ -165,7 +167,8 @@ def _coverages(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list
     scores = []
     for image, prompt in zip(images, prompts, strict=True):
         assert prompt.scene is not None
-        scores.append(coverage(np.asarray(image.convert("RGB")), prompt.scene))
+        pixels, scene = np.asarray(image.convert("RGB")), prompt.scene
+        scores.append(rich_coverage(pixels, scene) if isinstance(scene, RichScene) else coverage(pixels, scene))
     return scores
 
 
@@ -179,7 +182,7 @@ def _check_scenes(prompts: Sequence[Prompt]) -> None:
         if prompt.scene is None:
             raise SettingsError(
                 f"metric {Metric.COVERAGE}: the prompt {prompt.text!r} is not the caption of a scene",
-                "leave the metric out, or take the prompts of scenes:N",
+                "leave the metric out, or take the prompts of scenes:N or rich:N",
             )
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation import rich_scenes
+from cat_pruning.evaluation.rich_scenes import RichScene
 from cat_pruning.evaluation.scenes import (
     COLORS,
     GROUNDS,
@@ -27,7 +29,7 @@ from cat_pruning.evaluation.scenes import (
     sample_scene,
 )
 
-SCENES = "scenes:"  # begins a source that is no file; a number follows
+SCENES, RICH = "scenes:", "rich:"  # begin a source that is no file; a number follows
 SCENES_SEED = 2026
 # 8,263 captions are unseen. To draw the last of them at random would take minutes.
 MAX_SCENES = 5000
@@ -46,16 +48,16 @@ class Prompt:
     """
 
     text: str
-    scene: Scene | None
+    scene: Scene | RichScene | None
 
 
 def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """The prompts of a source, in its order.
 
     Args:
-        source: `scenes:N`, the first N of the captions that `training/evaluate_mini.py` scores, or a file in UTF-8:
-            .tsv as PartiPrompts (a header, with the column Prompt), .json as the captions of COCO (the first of
-            every image), any other with one prompt a line.
+        source: `scenes:N` or `rich:N`, the first N of the captions that `training/evaluate_mini.py` scores sd3-mini and
+            pixart-mini, or sd3-mini-256 on, or a file in UTF-8: .tsv as PartiPrompts (a header, with the column
+            Prompt), .json as the captions of COCO (the first of every image), any other with one prompt a line.
         limit: at most so many, the first.
 
     Raises:
@@ -63,15 +65,16 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """
     if limit is not None and limit < 1:
         raise SettingsError(f"limit={limit}: expected at least one prompt")
-    if source.startswith(SCENES):
-        count = _scene_count(source)
-        scenes = unseen_scenes(count if limit is None else min(count, limit), np.random.default_rng(SCENES_SEED))
-        return [Prompt(text=scene.caption, scene=scene) for scene in scenes]
+    for prefix, unseen in ((SCENES, unseen_scenes), (RICH, unseen_rich_scenes)):
+        if source.startswith(prefix):
+            count = _scene_count(source, prefix)
+            scenes = unseen(count if limit is None else min(count, limit), np.random.default_rng(SCENES_SEED))
+            return [Prompt(text=scene.caption, scene=scene) for scene in scenes]
     file = Path(source)
     texts = [stripped for text in _texts(file) if (stripped := text.strip())]
     if not texts:
         raise SettingsError(f"{file} has no prompts")
-    return [Prompt(text=text, scene=parse_caption(text)) for text in texts[:limit]]
+    return [Prompt(text=text, scene=parse_caption(text) or rich_scenes.parse_caption(text)) for text in texts[:limit]]
 
 
 def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
@@ -80,8 +83,7 @@ def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
     Raises:
         SettingsError: more than `MAX_SCENES`.
     """
-    if count > MAX_SCENES:
-        raise SettingsError(f"{count} unseen scenes: there are at most {MAX_SCENES}", "ask for fewer")
+    _check_count(count)
     seen = set(_first_captions())
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -90,6 +92,21 @@ def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
             scenes.append(scene)
             seen.add(scene.caption)
     return scenes
+
+
+def unseen_rich_scenes(count: int, rng: np.random.Generator) -> list[RichScene]:
+    """Distinct random rich scenes whose captions sd3-mini-256 was not trained on.
+
+    Raises:
+        SettingsError: more than `MAX_SCENES`.
+    """
+    _check_count(count)
+    scenes: dict[str, RichScene] = {}
+    while len(scenes) < count:
+        scene = rich_scenes.sample_scene(rng)
+        if rich_scenes.is_held_out(scene):
+            scenes[scene.caption] = scene
+    return list(scenes.values())
 
 
 def parse_caption(text: str) -> Scene | None:
@@ -110,10 +127,15 @@ def _first_captions() -> frozenset[str]:
     return frozenset(sample_scene(rng).caption for _ in range(_FIRST_SCENES))
 
 
-def _scene_count(source: str) -> int:
-    number = source.removeprefix(SCENES)
+def _check_count(count: int) -> None:
+    if count > MAX_SCENES:
+        raise SettingsError(f"{count} unseen scenes: there are at most {MAX_SCENES}", "ask for fewer")
+
+
+def _scene_count(source: str, prefix: str) -> int:
+    number = source.removeprefix(prefix)
     if not (number.isdecimal() and 1 <= int(number) <= MAX_SCENES):
-        raise SettingsError(f"{source}: expected {SCENES}N with a whole number N from 1 to {MAX_SCENES}")
+        raise SettingsError(f"{source}: expected {prefix}N with a whole number N from 1 to {MAX_SCENES}")
     return int(number)
 
 
@@ -134,7 +156,9 @@ def _read(file: Path) -> str:
         raise SettingsError(f"{file} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         reason = getattr(error, "strerror", None) or error
-        raise SettingsError(f"{file} cannot be read ({reason})", f"give a file of prompts, or {SCENES}N") from error
+        raise SettingsError(
+            f"{file} cannot be read ({reason})", f"give a file of prompts, or {SCENES}N or {RICH}N"
+        ) from error
 
 
 def _parti_prompts(file: Path, text: str) -> list[str]:

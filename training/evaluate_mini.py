@@ -25,22 +25,34 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from numpy.typing import NDArray
 from PIL import Image
 
-from cat_pruning.evaluation.coverage import coverage
-from cat_pruning.evaluation.prompts import SCENES_SEED, unseen_scenes
-from cat_pruning.evaluation.scenes import Scene, render
+from cat_pruning.evaluation.prompts import SCENES_SEED
 from mini_models import TEXT_LENGTH, quiet_libraries
 from mini_stages import to_images, to_pixels
 from miniatures import miniature_in
+from scene_kinds import SceneKind
 
 logger = logging.getLogger("evaluate_mini")
 
 BATCH = 8
-SAMPLES = (
-    "a large red circle left of a small blue star on a plain black background",
-    "a large yellow triangle in the center on a striped navy background",
-    "a small green square above a large pink ring on a plain beige background",
-    "a large purple cross on the right on a plain gray background",
-)
+SAMPLES = {
+    SceneKind.FLAT: (
+        "a large red circle left of a small blue star on a plain black background",
+        "a large yellow triangle in the center on a striped navy background",
+        "a small green square above a large pink ring on a plain beige background",
+        "a large purple cross on the right on a plain gray background",
+    ),
+    SceneKind.RICH: (
+        "large striped red circle northwest, small plain blue star north, large plain green triangle middle, "
+        "small dotted orange square southwest, large checked purple cross southeast on a plain navy background",
+        "large plain yellow ring north, large dotted blue square west, small striped pink circle east, "
+        "large checked red triangle south on a striped teal background",
+        "small plain orange star northwest, large checked green circle northeast, large striped purple square west, "
+        "small plain red cross middle, large dotted blue triangle south, small plain pink ring southeast on a dotted "
+        "beige background",
+        "large dotted red square northwest, small plain yellow circle middle, large plain purple ring east, "
+        "small striped blue triangle southwest, large striped green cross south on a checked gray background",
+    ),
+}
 
 
 class SchedulerName(StrEnum):
@@ -113,10 +125,10 @@ def through_autoencoder(pipeline: DiffusionPipeline, images: NDArray[np.uint8]) 
     return to_images(torch.cat(decoded))
 
 
-def summary(images: NDArray[np.uint8], scenes: list[Scene]) -> dict[str, float]:
+def summary(images: NDArray[np.uint8], scenes: list[Any], kind: SceneKind) -> dict[str, float]:
     """The mean coverage with its standard error, and the mean against the next scene's caption."""
-    scores = [coverage(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    others = [coverage(image, scene) for image, scene in zip(images, scenes[1:] + scenes[:1], strict=True)]
+    scores = [kind.coverage(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    others = [kind.coverage(image, scene) for image, scene in zip(images, scenes[1:] + scenes[:1], strict=True)]
     error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
     return {
         "coverage": round(float(np.mean(scores)), 4),
@@ -127,30 +139,30 @@ def summary(images: NDArray[np.uint8], scenes: list[Scene]) -> dict[str, float]:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The coverage of the pipeline in `config.pipeline`, as JSON types."""
-    pipeline = load(config)
+    pipeline, kind = load(config), miniature_in(config.pipeline).scenes
     rng = np.random.default_rng(SCENES_SEED)
-    scenes = unseen_scenes(config.captions, rng)
+    scenes = kind.unseen(config.captions, rng)
     side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    rendered = np.stack([render(scene, side, rng) for scene in scenes])
+    rendered = np.stack([kind.module.render(scene, side, rng) for scene in scenes])
     restored = through_autoencoder(pipeline, rendered)
     error = float(np.mean((restored.astype(float) - rendered.astype(float)) ** 2))
     result: dict[str, Any] = {
         "pipeline": str(config.pipeline),
         "captions": config.captions,
-        "rendered": summary(rendered, scenes),
-        "autoencoder": {**summary(restored, scenes), "psnr_db": round(10 * math.log10(255**2 / error), 2)},
+        "rendered": summary(rendered, scenes, kind),
+        "autoencoder": {**summary(restored, scenes, kind), "psnr_db": round(10 * math.log10(255**2 / error), 2)},
     }
     if not config.autoencoder_only:
         images = generate(pipeline, [scene.caption for scene in scenes], config)
         guidance = miniature_in(config.pipeline).guidance if config.guidance is None else config.guidance
         settings = {"steps": config.steps, "guidance": guidance, "text_tokens": config.text_tokens}
-        result["generated"] = {**summary(images, scenes), **settings, "scheduler": str(config.scheduler)}
+        result["generated"] = {**summary(images, scenes, kind), **settings, "scheduler": str(config.scheduler)}
     return result
 
 
 def write_samples(config: EvaluateConfig, file: Path) -> None:
     """Four images of fixed captions side by side."""
-    images = generate(load(config), list(SAMPLES), config)
+    images = generate(load(config), list(SAMPLES[miniature_in(config.pipeline).scenes]), config)
     Image.fromarray(np.concatenate(list(images), axis=1)).save(file)
 
 

@@ -24,7 +24,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TEXT_LENGTH = 24  # tokens of the longest caption, rounded up
+from scene_kinds import SceneKind
+
+TEXT_LENGTH = 24  # tokens of the longest caption of a flat scene, rounded up
 VAE_FACTOR = 4
 
 
@@ -60,6 +62,8 @@ class Miniature(ABC):
         name: of its pipeline on disk.
         pipeline_class: of diffusers.
         size: of a new one.
+        scenes: what it is trained on.
+        text_length: tokens of the longest caption, rounded up.
         load_options: arguments that `from_pretrained` needs.
         call_options: arguments of the pipeline's call, so that it samples as in the training.
         guidance: the guidance scale to sample with.
@@ -69,6 +73,8 @@ class Miniature(ABC):
     name: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     size: ClassVar[ModelSize]
+    scenes: ClassVar[SceneKind] = SceneKind.FLAT
+    text_length: ClassVar[int] = TEXT_LENGTH
     load_options: ClassVar[dict[str, Any]] = {}
     call_options: ClassVar[dict[str, Any]] = {}
     guidance: ClassVar[float]

@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mini_models import TEXT_LENGTH, VAE_FACTOR, Miniature, ModelSize, half_copy
+from scene_kinds import SceneKind
 
 
 class Sd3Denoiser(nn.Module):
@@ -45,7 +46,8 @@ class Sd3Denoiser(nn.Module):
         encoded = [model(input_ids, output_hidden_states=True) for model in (self.text_encoder, self.text_encoder_2)]
         hidden_states = torch.cat([each.hidden_states[-2] for each in encoded], dim=-1)  # (B, T, D)
         # What the pipeline puts in the place of T5's tokens where there is no T5.
-        hidden_states = torch.cat([hidden_states, torch.zeros_like(hidden_states)], dim=1)  # (B, 2T, D)
+        empty = hidden_states.new_zeros(len(hidden_states), TEXT_LENGTH, hidden_states.shape[-1])
+        hidden_states = torch.cat([hidden_states, empty], dim=1)  # (B, T + 24, D)
         return self.transformer(
             noisy_latents,
             encoder_hidden_states=hidden_states,
@@ -82,7 +84,7 @@ class Sd3Mini(Miniature):
             vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
             vocab_file.write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
             merges_file.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-            return CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=TEXT_LENGTH)
+            return CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=self.text_length)
 
     def new_denoiser(self, size: ModelSize, tokenizer: CLIPTokenizer) -> Sd3Denoiser:
         """An untrained denoiser that predicts zero: adaptive norms and output start at zero, as in DiT."""
@@ -105,7 +107,7 @@ class Sd3Mini(Miniature):
                 nn.init.zeros_(linear.bias)
         nn.init.zeros_(transformer.proj_out.weight)
         nn.init.zeros_(transformer.proj_out.bias)
-        return Sd3Denoiser(transformer, *(_new_text_encoder(size, layers, tokenizer) for layers in size.text_layers))
+        return Sd3Denoiser(transformer, *(new_text_encoder(size, layers, tokenizer) for layers in size.text_layers))
 
     def denoiser_of(self, pipeline: StableDiffusion3Pipeline) -> Sd3Denoiser:
         """The transformer and both text encoders of the pipeline."""
@@ -144,6 +146,15 @@ class Sd3Mini(Miniature):
         return functional.mse_loss(velocity.float(), noise - latents)
 
 
+class Sd3Mini256(Sd3Mini):
+    """Stable Diffusion 3's miniature at 256x256, of rich scenes."""
+
+    name = "sd3-mini-256"
+    size = ModelSize(side=256)
+    scenes = SceneKind.RICH
+    text_length = 48
+
+
 def _bpe(word: str, merges: list[tuple[str, str]]) -> list[str]:
     symbols = [*word[:-1], f"{word[-1]}</w>"]
     while True:
@@ -155,7 +166,8 @@ def _bpe(word: str, merges: list[tuple[str, str]]) -> list[str]:
         symbols = [*symbols[:k], symbols[k] + symbols[k + 1], *symbols[k + 2 :]]
 
 
-def _new_text_encoder(size: ModelSize, num_layers: int, tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+def new_text_encoder(size: ModelSize, num_layers: int, tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """An untrained text encoder of one of `size.text_layers`, for captions as long as the tokenizer allows."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -163,7 +175,7 @@ def _new_text_encoder(size: ModelSize, num_layers: int, tokenizer: CLIPTokenizer
             intermediate_size=4 * size.text_width,
             num_hidden_layers=num_layers,
             num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             projection_dim=size.text_width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cat_pruning.evaluation.scenes import Scene, is_held_out, render, sample_scene
+from scene_kinds import SceneKind
 
 ENCODE_BATCH = 64
 
 
-def sample_round(seed: int, index: int, count: int, side: int) -> tuple[NDArray[np.uint8], list[str]]:
+def sample_round(
+    seed: int, index: int, count: int, side: int, kind: SceneKind = SceneKind.FLAT
+) -> tuple[NDArray[np.uint8], list[str]]:
     """Round `index` of the data set: `count` fresh images (count, side, side, 3) and their captions.
 
     Captions that are held out for the evaluation do not occur.
     """
     rng = np.random.default_rng((seed, index))
-    scenes: list[Scene] = []
+    drawn = kind.module
+    scenes: list[Any] = []
     while len(scenes) < count:
-        if not is_held_out(scene := sample_scene(rng)):
+        if not drawn.is_held_out(scene := drawn.sample_scene(rng)):
             scenes.append(scene)
-    return np.stack([render(scene, side, rng) for scene in scenes]), [scene.caption for scene in scenes]
+    return np.stack([drawn.render(scene, side, rng) for scene in scenes]), [scene.caption for scene in scenes]
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from mini_models import ModelSize, new_autoencoder, quiet_libraries, sigterm_requests
 from mini_stages import encode_round, sample_round, to_pixels
+from scene_kinds import SceneKind
 
 logger = logging.getLogger("train_autoencoder")
 
@@ -48,6 +49,7 @@ class AutoencoderConfig:
         checkpoint_every_s: seconds by the clock on the wall.
         threads: of torch.
         seed: of everything random.
+        scenes: what the images show.
         size: the images'.
     """
 
@@ -58,6 +60,7 @@ class AutoencoderConfig:
     checkpoint_every_s: float = 300.0
     threads: int = 2
     seed: int = 0
+    scenes: SceneKind = SceneKind.FLAT
     size: ModelSize = field(default_factory=ModelSize)
 
     def __post_init__(self) -> None:
@@ -68,7 +71,8 @@ class AutoencoderConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that a checkpoint must share with the run that resumes it: all but the budget and the folder."""
         free = {"out", "init", "steps", "checkpoint_every_s", "threads"}
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
+        return {**settings, "scenes": str(self.scenes)}  # an enum would not load with weights_only
 
     def learning_rate(self, step: int) -> float:
         """Linear warmup times a linear decay over the budget."""
@@ -120,7 +124,8 @@ def _fit(vae: AutoencoderKL, config: AutoencoderConfig) -> None:
             # The denoiser's training draws its rounds with the seed itself, so this one takes the next seed.
             if step * BATCH // (SCENES * ROUND_EPOCHS) != index:
                 index = step * BATCH // (SCENES * ROUND_EPOCHS)
-                drawn, _ = sample_round(config.seed + 1, index, min(SCENES, BATCH * config.steps), config.size.side)
+                count = min(SCENES, BATCH * config.steps)
+                drawn, _ = sample_round(config.seed + 1, index, count, config.size.side, config.scenes)
                 images = torch.from_numpy(drawn)
             picked = torch.randint(len(images), (BATCH,), generator=generator)
             pixels = to_pixels(images[picked].numpy())
@@ -170,7 +175,7 @@ def _resume(file: Path, vae: AutoencoderKL, optimizer: torch.optim.Optimizer, co
 def _latent_statistics(vae: AutoencoderKL, config: AutoencoderConfig) -> dict[str, float]:
     """The shift and the scale that bring the latents to mean 0 and deviation 1."""
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    images, _ = sample_round(config.seed + 1, 0, SCENES, config.size.side)
+    images, _ = sample_round(config.seed + 1, 0, SCENES, config.size.side, config.scenes)
     latents = encode_round(vae, images)
     return {"scaling_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()}
 
@@ -183,6 +188,7 @@ def configuration(arguments: list[str] | None = None) -> AutoencoderConfig:
     for name in ("steps", "peak_lr", "checkpoint_every_s", "threads", "seed"):
         default = AutoencoderConfig.__dataclass_fields__[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
+    parser.add_argument("--scenes", type=SceneKind, choices=list(SceneKind), default=SceneKind.FLAT)
     return AutoencoderConfig(**vars(parser.parse_args(arguments)))
 
 

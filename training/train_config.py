@@ -88,7 +88,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"steps={self.steps}, seconds={self.seconds}: expected exactly one of them")
-        if self.sigma_shift <= 0 or (self.sigma_shift != 1.0 and self.miniature != "sd3-mini"):
+        if self.sigma_shift <= 0 or (self.sigma_shift != 1.0 and not self.miniature.startswith("sd3-mini")):
             raise ValueError(f"sigma_shift={self.sigma_shift}: expected a positive number; 1 but for sd3-mini")
         if not 1 <= self.batch_size <= self.round_scenes:
             raise ValueError(f"batch_size={self.batch_size}: expected 1 to round_scenes={self.round_scenes}")

@@ -19,8 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cat_pruning.evaluation.scenes import vocabulary
-from mini_models import TEXT_LENGTH, Miniature, quiet_libraries, sigterm_requests
+from mini_models import Miniature, quiet_libraries, sigterm_requests
 from mini_stages import encode_round, sample_round
 from miniatures import MINIATURES
 from muon import Muon
@@ -134,7 +133,8 @@ class Run:
         index = epoch // self.config.round_epochs
         if self._round is None or self._round[0] != index:
             side = self.config.side or self.config.size.side
-            images, captions = sample_round(self.config.seed, index, self.config.round_scenes, side)
+            count, kind = self.config.round_scenes, self.miniature.scenes
+            images, captions = sample_round(self.config.seed, index, count, side, kind)
             self._round = index, encode_round(self.vae, images), self._input_ids(captions)
         _, latents, input_ids = self._round
         order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(self.config.seed + epoch))
@@ -142,7 +142,7 @@ class Run:
         return latents[picked], input_ids[picked]
 
     def _input_ids(self, captions: list[str]) -> Tensor:
-        options = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
+        options = {"padding": "max_length", "max_length": self.miniature.text_length, "return_tensors": "pt"}
         return self._tokenize(captions, **options).input_ids
 
 
@@ -173,14 +173,16 @@ def prepare(config: TrainConfig) -> Run:
     config.out.mkdir(parents=True, exist_ok=True)
     if config.init is not None:
         pipeline = miniature.load_pipeline(config.init)
-        if (side := pipeline.transformer.config.sample_size * pipeline.vae_scale_factor) != config.size.side:
+        # A run at another side may begin with a pipeline of either side.
+        expected = config.side, config.size.side
+        if (side := pipeline.transformer.config.sample_size * pipeline.vae_scale_factor) not in expected:
             raise ValueError(f"{config.init} makes images of {side} pixels; expected size.side={config.size.side}")
         vae = pipeline.vae if config.vae is None else AutoencoderKL.from_pretrained(str(config.vae))
         if (channels := vae.config.latent_channels) != pipeline.transformer.config.in_channels:
             raise ValueError(f"{config.vae} has {channels} latent channels, {config.init} takes another number")
         _drop_shift_unless_known(vae, miniature)
         return Run(config, miniature.denoiser_of(pipeline), vae, pipeline.tokenizer)
-    tokenizer = miniature.new_tokenizer(vocabulary())
+    tokenizer = miniature.new_tokenizer(miniature.scenes.module.vocabulary())
     denoiser = miniature.new_denoiser(config.size, tokenizer)
     if config.vae is None:
         vae = trained_autoencoder(
@@ -190,6 +192,7 @@ def prepare(config: TrainConfig) -> Run:
                 checkpoint_every_s=config.checkpoint_every_s,
                 threads=config.threads,
                 seed=config.seed,
+                scenes=miniature.scenes,
                 size=config.size,
             )
         )
@@ -245,7 +248,9 @@ def parse_arguments(
         default = defaults.get(name, TrainConfig.__dataclass_fields__[name].default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
-    parser.add_argument("--optimizer", type=Optimizer, choices=list(Optimizer), default=Optimizer.ADAMW)
+    parser.add_argument(
+        "--optimizer", type=Optimizer, choices=list(Optimizer), default=defaults.get("optimizer", Optimizer.ADAMW)
+    )
     options = vars(parser.parse_args(arguments))
     return TrainConfig(miniature=miniature, size=MINIATURES[miniature].size, **options)
 

@@ -38,7 +38,7 @@ def tiny_config(out: Path, miniature: str, **changes) -> TrainConfig:
     return dataclasses.replace(base, **changes)
 
 
-@pytest.fixture(scope="module", params=list(MINIATURES))
+@pytest.fixture(scope="module", params=list(SIZES))
 def finished(request, tmp_path_factory):
     """A run of two steps, uninterrupted."""
     config = tiny_config(tmp_path_factory.mktemp("finished"), request.param)
