@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation import rich_scenes
+from cat_pruning.evaluation import scenes as plain_scenes
 from cat_pruning.evaluation.rich_scenes import RichScene
 from cat_pruning.evaluation.scenes import (
     COLORS,
@@ -31,6 +33,7 @@ from cat_pruning.evaluation.scenes import (
 
 SCENES, RICH = "scenes:", "rich:"  # begin a source that is no file; a number follows
 SCENES_SEED = 2026
+_TUNING_SEED = 1807
 # 8,263 captions are unseen. To draw the last of them at random would take minutes.
 MAX_SCENES = 5000
 # sd3-mini's 24,000 captions were the first of seed 0, before captions were held out.
@@ -75,6 +78,23 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     if not texts:
         raise SettingsError(f"{file} has no prompts")
     return [Prompt(text=text, scene=parse_caption(text) or rich_scenes.parse_caption(text)) for text in texts[:limit]]
+
+
+def tuning_prompts(source: str) -> list[Prompt]:
+    """The prompts to tune a model on: as `load_prompts`, but of scenes none that an evaluation draws.
+
+    Raises:
+        SettingsError: as `load_prompts`.
+    """
+    for prefix, module in ((SCENES, plain_scenes), (RICH, rich_scenes)):
+        if source.startswith(prefix):
+            rng, captions = np.random.default_rng(_TUNING_SEED), dict[str, Any]()
+            while len(captions) < _scene_count(source, prefix):
+                scene = module.sample_scene(rng)
+                if not module.is_held_out(scene):
+                    captions[scene.caption] = scene
+            return [Prompt(text=caption, scene=scene) for caption, scene in captions.items()]
+    return load_prompts(source)
 
 
 def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
