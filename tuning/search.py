@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from cat_pruning.errors import SettingsError
 from cat_pruning.tuning.fit import RIDGE, Target, fit_choices
 
-_BATCH = 512  # choices that are fitted at once: memory of 2 · batch · n² float64
+STATES_SHARE: Final = 0.2  # in `Objective.BOTH`
+_BATCH = 512  # choices that are fitted at once: memory of some 3 · batch · n² Q float64
 
 
 class Objective(StrEnum):
@@ -19,7 +21,7 @@ class Objective(StrEnum):
 
     END = "end"  # the error of the final latents
     STATES = "states"  # the errors of the latents at the full steps and at the end, squared and summed
-    BOTH = "both"  # the mean of the states' squared errors, and the end's once more
+    BOTH = "both"  # the end's squared error, and a part of the mean of the states'
     STEPS = "steps"  # the errors of the outputs, squared and summed
 
 
@@ -29,7 +31,7 @@ def search(
     budgets: Iterable[int],
     *,
     terms: int = 3,
-    objective: Objective = Objective.END,
+    objective: Objective = Objective.BOTH,
     width: int = 1,
     ridge: float = RIDGE,
 ) -> dict[int, tuple[int, ...]]:
@@ -40,7 +42,7 @@ def search(
     move gains.
 
     Args:
-        gram: mean of `Recordings.grams` over the runs, (n + 1, n + 1) float64.
+        gram: mean of `Recordings.grams` over the runs, (1 + n Q, 1 + n Q) float64.
         matrix: of `scheduler_matrix`.
         budgets: numbers of full steps, each from 2 to n.
         terms: as in `fit_weights`.
@@ -142,7 +144,7 @@ class _Judge:
             case Objective.STATES:
                 return fits.state_errors.sum(1)
             case Objective.BOTH:
-                return fits.state_errors.mean(1) + fits.state_errors[:, -1]
+                return fits.state_errors[:, -1] + STATES_SHARE * fits.state_errors.mean(1)
             case Objective.STEPS:
                 return fits.step_errors
 
