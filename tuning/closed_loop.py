@@ -22,10 +22,12 @@ class ClosedLoopFit:
     """What `fit_closed_loop` found.
 
     Attributes:
+        full_steps: the numbers of the full steps, ascending.
         weights: of the steps that are not full, for each part of an output.
         errors: ‖x̂_n − x_n‖ / ‖x_n‖ of each run that they were fitted to: (R,) float64.
     """
 
+    full_steps: tuple[int, ...]
     weights: tuple[Weights, ...]
     errors: Tensor
 
@@ -85,6 +87,51 @@ def fit_closed_loop(
         SettingsError: full steps or terms outside their range, a matrix of another number of steps, fewer equations
             than weights of an interval, or a model whose outputs are not finite.
     """
+    return _fit(model, recordings, matrix, full_steps, terms, ridge, known={})
+
+
+def fit_best(
+    model: Model,
+    recordings: Recordings,
+    matrix: Tensor,
+    choices: Iterable[Iterable[int]],
+    *,
+    terms: int = 3,
+    ridge: float = RIDGE,
+) -> ClosedLoopFit:
+    """Fit several choices of full steps in the loop, and keep the one of the least mean error; of equal ones the first.
+
+    What the recordings alone predict (`cat_pruning.tuning.search`) ranks choices roughly: the best of a few, run on some
+    of the recordings, is better than the first. Choices that begin alike share their evaluations of the model.
+
+    Args:
+        model: as in `fit_closed_loop`, and so are all others but one.
+        recordings: as there.
+        matrix: as there.
+        choices: of full steps, as of `search_several`.
+        terms: as there.
+        ridge: as there.
+
+    Raises:
+        SettingsError: as there, or there is no choice.
+    """
+    known: dict[tuple[int, ...], Tensor] = {}
+    fits = [_fit(model, recordings, matrix, choice, terms, ridge, known) for choice in choices]
+    if not fits:
+        raise SettingsError("there is no choice of full steps", "give one, as search_several has them")
+    return min(fits, key=lambda fit: float(fit.errors.mean()))
+
+
+def _fit(
+    model: Model,
+    recordings: Recordings,
+    matrix: Tensor,
+    full_steps: Iterable[int],
+    terms: int,
+    ridge: float,
+    known: dict[tuple[int, ...], Tensor],
+) -> ClosedLoopFit:
+    """`fit_closed_loop`. `known` has the outputs by the full steps up to theirs, and takes those that are new."""
     terms, run = checked_terms(terms), _Run(recordings.start, matrix, recordings.num_parts)
     if run.num_steps != recordings.num_steps:
         raise SettingsError(f"recordings of {recordings.num_steps} steps, a scheduler of {run.num_steps}")
@@ -95,16 +142,24 @@ def fit_closed_loop(
         )
     steps = checked_full_steps(full_steps, run.num_steps)
     for position, (step, following) in enumerate(intervals(steps, run.num_steps)):
-        parts = model(step, run.state(step))
-        if not bool(torch.isfinite(parts).all()):
-            raise SettingsError(f"the model's output on step {step} is not finite", "record and fit in float32")
-        run.take(step, parts)
+        so_far = steps[: position + 1]
+        if so_far not in known:
+            known[so_far] = _finite(model(step, run.state(step)), step)
+        run.take(step, known[so_far])
         if following > step + 1:
             read = steps[max(0, position + 1 - terms) : position + 1]
             _fit_interval(run, recordings, read, range(step + 1, following), ridge)
     final = run.state(run.num_steps)
     errors = (final - recordings.final).flatten(1).double().norm(dim=1) / recordings.norms
-    return ClosedLoopFit(weights=weight_rows(steps, run.weights.flatten(1), terms), errors=errors.cpu())
+    return ClosedLoopFit(
+        full_steps=steps, weights=weight_rows(steps, run.weights.flatten(1), terms), errors=errors.cpu()
+    )
+
+
+def _finite(parts: Tensor, step: int) -> Tensor:
+    if not bool(torch.isfinite(parts).all()):
+        raise SettingsError(f"the model's output on step {step} is not finite", "record and fit in float32")
+    return parts
 
 
 class _Run:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.tuning.closed_loop import fit_closed_loop, run_closed_loop
+from cat_pruning.tuning.closed_loop import fit_best, fit_closed_loop, run_closed_loop
 from cat_pruning.tuning.fit import Target, fit_weights
 
 STEPS = 16
@@ -88,6 +88,25 @@ def test_the_model_runs_on_the_full_steps_alone() -> None:
     read = {2: (0, 1), 4: (1, 3), 5: (1, 3), 7: (3, 6), 8: (3, 6), 9: (3, 6)}
     read |= {11: (6, 10), 12: (6, 10), 14: (10, 13), 15: (10, 13)}
     assert {step: tuple(row) for step, row in weights.items()} == read
+
+
+def test_the_best_choice_is_that_of_the_least_error() -> None:
+    seen: list[int] = []
+
+    def counting(step: int, states: Tensor) -> Tensor:
+        seen.append(step)
+        return MODEL(step, states)
+
+    recordings = odes.recorded(MODEL, STEPS, runs=4)
+    choices = [(0, 1, 2, 3, 4), (0, 2, 5, 9, 12), (0, 2, 5, 8, 12)]
+    best = fit_best(counting, recordings, MATRIX, choices)
+    alone = [fit_closed_loop(MODEL, recordings, MATRIX, choice) for choice in choices]
+    least = min(alone, key=lambda fit: float(fit.errors.mean()))
+    assert (best.full_steps, best.weights) == (least.full_steps, least.weights)
+    assert torch.equal(best.errors, least.errors)
+    assert seen == [0, 1, 2, 3, 4, 2, 5, 9, 12, 8, 12]  # what begins alike is evaluated once
+    with pytest.raises(SettingsError, match="there is no choice of full steps"):
+        fit_best(MODEL, recordings, MATRIX, [])
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
