@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from cat_pruning.tuning.recordings import Recordings
 from cat_pruning.tuning.weights import Weights, checked_full_steps, checked_terms, intervals, weight_matrix, weight_rows
 
 Model = Callable[[int, Tensor], Tensor]
-"""(step, latents (R, …)) → what the scheduler gets on that step: after guidance, of the latents' shape."""
+"""(step, latents (R, …)) → the parts of the output on that step, (R, Q, …), as recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,16 +22,22 @@ class ClosedLoopFit:
     """What `fit_closed_loop` found.
 
     Attributes:
-        weights: of the steps that are not full.
+        full_steps: the numbers of the full steps, ascending.
+        weights: of the steps that are not full, for each part of an output.
         errors: ‖x̂_n − x_n‖ / ‖x_n‖ of each run that they were fitted to: (R,) float64.
     """
 
-    weights: Weights
+    full_steps: tuple[int, ...]
+    weights: tuple[Weights, ...]
     errors: Tensor
 
 
 def run_closed_loop(
-    model: Model, start: Tensor, matrix: Tensor, full_steps: Iterable[int], weights: Mapping[int, Mapping[int, float]]
+    model: Model,
+    start: Tensor,
+    matrix: Tensor,
+    full_steps: Iterable[int],
+    weights: Sequence[Mapping[int, Mapping[int, float]]],
 ) -> Tensor:
     """The final latents of runs of a schedule.
 
@@ -40,16 +46,16 @@ def run_closed_loop(
         start: x_0, (R, …).
         matrix: of `cat_pruning.tuning.scheduler_matrix`.
         full_steps: numbers, 0 among them.
-        weights: of the other steps.
+        weights: of the other steps, for each part of an output.
 
     Raises:
         SettingsError: full steps outside their range.
     """
-    run = _Run(start, matrix)
+    run = _Run(start, matrix, len(weights))
     steps = checked_full_steps(full_steps, run.num_steps)
-    run.weights = weight_matrix(steps, weights, run.num_steps)
+    run.weights = weight_matrix(steps, weights, run.num_steps).view_as(run.weights)
     for step in steps:
-        run.outputs[step] = model(step, run.state(step))
+        run.take(step, model(step, run.state(step)))
     return run.state(run.num_steps)
 
 
@@ -81,63 +87,125 @@ def fit_closed_loop(
         SettingsError: full steps or terms outside their range, a matrix of another number of steps, fewer equations
             than weights of an interval, or a model whose outputs are not finite.
     """
-    terms, run = checked_terms(terms), _Run(recordings.start, matrix)
+    return _fit(model, recordings, matrix, full_steps, terms, ridge, known={})
+
+
+def fit_best(
+    model: Model,
+    recordings: Recordings,
+    matrix: Tensor,
+    choices: Iterable[Iterable[int]],
+    *,
+    terms: int = 3,
+    ridge: float = RIDGE,
+) -> ClosedLoopFit:
+    """Fit several choices of full steps in the loop, and keep the one of the least mean error; of equal ones the first.
+
+    What the recordings alone predict (`cat_pruning.tuning.search`) ranks choices roughly: the best of a few, run on some
+    of the recordings, is better than the first. Choices that begin alike share their evaluations of the model.
+
+    Args:
+        model: as in `fit_closed_loop`, and so are all others but one.
+        recordings: as there.
+        matrix: as there.
+        choices: of full steps, as of `search_several`.
+        terms: as there.
+        ridge: as there.
+
+    Raises:
+        SettingsError: as there, or there is no choice.
+    """
+    known: dict[tuple[int, ...], Tensor] = {}
+    fits = [_fit(model, recordings, matrix, choice, terms, ridge, known) for choice in choices]
+    if not fits:
+        raise SettingsError("there is no choice of full steps", "give one, as search_several has them")
+    return min(fits, key=lambda fit: float(fit.errors.mean()))
+
+
+def _fit(
+    model: Model,
+    recordings: Recordings,
+    matrix: Tensor,
+    full_steps: Iterable[int],
+    terms: int,
+    ridge: float,
+    known: dict[tuple[int, ...], Tensor],
+) -> ClosedLoopFit:
+    """`fit_closed_loop`. `known` has the outputs by the full steps up to theirs, and takes those that are new."""
+    terms, run = checked_terms(terms), _Run(recordings.start, matrix, recordings.num_parts)
     if run.num_steps != recordings.num_steps:
         raise SettingsError(f"recordings of {recordings.num_steps} steps, a scheduler of {run.num_steps}")
-    if recordings.start.numel() < terms:
+    if recordings.start.numel() < terms * recordings.num_parts:
         raise SettingsError(
-            f"recordings of {recordings.start.numel()} numbers: expected {terms} or more", "record more runs"
+            f"recordings of {recordings.start.numel()} numbers for {terms * recordings.num_parts} weights of a step",
+            "record more runs, or ask for fewer terms",
         )
     steps = checked_full_steps(full_steps, run.num_steps)
     for position, (step, following) in enumerate(intervals(steps, run.num_steps)):
-        output = model(step, run.state(step))
-        if not bool(torch.isfinite(output).all()):
-            raise SettingsError(f"the model's output on step {step} is not finite", "record and fit in float32")
-        run.outputs[step] = output
-        run.weights[step, step] = 1.0
+        so_far = steps[: position + 1]
+        if so_far not in known:
+            known[so_far] = _finite(model(step, run.state(step)), step)
+        run.take(step, known[so_far])
         if following > step + 1:
             read = steps[max(0, position + 1 - terms) : position + 1]
-            skipped = list(range(step + 1, following))
-            run.weights[torch.tensor(skipped)[:, None], torch.tensor(read)] = _fit_interval(
-                run, recordings, read, skipped, following, ridge
-            )
+            _fit_interval(run, recordings, read, range(step + 1, following), ridge)
     final = run.state(run.num_steps)
     errors = (final - recordings.final).flatten(1).double().norm(dim=1) / recordings.norms
-    return ClosedLoopFit(weights=weight_rows(steps, run.weights, terms), errors=errors.cpu())
+    return ClosedLoopFit(
+        full_steps=steps, weights=weight_rows(steps, run.weights.flatten(1), terms), errors=errors.cpu()
+    )
+
+
+def _finite(parts: Tensor, step: int) -> Tensor:
+    if not bool(torch.isfinite(parts).all()):
+        raise SettingsError(f"the model's output on step {step} is not finite", "record and fit in float32")
+    return parts
 
 
 class _Run:
-    """Runs in progress: the outputs of the full steps so far, and the weights of all steps so far."""
+    """Runs in progress: the outputs of the full steps so far, and the weights of all steps so far.
 
-    def __init__(self, start: Tensor, matrix: Tensor) -> None:
+    Args:
+        start: x_0, (R, …).
+        matrix: of the scheduler.
+        num_parts: Q.
+    """
+
+    def __init__(self, start: Tensor, matrix: Tensor, num_parts: int) -> None:
         self.num_steps = len(matrix) - 1
         self.start, self.matrix = start, matrix
-        self.outputs: dict[int, Tensor] = {}
-        self.weights = torch.zeros(self.num_steps, self.num_steps, dtype=torch.float64)
+        self.parts: dict[int, Tensor] = {}  # by step (R, Q, …)
+        self.weights = torch.zeros(self.num_steps, self.num_steps, num_parts, dtype=torch.float64)
+
+    def take(self, step: int, parts: Tensor) -> None:
+        """Go on with what a full step computed."""
+        self.parts[step] = parts
+        self.weights[step, step] = 1.0
 
     def state(self, step: int) -> Tensor:
         """x̂_step: (R, …), of the weights that there are; a step that has none yet adds nothing."""
-        factors = self.matrix[step, 1:] @ self.weights
+        factors = torch.einsum("i,ijq->jq", self.matrix[step, 1:], self.weights).tolist()
         state = float(self.matrix[step, 0]) * self.start
-        for read, output in self.outputs.items():
-            state = state + float(factors[read]) * output
+        for read, parts in self.parts.items():
+            for factor, part in zip(factors[read], parts.unbind(1), strict=True):
+                state = state + factor * part
         return state
 
 
-def _fit_interval(
-    run: _Run, recordings: Recordings, read: tuple[int, ...], skipped: list[int], following: int, ridge: float
-) -> Tensor:
-    """The weights of the steps between two full steps: (steps, m) float64."""
+def _fit_interval(run: _Run, recordings: Recordings, read: tuple[int, ...], skipped: range, ridge: float) -> None:
+    """Set the weights of the steps between two full steps."""
+    steps, following = list(skipped), skipped.stop
     missing = recordings.states(run.matrix, following) - run.state(following)  # what the forecasts have to add up to
-    basis = [run.outputs[step] for step in read]
-    products = torch.zeros(len(read), len(read) + len(skipped) + 1, dtype=torch.float64)
-    for index, norm in enumerate(recordings.norms.tolist()):
-        outputs = torch.stack([output[index] for output in basis]).flatten(1).double() / norm
-        targets = torch.cat([recordings.outputs[index, skipped], missing[index, None]]).flatten(1).double() / norm
-        products += (outputs @ torch.cat([outputs, targets]).T).cpu()
-    normal, right = products[:, : len(read)], products[:, len(read) :]
-    normal = normal + ridge * normal.diagonal().mean() * torch.eye(len(read), dtype=torch.float64)
-    own: Tensor = torch.linalg.solve(normal, right[:, :-1]).T  # (steps, m)
-    c = run.matrix[following, [step + 1 for step in skipped]]
-    shift = torch.linalg.solve(normal, right[:, -1] - products[:, : len(read)] @ (c @ own))
-    return own + torch.outer(c / (c @ c).clamp_min(torch.finfo(torch.float64).tiny), shift)
+    size = len(read) * recordings.num_parts
+    products = torch.zeros(size, size + len(steps) + 1, dtype=torch.float64)
+    for index, norm in enumerate(recordings.norms.tolist()):  # one run at a time is in float64
+        basis = torch.cat([run.parts[step][index] for step in read]).flatten(1).double() / norm  # (m Q, D)
+        own = recordings.parts[index, steps].sum(1).flatten(1).double() / norm
+        targets = torch.cat([own, missing[index].flatten()[None].double() / norm])
+        products += (basis @ torch.cat([basis, targets]).T).cpu()
+    normal = products[:, :size] + ridge * products.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    each = torch.linalg.solve(normal, products[:, size:-1]).T  # (steps, m Q)
+    c = run.matrix[following, [step + 1 for step in steps]]
+    shift = torch.linalg.solve(normal, products[:, -1] - products[:, :size] @ (c @ each))
+    each = each + torch.outer(c / (c @ c).clamp_min(torch.finfo(torch.float64).tiny), shift)
+    run.weights[torch.tensor(steps)[:, None], torch.tensor(read)] = each.view(len(steps), len(read), -1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.tuning.weights import Weights, checked_full_steps, checked_terms, weight_rows
+from cat_pruning.tuning.weights import Weights, checked_full_steps, checked_terms, weight_rows, whole
 
 RIDGE: Final = 1e-7  # of the mean squared norm of what is combined: outputs of steps side by side are nearly the same
 
@@ -33,7 +33,7 @@ class Fits:
     """The fits of B choices of K full steps.
 
     Attributes:
-        weights: W of v̂ = W v, (B, n, n) float64.
+        weights: W of v̂ = W u, u the parts of all outputs, (B, n, n Q) float64; `cat_pruning.tuning.weights`.
         state_errors: squared errors of the latents at the full steps but the first, and at the end, relative to the
             final latents: (B, K).
         step_errors: squared errors of the outputs, summed over the steps, in the same unit: (B,).
@@ -52,16 +52,16 @@ def fit_weights(
     terms: int = 3,
     target: Target = Target.STATES,
     ridge: float = RIDGE,
-) -> Weights:
-    """The weights of the steps that are not full, by `fit_choices`.
+) -> tuple[Weights, ...]:
+    """The weights of the steps that are not full, by `fit_choices`: of each part of an output.
 
     Args:
-        gram: mean of `Recordings.grams` over the runs, (n + 1, n + 1) float64.
+        gram: mean of `Recordings.grams` over the runs, (1 + n Q, 1 + n Q) float64.
         matrix: of `scheduler_matrix`.
         full_steps: numbers, 0 among them.
         terms: a forecast reads the last so many full steps.
         target: what is fitted.
-        ridge: penalty of the weights' squares.
+        ridge: penalty of the weights' squares, in units of the parts' mean square.
 
     Raises:
         SettingsError: full steps or terms outside their range, or matrices that do not fit.
@@ -82,8 +82,8 @@ def predicted_error(gram: Tensor, matrix: Tensor, weights: Tensor) -> float:
     Returns:
         √(mean over the runs of ‖x̂_n − x_n‖² / ‖x_n‖²).
     """
-    error = matrix[-1, 1:] @ (weights - torch.eye(len(weights), dtype=torch.float64))
-    return float((error @ gram[1:, 1:] @ error).clamp_min(0).sqrt())
+    steps, columns = weights.shape
+    return float(_squared(matrix[-1, 1:] @ (weights - whole(steps, columns // steps)), gram[1:, 1:]).sqrt())
 
 
 def fit_choices(
@@ -97,11 +97,11 @@ def fit_choices(
 ) -> Fits:
     """Fit the weights of many choices of full steps at once.
 
-    The steps between the full steps s and s' read the last m full outputs u. Their weights are first those of least
-    squares on each step's own output, w_i. Then, for `Target.STATES`, they are moved by as little as makes the latents
-    at s' the nearest to the recorded ones: of x̂_s' = base + Σ_i c_i w_i·u, c = C[s', i + 1], only a = Σ_i c_i w_i
-    matters, and w_i + c_i (a − Σ_k c_k w_k) / Σ_k c_k² is the nearest to the w_i that has the best a. What an interval
-    leaves as an error the next ones correct, as far as their outputs can.
+    The steps between the full steps s and s' read u, the parts of the last m full outputs. Their weights are first
+    those of least squares on each step's own output, w_i. Then, for `Target.STATES`, they are moved by as little as
+    makes the latents at s' the nearest to the recorded ones: of x̂_s' = base + Σ_i c_i w_i·u, c_i = C[s', i + 1], only
+    a = Σ_i c_i w_i matters, and w_i + c_i (a − Σ_k c_k w_k) / Σ_k c_k² is the nearest to the w_i that has the best a.
+    What an interval leaves as an error the next ones correct, as far as their outputs can.
 
     Args:
         gram: as in `fit_weights`, and so are all others but one.
@@ -112,49 +112,64 @@ def fit_choices(
         ridge: as there.
 
     Raises:
-        SettingsError: matrices of other sizes, or fewer than one term.
+        SettingsError: matrices of sizes that do not fit, or fewer than one term.
     """
-    size = len(matrix)
-    if gram.shape != (size, size):
-        raise SettingsError(f"a Gram matrix {tuple(gram.shape)} for {size - 1} steps: expected {(size, size)}")
-    terms, count, steps = checked_terms(terms), len(full_steps), size - 1
-    outputs, choices = gram[1:, 1:], torch.arange(count)
-    # (B, n, n): what row i's output is of the recorded ones, less the recorded output i; 0 for full steps.
-    errors = torch.zeros(count, steps, steps, dtype=torch.float64)
+    terms, count, steps = checked_terms(terms), len(full_steps), len(matrix) - 1
+    parts, products = _num_parts(gram, steps), gram[1:, 1:]
+    outputs = whole(steps, parts)  # (n, n Q)
+    errors = torch.zeros(count, steps, steps * parts, dtype=torch.float64)  # of the outputs, as sums of parts
     ends = torch.cat([full_steps, torch.full((count, 1), steps)], dim=1)
+    columns = (full_steps[..., None] * parts + torch.arange(parts)).flatten(1)  # (B, K Q)
     state_errors = []
     for position in range(full_steps.shape[1]):
-        read = full_steps[:, max(0, position + 1 - terms) : position + 1]  # (B, m)
-        last, following = ends[:, position, None], ends[:, position + 1, None]
-        skipped = ((torch.arange(steps) > last) & (torch.arange(steps) < following)).double()  # (B, n)
-        coefficients = matrix[following[:, 0], 1:]  # (B, n), C of the next full step's state
-        normal = _normal(outputs, read, ridge)
-        own = torch.linalg.solve(normal, outputs[read]).mT * skipped[..., None]  # (B, n, m)
-        errors -= torch.diag_embed(skipped)
-        errors[choices[:, None, None], torch.arange(steps)[None, :, None], read[:, None]] += own
-        state = torch.einsum("bi,bij->bj", coefficients, errors)  # (B, n), zero beyond s'
+        read = columns[:, max(0, position + 1 - terms) * parts : (position + 1) * parts]  # (B, m Q)
+        skipped = _between(ends[:, position], ends[:, position + 1], steps)  # (B, n)
+        coefficients = matrix[ends[:, position + 1], 1:]  # (B, n), C of the state at the next full step
+        normal = _normal(products, read, ridge)
+        own = torch.linalg.solve(normal, products[read] @ outputs.T).mT * skipped[..., None]  # (B, n, m Q)
+        errors = (errors - skipped[..., None] * outputs).scatter_add(2, read[:, None].expand_as(own), own)
+        state = torch.einsum("bi,bij->bj", coefficients, errors)  # (B, n Q)
         if target is Target.STATES:
-            c = coefficients * skipped
-            shift = torch.linalg.solve(normal, (outputs[read] @ state[..., None]))[..., 0]  # (B, m)
-            each = c / (c * c).sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-            errors[choices[:, None, None], torch.arange(steps)[None, :, None], read[:, None]] -= (
-                each[..., None] * shift[:, None]
-            )
+            shift = torch.linalg.solve(normal, products[read] @ state[..., None])  # (B, m Q, 1)
+            spread = _spread(coefficients * skipped)[..., None] * -shift.mT
+            errors = errors.scatter_add(2, read[:, None].expand_as(spread), spread)
             state = torch.einsum("bi,bij->bj", coefficients, errors)
-        state_errors.append(_squared(state, outputs))
+        state_errors.append(_squared(state, products))
     return Fits(
-        weights=errors + torch.eye(steps, dtype=torch.float64),
+        weights=errors + outputs,
         state_errors=torch.stack(state_errors, dim=1),
-        step_errors=_squared(errors, outputs).sum(1),
+        step_errors=_squared(errors, products).sum(1),
     )
 
 
-def _normal(outputs: Tensor, read: Tensor, ridge: float) -> Tensor:
-    """The normal equations' matrices: (B, m, m)."""
-    normal = outputs[read[:, :, None], read[:, None, :]]
+def _num_parts(gram: Tensor, steps: int) -> int:
+    """Q, by the Gram matrix's size."""
+    parts, rest = divmod(len(gram) - 1, steps)
+    if rest or parts < 1 or gram.shape != (len(gram), len(gram)):
+        raise SettingsError(
+            f"a Gram matrix {tuple(gram.shape)} for {steps} steps: expected {steps + 1} rows and columns, or "
+            f"{2 * steps + 1} with guidance"
+        )
+    return parts
+
+
+def _between(last: Tensor, following: Tensor, steps: int) -> Tensor:
+    """1 for the steps between two full steps, else 0: (B, n) float64."""
+    numbers = torch.arange(steps)
+    return ((numbers > last[:, None]) & (numbers < following[:, None])).double()
+
+
+def _spread(coefficients: Tensor) -> Tensor:
+    """C / ‖c‖² of each row, 0 where c is: (B, n)."""
+    return coefficients / coefficients.square().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _normal(products: Tensor, read: Tensor, ridge: float) -> Tensor:
+    """The normal equations' matrices: (B, m Q, m Q)."""
+    normal = products[read[:, :, None], read[:, None, :]]
     return normal + torch.diag_embed(ridge * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(read.shape))
 
 
-def _squared(vectors: Tensor, gram: Tensor) -> Tensor:
-    """The squared norms of combinations: (…, n) → (…)."""
-    return ((vectors @ gram) * vectors).sum(-1).clamp_min(0)
+def _squared(vectors: Tensor, products: Tensor) -> Tensor:
+    """The squared norms of combinations: (…, n Q) → (…)."""
+    return ((vectors @ products) * vectors).sum(-1).clamp_min(0)

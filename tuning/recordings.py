@@ -20,7 +20,7 @@ class Recordings:
 
     Attributes:
         start: x_0, (R, …), the noise that a run starts from.
-        outputs: v_i, (R, n, …), what the scheduler got on each step: after guidance.
+        parts: (R, n, Q, …), on each step the parts whose sum v_i the scheduler got: one, or of `guided_parts` two.
         final: x_n, (R, …), the latents at the end.
 
     Raises:
@@ -28,19 +28,19 @@ class Recordings:
     """
 
     start: Tensor
-    outputs: Tensor
+    parts: Tensor
     final: Tensor
 
     def __post_init__(self) -> None:
-        start, outputs = tuple(self.start.shape), tuple(self.outputs.shape)
+        start, parts = tuple(self.start.shape), tuple(self.parts.shape)
         if not start or start[0] == 0:
             raise SettingsError("there are no recordings", "record at least one run")
-        if len(outputs) < 2 or outputs[1] == 0 or (outputs[0], *outputs[2:]) != start or self.final.shape != start:
+        if len(parts) < 3 or 0 in parts[1:3] or (parts[0], *parts[3:]) != start or self.final.shape != start:
             raise SettingsError(
-                f"outputs {outputs} and final latents {tuple(self.final.shape)} of a start {start}: expected "
-                f"({start[0]}, steps, …) and {start}"
+                f"outputs {parts} and final latents {tuple(self.final.shape)} of a start {start}: expected "
+                f"({start[0]}, steps, parts, …) and {start}"
             )
-        finite = [torch.isfinite(part.flatten(1)).all(dim=1) for part in (self.start, self.outputs, self.final)]
+        finite = [torch.isfinite(part.flatten(1)).all(dim=1) for part in (self.start, self.parts, self.final)]
         if bad := torch.nonzero(~torch.stack(finite).all(dim=0)).flatten().tolist():
             raise SettingsError(f"recordings {bad} have infinities or NaNs", "leave them out, or record in float32")
         if empty := torch.nonzero(self._norms() == 0).flatten().tolist():
@@ -53,12 +53,12 @@ class Recordings:
         Raises:
             SettingsError: there is none, or they differ in steps or shape.
         """
-        shapes = {tuple(part.outputs.shape[1:]) for part in parts}
+        shapes = {tuple(part.parts.shape[1:]) for part in parts}
         if len(shapes) != 1:
             raise SettingsError(f"recordings of {len(shapes)} shapes {sorted(shapes)}", "record all runs alike")
         return cls(
             start=torch.cat([part.start for part in parts]),
-            outputs=torch.cat([part.outputs for part in parts]),
+            parts=torch.cat([part.parts for part in parts]),
             final=torch.cat([part.final for part in parts]),
         )
 
@@ -70,7 +70,12 @@ class Recordings:
     @property
     def num_steps(self) -> int:
         """N."""
-        return self.outputs.shape[1]
+        return self.parts.shape[1]
+
+    @property
+    def num_parts(self) -> int:
+        """Q."""
+        return self.parts.shape[2]
 
     @cached_property
     def norms(self) -> Tensor:
@@ -79,15 +84,15 @@ class Recordings:
 
     def some(self, indices: Sequence[int] | slice) -> Recordings:
         """The runs with these numbers."""
-        return Recordings(start=self.start[indices], outputs=self.outputs[indices], final=self.final[indices])
+        return Recordings(start=self.start[indices], parts=self.parts[indices], final=self.final[indices])
 
     def grams(self) -> Tensor:
-        """The inner products of x_0 and the outputs, divided by ‖x_n‖²: (R, n + 1, n + 1) float64 on the CPU.
+        """The inner products of x_0 and the parts of all outputs, divided by ‖x_n‖²: (R, 1 + n Q, 1 + n Q) float64.
 
-        With G = `grams()[r]`, a combination b of x_0 and the outputs has the squared norm bᵀ G b, relative to the final
-        latents. One run at a time is in float64.
+        With G = `grams()[r]`, a combination b of x_0 and the parts has the squared norm bᵀ G b, relative to the final
+        latents. Row 1 + i Q + q is of part q of step i. On the CPU; one run at a time is in float64.
         """
-        return torch.stack([_gram(self.start[run], self.outputs[run], self.norms[run]) for run in range(self.count)])
+        return torch.stack([_gram(self.start[run], self.parts[run], self.norms[run]) for run in range(self.count)])
 
     def states(self, matrix: Tensor, step: int) -> Tensor:
         """x_step of every run, by the scheduler's matrix: (R, …) in the recordings' dtype.
@@ -97,7 +102,7 @@ class Recordings:
             step: 0 … n.
         """
         row = matrix[step].to(self.start)
-        summed: Tensor = torch.tensordot(row[1 : step + 1], self.outputs[:, :step], dims=([0], [1]))
+        summed: Tensor = torch.tensordot(row[1 : step + 1], self.parts[:, :step].sum(2), dims=([0], [1]))
         return row[0] * self.start + summed
 
     def check(self, matrix: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -125,6 +130,20 @@ class Recordings:
         return norms
 
 
-def _gram(start: Tensor, outputs: Tensor, norm: Tensor) -> Tensor:
-    rows = torch.cat([start[None], outputs]).flatten(1).double() / norm
+def guided_parts(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+    """The parts of what guidance makes of two rows, v = (1 − g) · negative + g · positive: two tensors in dimension 1.
+
+    Args:
+        negative: (R, …), of the unconditional or negative prompt.
+        positive: (R, …), of the prompt.
+        scale: g, the guidance scale.
+
+    Returns:
+        (R, 2, …).
+    """
+    return torch.stack([(1 - scale) * negative, scale * positive], dim=1)
+
+
+def _gram(start: Tensor, parts: Tensor, norm: Tensor) -> Tensor:
+    rows = torch.cat([start[None], parts.flatten(0, 1)]).flatten(1).double() / norm
     return (rows @ rows.T).cpu()

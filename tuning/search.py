@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.tuning.fit import RIDGE, Target, fit_choices
+from cat_pruning.tuning.fit import Target, fit_choices
 
-_BATCH = 512  # choices that are fitted at once: memory of 2 · batch · n² float64
+NOISE: Final = 3e-4  # ridge of the search, a variance of 1.7 %: outputs of a run are off those of the recordings
+_BATCH: Final = 512  # choices that are fitted at once: memory of some 3 · batch · n² Q float64
 
 
 class Objective(StrEnum):
@@ -19,7 +21,7 @@ class Objective(StrEnum):
 
     END = "end"  # the error of the final latents
     STATES = "states"  # the errors of the latents at the full steps and at the end, squared and summed
-    BOTH = "both"  # the mean of the states' squared errors, and the end's once more
+    BOTH = "both"  # the end's squared error, and the mean of the states'
     STEPS = "steps"  # the errors of the outputs, squared and summed
 
 
@@ -29,9 +31,9 @@ def search(
     budgets: Iterable[int],
     *,
     terms: int = 3,
-    objective: Objective = Objective.END,
+    objective: Objective = Objective.BOTH,
     width: int = 1,
-    ridge: float = RIDGE,
+    ridge: float = NOISE,
 ) -> dict[int, tuple[int, ...]]:
     """The full steps for each budget.
 
@@ -40,13 +42,14 @@ def search(
     move gains.
 
     Args:
-        gram: mean of `Recordings.grams` over the runs, (n + 1, n + 1) float64.
+        gram: mean of `Recordings.grams` over the runs, (1 + n Q, 1 + n Q) float64.
         matrix: of `scheduler_matrix`.
         budgets: numbers of full steps, each from 2 to n.
         terms: as in `fit_weights`.
         objective: what is minimised.
         width: choices that are kept of each size; more find a little better ones, and take longer.
-        ridge: as in `fit_weights`.
+        ridge: as in `fit_weights`; more than there, because a run of the schedule has outputs that differ from the
+            recorded ones, which large weights magnify.
 
     Returns:
         By budget the numbers of the full steps, ascending. Deterministic.
@@ -67,7 +70,7 @@ def search_several(
     objective: Objective = Objective.BOTH,
     width: int = 4,
     distance: int = 1,
-    ridge: float = RIDGE,
+    ridge: float = NOISE,
 ) -> dict[int, list[tuple[int, ...]]]:
     """As `search`, but for each budget the best `width` choices that it came by, the best first; to run and compare.
 
@@ -142,7 +145,7 @@ class _Judge:
             case Objective.STATES:
                 return fits.state_errors.sum(1)
             case Objective.BOTH:
-                return fits.state_errors.mean(1) + fits.state_errors[:, -1]
+                return fits.state_errors[:, -1] + fits.state_errors.mean(1)
             case Objective.STEPS:
                 return fits.step_errors
 

@@ -20,7 +20,7 @@ def on_lines(runs: int = 4) -> Recordings:
     generator = torch.Generator().manual_seed(3)
     start, base, slope = torch.randn(3, runs, 16, generator=generator)
     outputs = torch.stack([base + step * slope for step in range(STEPS)], dim=1)
-    return Recordings(start=start, outputs=outputs, final=start - outputs.mean(1))
+    return Recordings(start=start, parts=outputs[:, :, None], final=start - outputs.mean(1))
 
 
 def curved() -> Recordings:
@@ -30,20 +30,20 @@ def curved() -> Recordings:
 @pytest.mark.parametrize("target", Target)
 def test_outputs_on_a_line_are_forecast_exactly_by_two_terms(target: Target) -> None:
     gram, matrix = on_lines().grams().mean(0), odes.euler_matrix(STEPS)
-    weights = fit_weights(gram, matrix, FULL, terms=2, target=target, ridge=1e-13)
+    (weights,) = fit_weights(gram, matrix, FULL, terms=2, target=target, ridge=1e-13)
     assert set(weights) == set(range(STEPS)) - set(FULL)
     for step, (first, second) in {2: (0, 1), 3: (0, 1), 5: (1, 4), 6: (1, 4), 8: (4, 7), 9: (4, 7)}.items():
         slope = (step - second) / (second - first)
         assert weights[step] == pytest.approx({first: -slope, second: 1 + slope}, abs=1e-6)
-    assert predicted_error(gram, matrix, weight_matrix(FULL, weights, STEPS)) < 1e-6
+    assert predicted_error(gram, matrix, weight_matrix(FULL, [weights], STEPS)) < 1e-6
 
 
 def test_one_output_is_scaled_to_the_next_ones() -> None:
     recordings = curved()
-    weights = fit_weights(
+    (weights,) = fit_weights(
         recordings.grams().mean(0), odes.euler_matrix(STEPS), FULL, terms=1, target=Target.STEPS, ridge=0.0
     )
-    scaled = recordings.outputs / recordings.norms[:, None, None].float()
+    scaled = recordings.parts[:, :, 0] / recordings.norms[:, None, None].float()
     first, second = scaled[:, 4].flatten().double(), scaled[:, 6].flatten().double()
     assert weights[6] == {4: pytest.approx(float(first @ second / (first @ first)), rel=1e-5)}
 
@@ -68,9 +68,9 @@ def test_errors_are_those_of_the_forecasts() -> None:
     recordings, matrix = curved(), odes.euler_matrix(STEPS)
     gram = recordings.grams().mean(0)
     fits = fit_choices(gram, matrix, torch.tensor([FULL]))
-    forecast = torch.einsum("ij,rjd->rid", fits.weights[0], recordings.outputs.double())
+    forecast = torch.einsum("ij,rjd->rid", fits.weights[0], recordings.parts[:, :, 0].double())
     norms = recordings.norms[:, None]
-    off = (forecast - recordings.outputs.double()) / norms[..., None]
+    off = (forecast - recordings.parts[:, :, 0].double()) / norms[..., None]
     assert float(fits.step_errors) == pytest.approx(float(off.square().sum() / recordings.count), rel=1e-6)
     for column, step in enumerate((1, 4, 7, STEPS)):
         state = -off[:, :step].sum(1) / STEPS
@@ -93,17 +93,38 @@ def test_a_scheduler_with_memory_is_fitted_to_its_own_states() -> None:
     scheduler.set_timesteps(STEPS)
     matrix, lines = scheduler_matrix(scheduler), on_lines()
     final = lines.states(matrix, STEPS)
-    lines = Recordings(start=lines.start, outputs=lines.outputs, final=final)
+    lines = Recordings(start=lines.start, parts=lines.parts, final=final)
     gram = lines.grams().mean(0)
-    weights = fit_weights(gram, matrix, FULL, terms=2, ridge=1e-13)
-    assert predicted_error(gram, matrix, weight_matrix(FULL, weights, STEPS)) < 1e-6
+    (weights,) = fit_weights(gram, matrix, FULL, terms=2, ridge=1e-13)
+    assert predicted_error(gram, matrix, weight_matrix(FULL, [weights], STEPS)) < 1e-6
     assert weights[9] == pytest.approx({4: -2 / 3, 7: 5 / 3}, abs=1e-5)
+
+
+def test_parts_have_weights_of_their_own() -> None:
+    recordings, matrix = odes.recorded(odes.guided(STEPS), STEPS, runs=6), odes.euler_matrix(STEPS)
+    summed = Recordings(start=recordings.start, parts=recordings.parts.sum(2, keepdim=True), final=recordings.final)
+    gram, choice = recordings.grams().mean(0), torch.tensor([FULL])
+    for target in Target:
+        both = fit_choices(gram, matrix, choice, target=target)
+        one = fit_choices(summed.grams().mean(0), matrix, choice, target=target)
+        assert float(both.step_errors) < 0.9 * float(one.step_errors)
+    weights = fit_weights(gram, matrix, FULL)
+    assert len(weights) == 2
+    forecast = sum(w * recordings.parts[:, j, q].double() for q in (0, 1) for j, w in weights[q][5].items())
+    every = weight_matrix(FULL, weights, STEPS)
+    assert torch.allclose(torch.einsum("c,rcd->rd", every[5], recordings.parts.flatten(1, 2).double()), forecast)
+    assert predicted_error(gram, matrix, every) ** 2 == pytest.approx(float(both.state_errors[0, -1]))
+    # The same weights for both parts are those of the sum.
+    alike = fit_weights(summed.grams().mean(0), matrix, FULL) * 2
+    assert predicted_error(gram, matrix, weight_matrix(FULL, alike, STEPS)) == pytest.approx(
+        predicted_error(summed.grams().mean(0), matrix, weight_matrix(FULL, alike[:1], STEPS)), rel=1e-4
+    )
 
 
 def test_every_step_full_has_no_weights_and_no_error() -> None:
     gram, matrix = curved().grams().mean(0), odes.euler_matrix(STEPS)
-    assert fit_weights(gram, matrix, range(STEPS)) == {}
-    assert predicted_error(gram, matrix, weight_matrix(range(STEPS), {}, STEPS)) == 0.0
+    assert fit_weights(gram, matrix, range(STEPS)) == ({},)
+    assert predicted_error(gram, matrix, weight_matrix(range(STEPS), [{}], STEPS)) == 0.0
 
 
 @pytest.mark.parametrize("full", [(), (1, 2), (0, 10), (0, 3, 3), (-1, 0)])
@@ -113,7 +134,9 @@ def test_full_steps_outside_the_run_are_refused(full: tuple[int, ...]) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"a Gram matrix \(9, 9\) for 10 steps"):
+    with pytest.raises(
+        SettingsError, match=r"a Gram matrix \(9, 9\) for 10 steps: expected 11 rows and columns, or 21 with guidance"
+    ):
         fit_weights(torch.eye(9, dtype=torch.float64), odes.euler_matrix(STEPS), FULL)
     with pytest.raises(SettingsError, match="terms=0"):
         fit_weights(torch.eye(11, dtype=torch.float64), odes.euler_matrix(STEPS), FULL, terms=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.tuning.recordings import Recordings
+from cat_pruning.tuning.recordings import Recordings, guided_parts
 
 
 def some(runs: int = 3, steps: int = 6, seed: int = 1) -> Recordings:
@@ -23,7 +23,7 @@ def test_grams_have_the_inner_products_relative_to_the_final_latents() -> None:
     matrix = odes.euler_matrix(6)
     for run, gram in enumerate(grams):
         assert float(matrix[-1] @ gram @ matrix[-1]) == pytest.approx(1.0, rel=1e-5)
-        inner = recordings.outputs[run, 2].double() @ recordings.start[run].double()
+        inner = recordings.parts[run, 2, 0].double() @ recordings.start[run].double()
         assert float(gram[3, 0]) == pytest.approx(float(inner / (final[run] @ final[run])))
 
 
@@ -33,8 +33,21 @@ def test_states_are_those_of_the_run() -> None:
     for step in range(7):
         assert torch.allclose(recordings.states(odes.euler_matrix(6), step), state, atol=1e-5)
         if step < 6:
-            state = state - recordings.outputs[:, step] / 6
+            state = state - recordings.parts[:, step, 0] / 6
     recordings.check(odes.euler_matrix(6))
+
+
+def test_guidance_makes_two_parts() -> None:
+    recordings = odes.recorded(odes.guided(5), 5, runs=2)
+    assert (recordings.num_steps, recordings.num_parts) == (5, 2)
+    gram = recordings.grams()[1]
+    assert gram.shape == (11, 11)
+    inner = recordings.parts[1, 3, 1].double() @ recordings.parts[1, 2, 0].double()
+    assert float(gram[1 + 7, 1 + 4]) == pytest.approx(float(inner / recordings.norms[1] ** 2))
+    recordings.check(odes.euler_matrix(5))
+    negative, positive = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected = negative + 4.5 * (positive - negative)
+    assert torch.allclose(guided_parts(negative, positive, 4.5).sum(1), expected, atol=1e-5)
 
 
 def test_runs_are_joined_and_picked() -> None:
@@ -58,15 +71,15 @@ def test_another_scheduler_is_found_out() -> None:
 
 
 def test_what_is_no_recording_is_refused() -> None:
-    start, outputs = torch.ones(2, 4), torch.ones(2, 3, 4)
+    start, parts = torch.ones(2, 4), torch.ones(2, 3, 1, 4)
     with pytest.raises(SettingsError, match="there are no recordings"):
-        Recordings(start=start[:0], outputs=outputs[:0], final=start[:0])
-    with pytest.raises(SettingsError, match=r"outputs \(2, 3, 5\).* expected \(2, steps, …\)"):
-        Recordings(start=start, outputs=torch.ones(2, 3, 5), final=start)
+        Recordings(start=start[:0], parts=parts[:0], final=start[:0])
+    with pytest.raises(SettingsError, match=r"outputs \(2, 3, 1, 5\).* expected \(2, steps, parts, …\)"):
+        Recordings(start=start, parts=torch.ones(2, 3, 1, 5), final=start)
     for value in (math.nan, math.inf):
-        spoilt = outputs.clone()
-        spoilt[1, 2, 0] = value
+        spoilt = parts.clone()
+        spoilt[1, 2, 0, 0] = value
         with pytest.raises(SettingsError, match=r"recordings \[1\] have infinities or NaNs"):
-            Recordings(start=start, outputs=spoilt, final=start)
+            Recordings(start=start, parts=spoilt, final=start)
     with pytest.raises(SettingsError, match=r"recordings \[0\] end in zeros"):
-        Recordings(start=start, outputs=outputs, final=torch.tensor([[0.0] * 4, [1.0] * 4]))
+        Recordings(start=start, parts=parts, final=torch.tensor([[0.0] * 4, [1.0] * 4]))

@@ -8,7 +8,7 @@ import torch
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.tuning.fit import Target, fit_choices
-from cat_pruning.tuning.search import Objective, search, search_several
+from cat_pruning.tuning.search import NOISE, Objective, search, search_several
 
 
 def problem(steps: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,11 +21,11 @@ def test_the_best_of_all_choices_is_found(objective: Objective) -> None:
     for budget in (3, 4, 5):
         choices = [(0, *rest) for rest in itertools.combinations(range(1, 8), budget - 1)]
         target = Target.STEPS if objective is Objective.STEPS else Target.STATES
-        fits = fit_choices(gram, matrix, torch.tensor(choices), terms=2, target=target)
+        fits = fit_choices(gram, matrix, torch.tensor(choices), terms=2, target=target, ridge=NOISE)
         losses = {
             Objective.END: fits.state_errors[:, -1],
             Objective.STATES: fits.state_errors.sum(1),
-            Objective.BOTH: fits.state_errors.mean(1) + fits.state_errors[:, -1],
+            Objective.BOTH: fits.state_errors[:, -1] + fits.state_errors.mean(1),
             Objective.STEPS: fits.step_errors,
         }[objective]
         found = search(gram, matrix, [budget], terms=2, objective=objective, width=3)
@@ -45,8 +45,10 @@ def test_several_choices_are_distinct_and_the_best_is_first() -> None:
     gram, matrix = problem(12)
     several = search_several(gram, matrix, (5,), objective=Objective.END, width=4)[5]
     assert len(set(several)) == len(several) == 4
-    assert several[0] == search(gram, matrix, (5,), width=4)[5]
-    errors = [float(fit_choices(gram, matrix, torch.tensor([choice])).state_errors[0, -1]) for choice in several]
+    assert several[0] == search(gram, matrix, (5,), objective=Objective.END, width=4)[5]
+    errors = [
+        float(fit_choices(gram, matrix, torch.tensor([choice]), ridge=NOISE).state_errors[0, -1]) for choice in several
+    ]
     assert errors == sorted(errors)
     apart = search_several(gram, matrix, (5,), width=4, distance=2)[5]
     assert all(len(set(a) - set(b)) >= 2 for a, b in itertools.combinations(apart, 2))
