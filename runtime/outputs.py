@@ -32,20 +32,25 @@ class Outputs:
         """Whether every output that a step reads is there; not so in an image that began late in its schedule."""
         return step.weights.keys() <= self._outputs.keys()
 
-    def of(self, noise: Tensor, step: ScheduledStep, keep_indices: Tensor) -> Tensor:
+    def of(self, noise: Tensor, step: ScheduledStep, keep_indices: Tensor, negative: Tensor | None = None) -> Tensor:
         """The output of a step. Does not synchronise.
 
         Args:
             noise: every token as it was last computed, in the transformer's layout.
             step: its row.
             keep_indices: (B, n), the tokens that it computed.
+            negative: (B,), whether a row is of a negative prompt; None: none is.
 
         Returns:
             Of `noise`'s shape and dtype; `noise` itself where it is all that the step is made of.
         """
         if not step.weights:
             return noise
-        combined = combine(self._outputs, step.weights).to(noise.dtype)
+        combined = combine(self._outputs, step.weights)
+        if step.negative and negative is not None:
+            of_negative = combine(self._outputs, step.negative)
+            combined = torch.where(negative.view(-1, *[1] * (noise.dim() - 1)), of_negative, combined)
+        combined = combined.to(noise.dtype)
         if step.kind is StepKind.FORECAST or not keep_indices.shape[1]:
             return combined
         return torch.where(self._family.token_mask(keep_indices, noise).bool(), noise, combined)

@@ -14,7 +14,7 @@ from cat_pruning.runtime.image import Image, every_token
 from cat_pruning.runtime.outputs import Outputs
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.selection.policies import SELECTORS
-from cat_pruning.runtime.selection.selector import Selector
+from cat_pruning.runtime.selection.selector import Selector, negative_rows
 from cat_pruning.runtime.side_branch import SideBranch
 from cat_pruning.runtime.timesteps import TimestepReader
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
@@ -47,7 +47,12 @@ class ImageInProgress:
         self.timesteps: list[float] = []
         self.record: StepRecord | None = None
         self._reference_step = reference_step(settings)
-        self._outputs = Outputs(session.engine.family)
+        family, table = session.engine.family, settings.schedule
+        self._outputs = Outputs(family)
+        self._needs_negative = (
+            family.batched_guidance and table is not None and any(step.negative for step in table.steps)
+        )
+        self._negative: Tensor | None = None  # (B,), once it is known
         self._noise = torch.empty(0)  # every token's as it was last computed
 
     @property
@@ -73,7 +78,9 @@ class ImageInProgress:
         record = self.record
         if self.selector is not None and self._is_reference(record.step):
             self.selector.refer_to(self._noise)
-        output = self._outputs.of(self._noise, record.row, record.keep_indices)
+        if self._negative is None and self._needs_negative:
+            self._negative = negative_rows(latents)
+        output = self._outputs.of(self._noise, record.row, record.keep_indices, self._negative)
         if record.num_kept:
             self._outputs.keep(record.step, output, last_read(record.step, self.settings))
         return output

@@ -76,7 +76,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     draw(compared, full.contender.macs, directory / "tune.png")
     write_schedules(bundle.path, measured)
     output = Console()
-    output.print(table(compared, expected, full.contender.macs, full.seconds))
+    output.print(table(compared, full))
     output.print(f"{directory / 'tune.png'}", highlight=False, soft_wrap=True)
     names = ", ".join(each.name for each in measured)
     output.print(f"in {bundle.path} now: {names}; cat-generate --speedup takes them", highlight=False, soft_wrap=True)

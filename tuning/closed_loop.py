@@ -101,8 +101,8 @@ def fit_best(
 ) -> ClosedLoopFit:
     """Fit several choices of full steps in the loop, and keep the one of the least mean error; of equal ones the first.
 
-    What the recordings alone predict (`cat_pruning.tuning.search`) ranks choices roughly: the best of a few, run on some
-    of the recordings, is better than the first. Choices that begin alike share their evaluations of the model.
+    What the recordings alone predict (`cat_pruning.tuning.search`) ranks choices roughly: the best of a few, run on
+    some of the recordings, is better than the first. Choices that begin alike share their evaluations of the model.
 
     Args:
         model: as in `fit_closed_loop`, and so are all others but one.

@@ -24,7 +24,7 @@ from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.recordings import Recordings
 from cat_pruning.tuning.replay import Replay
 from cat_pruning.tuning.scheduler_matrix import TOLERANCE, scheduler_matrix
-from cat_pruning.tuning.tune import fit_schedules, steps_of_fits
+from cat_pruning.tuning.tune import fit_schedules, most_steps
 
 Advance = Callable[[str, int, int], None]  # called with a stage, its total, and how much more of it is done
 # What the rounding of the latents after every step may add up to, relative.
@@ -94,19 +94,21 @@ class Job:
         matrix = scheduler_matrix(replay.scheduler)
         recordings = recorded.recordings
         recordings.check(matrix, _ROUNDED[self.pipe.transformer.dtype])
-        total = steps_of_fits(budgets, recordings.count)
+        total = most_steps(budgets, recordings.count)
         found = fit_schedules(replay, recordings, matrix, budgets, lambda n: advance("fit", total, n))
+        advance("fit", total, total)  # the bar goes no further: choices that begin alike shared steps
         schedules = [
             Schedule.of(
                 self.steps,
                 each.full_steps,
-                each.weights,
+                each.weights[-1],
+                each.weights[0] if recordings.num_parts > 1 else None,
                 timesteps=recorded.timesteps,
                 made_for=self._made_for(recordings),
             )
             for each in found.values()
         ]
-        return schedules, {budget: each.error for budget, each in found.items()}
+        return schedules, {budget: float(each.errors.mean()) for budget, each in found.items()}
 
     def measure(
         self, prompts: Sequence[Prompt], schedules: Sequence[Schedule], advance: Advance, *, peers: bool

@@ -1,7 +1,7 @@
 """Runs of the full model, recorded on disk: made a batch at a time, and gone on with after an interruption.
 
 DIR/run.json                 all that the recordings depend on; a run goes on only under the same
-DIR/batch-0000.safetensors   start, outputs, final (float32) and the transformer's timesteps, of a batch of prompts
+DIR/batch-0000.safetensors   start, parts, final (float32) and the transformer's timesteps, of a batch of prompts
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.files import replacing, write_whole
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
+from cat_pruning.tuning.guidance import check_parts, parts_of
 from cat_pruning.tuning.recordings import Recordings
 
 RUN: Final = "run.json"
@@ -92,7 +93,7 @@ def record(
 
     Raises:
         SettingsError: the directory holds the recordings of another run; the scheduler calls the model more than once
-            a step.
+            a step; the pipeline has other guidance than the plain one.
         OutputError: it cannot be written.
     """
     _begin(directory, run)
@@ -110,7 +111,7 @@ def record(
                 raise OutputError(f"{path} cannot be written ({error})", "make room") from error
         batches.append(tensors)
         advance(len(config.prompts))
-    joined = {name: torch.cat([batch[name] for batch in batches]) for name in ("start", "outputs", "final")}
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in ("start", "parts", "final")}
     return Recorded(recordings=Recordings(**joined), timesteps=tuple(batches[0]["timesteps"].tolist()))
 
 
@@ -153,11 +154,11 @@ def _stored(path: Path) -> dict[str, Tensor] | None:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError):
         return None
-    return tensors if tensors.keys() == {"start", "outputs", "final", "timesteps"} else None
+    return tensors if tensors.keys() == {"start", "parts", "final", "timesteps"} else None
 
 
 def _recorded(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> dict[str, Tensor]:
-    with recorded_steps(pipe) as steps:
+    with recorded_steps(pipe) as steps, recorded_noise(pipe) as noises:
         run = generate(pipe, settings, config)
     if len(steps) != len(run.records) or len(steps) != config.steps:
         raise SettingsError(
@@ -165,9 +166,12 @@ def _recorded(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> dic
             f"{config.steps} that were asked for: expected one call of the model a step",
             "tune with a scheduler of first order or a multistep one, such as Euler's or DPM-Solver++",
         )
+    parts = [parts_of(noise, step.sample, config.guidance_scale) for noise, step in zip(noises, steps, strict=True)]
+    for each, step in zip(parts, steps, strict=True):
+        check_parts(each, step.output, pipe.transformer.dtype, pipe)
     return {
         "start": steps[0].sample,
-        "outputs": torch.stack([step.output for step in steps], dim=1),
+        "parts": torch.stack(parts, dim=1),
         "final": steps[-1].result,
         "timesteps": torch.tensor([record.timestep for record in run.records], dtype=torch.float64),
     }
@@ -199,6 +203,17 @@ def recorded_steps(pipe: Any) -> Iterator[list[SchedulerStep]]:
         yield steps
     finally:
         del scheduler.step
+
+
+@contextmanager
+def recorded_noise(pipe: Any) -> Iterator[list[Tensor]]:
+    """A list that the outputs of the pipeline's transformer go to meanwhile, on the CPU in float32."""
+    noises: list[Tensor] = []
+    hook = pipe.transformer.register_forward_hook(lambda module, arguments, output: noises.append(_copy(output[0])))
+    try:
+        yield noises
+    finally:
+        hook.remove()
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.table import Table
 
-from cat_pruning import console
 from cat_pruning.errors import OutputError
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.files import replacing, write_whole
@@ -21,37 +21,32 @@ _MARKERS = ("s", "^", "v", "D", "P", "X")
 _COLOURS = ("#6b7280", "#b45309", "#9333ea", "#0891b2", "#dc2626", "#65a30d")
 
 
-def table(outcomes: Sequence[Outcome], predicted: dict[int, float], full_macs: int, full_seconds: float) -> Table:
+def table(outcomes: Sequence[Outcome], full: Outcome) -> Table:
     """The table for a terminal: a block for each budget, the tuned schedule first.
 
     Args:
         outcomes: of all contenders, those of a budget together.
-        predicted: error by budget, as the fit expected it.
-        full_macs: of the full run's image.
-        full_seconds: of it.
+        full: the full run's.
     """
-    made = Table(title="against the full run, on prompts that were not fitted to", title_justify="left")
-    columns = ("cost", "method", "MACs", "speedup", "latents' error", "expected", "PSNR, dB", "score", "image, s")
-    for column in columns:
-        made.add_column(column, justify="left" if column in ("cost", "method") else "right")
+    title = f"against {full.contender.steps} full steps, on prompts that were not fitted to"
+    made = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("full", "method", "MACs", "latents' error", "PSNR", "score", "s/image"):
+        made.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     budget = None
     for outcome in outcomes:
         contender = outcome.contender
-        if budget not in (None, contender.budget):
+        is_new, budget = contender.budget != budget, contender.budget
+        if is_new and made.rows:
             made.add_section()
-        budget = contender.budget
-        tuned = contender.method == TUNED
         made.add_row(
-            f"{contender.budget} full steps" if tuned else "",
+            str(budget) if is_new else "",
             contender.method,
-            console.macs(contender.macs),
-            f"{full_macs / contender.macs:.2f}×",
+            f"1/{full.contender.macs / contender.macs:.2f}",
             _text(outcome.error, 4),
-            f"{predicted[contender.budget]:.4f}" if tuned and contender.budget in predicted else "",
-            _text(outcome.psnr_db, 1),
-            _text(outcome.score_change, 4, "+"),
-            f"{outcome.seconds:.2f} ({full_seconds / outcome.seconds:.2f}×)" if full_seconds else "",
-            style="bold" if tuned else None,
+            f"{outcome.psnr_db.mean:.1f}" if outcome.psnr_db else "–",
+            _text(outcome.score_change, 3, "+"),
+            f"{outcome.seconds:.2f}",
+            style="bold" if contender.method == TUNED else None,
         )
     return made
 

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
 
-from cat_pruning.tuning.closed_loop import Model, fit_closed_loop
+from cat_pruning.tuning.closed_loop import ClosedLoopFit, Model, fit_best, fit_closed_loop
 from cat_pruning.tuning.recordings import Recordings
-from cat_pruning.tuning.search import Objective, search_several
-from cat_pruning.tuning.weights import Weights
+from cat_pruning.tuning.search import search_several
 
-CONTENDERS: Final = 4  # choices of full steps that are run before one is taken
-TRIED_ON: Final = 8  # recordings that they are run on
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """The full steps and the weights for one budget.
-
-    Attributes:
-        full_steps: numbers, ascending.
-        weights: of the other steps.
-        error: relative error of the final latents, mean over the recordings that it was fitted to.
-    """
-
-    full_steps: tuple[int, ...]
-    weights: Weights
-    error: float
+CONTENDERS: Final = 10  # choices of full steps that are run before one is taken
+TRIED_ON: Final = 12  # recordings that they are run on
 
 
 def fit_schedules(
@@ -38,7 +21,7 @@ def fit_schedules(
     matrix: Tensor,
     budgets: Sequence[int],
     advance: Callable[[int], None] = lambda steps: None,
-) -> dict[int, Fitted]:
+) -> dict[int, ClosedLoopFit]:
     """The best schedule for each number of full steps.
 
     The recordings' inner products give a few good choices of full steps (`search_several`). Each is fitted and run with
@@ -54,24 +37,22 @@ def fit_schedules(
     Raises:
         SettingsError: a budget is outside its range, or there are too few recordings.
     """
+
+    def counted(step: int, latents: Tensor) -> Tensor:
+        parts = model(step, latents)
+        advance(len(latents))
+        return parts
+
     gram = recordings.grams().mean(0)
-    choices = search_several(gram, matrix, budgets, objective=Objective.BOTH, width=CONTENDERS, distance=2)
+    choices = search_several(gram, matrix, budgets, width=CONTENDERS)
     some = recordings.some(slice(0, TRIED_ON))
-
-    def error_of(choice: tuple[int, ...]) -> float:
-        error = float(fit_closed_loop(model, some, matrix, choice).errors.mean())
-        advance(len(choice) * some.count)
-        return error
-
-    fitted = {}
+    fits = {}
     for budget, contenders in choices.items():
-        best = min(contenders, key=error_of)
-        fit = fit_closed_loop(model, recordings, matrix, best)
-        advance(budget * recordings.count)
-        fitted[budget] = Fitted(full_steps=best, weights=fit.weights, error=float(fit.errors.mean()))
-    return fitted
+        best = fit_best(counted, some, matrix, contenders)
+        fits[budget] = fit_closed_loop(counted, recordings, matrix, best.full_steps)
+    return fits
 
 
-def steps_of_fits(budgets: Sequence[int], count: int) -> int:
+def most_steps(budgets: Sequence[int], count: int) -> int:
     """The steps of one run each that `fit_schedules` computes at most, for `count` recordings."""
     return sum(budget * (count + CONTENDERS * min(count, TRIED_ON)) for budget in budgets)

@@ -99,6 +99,11 @@ class Selector(ABC):
         return values[guiding_rows(latents)] if self._family.batched_guidance else values
 
 
+def negative_rows(latents: Tensor) -> Tensor:
+    """Whether a row of the batch is of a negative prompt, (B,) bool: see `guiding_rows`."""
+    return guiding_rows(latents) != torch.arange(latents.shape[0], device=latents.device)
+
+
 def guiding_rows(latents: Tensor) -> Tensor:
     """The row of the batch that each row's selection is taken from, (B,) int64.
 

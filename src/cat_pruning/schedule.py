@@ -45,23 +45,29 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+_Weights = dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(allow_inf_nan=False)]]
+
+
 class ScheduledStep(_Model):
     """A row of the table.
 
     Attributes:
         kind: what is computed.
         weights: of earlier steps' outputs, by the steps' numbers; empty: what was last computed again.
+        negative: the same for the negative prompt's rows of a batch under guidance, of the same steps; empty: as
+            `weights`. The two rows change differently, and guidance magnifies what differs.
     """
 
     kind: Annotated[StepKind, Field(strict=False)]
-    weights: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(allow_inf_nan=False)]] = Field(
-        default_factory=dict
-    )
+    weights: _Weights = Field(default_factory=dict)
+    negative: _Weights = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind is StepKind.FULL and self.weights:
             raise ValueError("a full step takes no weights")
+        if self.negative and self.negative.keys() != self.weights.keys():
+            raise ValueError(f"negative has weights of {[*self.negative]}, expected of {[*self.weights]}")
         return self
 
 
@@ -139,6 +145,7 @@ class Schedule(_Model):
         num_steps: int,
         full: Iterable[int],
         weights: Mapping[int, Mapping[int, float]] | None = None,
+        negative: Mapping[int, Mapping[int, float]] | None = None,
         *,
         pruned: Iterable[int] = (),
         **fields: Any,
@@ -149,22 +156,26 @@ class Schedule(_Model):
             num_steps: rows.
             full: numbers of the full steps.
             weights: of the steps that are not full, by their numbers; a step that has none repeats the last output.
+            negative: of their negative rows.
             pruned: numbers of the pruned steps.
             fields: the other fields.
 
         Raises:
             ScheduleError: the rows make no schedule.
         """
-        full, pruned, weights = set(full), set(pruned), weights or {}
-        if strange := (full | pruned | set(weights)) - set(range(num_steps)):
+        full, pruned, weights, negative = set(full), set(pruned), weights or {}, negative or {}
+        if strange := (full | pruned | set(weights) | set(negative)) - set(range(num_steps)):
             raise ScheduleError(f"steps {sorted(strange)} of {num_steps}", f"give numbers from 0 to {num_steps - 1}")
 
         def made() -> Any:
-            rows = (
-                ScheduledStep(kind=kind, weights=dict(weights.get(number, {})) if kind is not StepKind.FULL else {})
-                for number, kind in enumerate(kinds)
+            return cls(steps=tuple(row(number, kind) for number, kind in enumerate(kinds)), **fields)
+
+        def row(number: int, kind: StepKind) -> ScheduledStep:
+            if kind is StepKind.FULL:
+                return FULL_STEP
+            return ScheduledStep(
+                kind=kind, weights=dict(weights.get(number, {})), negative=dict(negative.get(number, {}))
             )
-            return cls(steps=tuple(rows), **fields)
 
         kinds = [_kind(number, full, pruned) for number in range(num_steps)]
         return cls._validated("a schedule", made)
@@ -222,7 +233,7 @@ class Schedule(_Model):
     def to_json(self) -> str:
         """The text of the file, a row of the table a line."""
         fields = self.model_dump(mode="json", exclude_none=True)
-        rows = [json.dumps(step) for step in fields.pop("steps")]
+        rows = [json.dumps({name: value for name, value in step.items() if value}) for step in fields.pop("steps")]
         rest = json.dumps(fields, indent=2)
         return rest.removesuffix("\n}") + ',\n  "steps": [\n    ' + ",\n    ".join(rows) + "\n  ]\n}\n"
 
