@@ -151,7 +151,7 @@ class Manifest(Spec):
     def digest(self) -> str:
         """SHA-256 of the manifest without its schedules: the same before and after they are tuned."""
         others = {name: spec for name, spec in self.files.items() if name not in self.schedules}
-        text = type(self).model_validate(dict(self) | {"schedules": (), "files": others}).model_dump_json()
+        text = self.model_copy(update={"schedules": (), "files": others}).model_dump_json()
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileSpec]) -> Self:
