@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompts",
         metavar="FILE|scenes:N|rich:N",
-        help="a line each, PartiPrompts' .tsv or COCO's captions .json; or N scenes that the miniatures were not "
-        "trained on, rich ones for sd3-mini-256 (default: scenes:64)",
+        help="a line each, PartiPrompts' .tsv, DrawBench's .csv or COCO's captions .json; or N scenes that the "
+        "miniatures were not trained on, rich ones for sd3-mini-256 (default: scenes:64)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     parser.add_argument(
@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_list_of(str),
         metavar="M,…",
         help="a policy (cat, noise, cluster, stale, random, ras), alone or with +refresh after it; "
-        "forecast; at-edm (default: every policy, cat+refresh, forecast, and at-edm where model and engine allow it)",
+        "forecast; at-edm; fewer full steps by another solver: multistep (DPM-Solver++), unipc, ab2 (Adams-Bashforth) "
+        "(default: every policy, cat+refresh, forecast, and at-edm where model and engine allow it)",
     )
     parser.add_argument("--policies", dest="methods", type=_list_of(str), action=_FormerName, help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, default=1, help="images of each prompt (default: 1)")
@@ -78,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics",
         type=_metrics,
         metavar="M,…",
-        help="psnr, ssim, latents: against the full run; coverage, clip: against the prompt "
-        "(default: all but clip; coverage where every prompt is a scene)",
+        help="psnr, ssim, latents: against the full run; truth: the latents against a converged run of 200 steps more; "
+        "coverage, clip: against the prompt (default: psnr, ssim, latents; coverage where every prompt is a scene)",
     )
     parser.add_argument(
         "--clip-model", metavar="ID|DIR", help="of the CLIP score (default: openai/clip-vit-base-patch16)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from cat_pruning.evaluation.solvers import SOLVERS
+
 FULL = "full"  # the method that computes every token on every step; the others are compared with it
 FEWER_STEPS = "fewer-steps"  # the method that computes every token, on as many steps as cost what CAT's image costs
 
@@ -14,11 +16,11 @@ class Candidate:
     """One way to make the same images.
 
     Attributes:
-        method: `FULL`, `FEWER_STEPS` or a name of `cat_pruning.evaluation.methods`.
+        method: `FULL`, `FEWER_STEPS`, a solver or another name of `cat_pruning.evaluation.methods`.
         steps: of the schedule that it belongs to.
-        keep_ratio: share of the tokens that a pruned step computes. Fewer steps, refreshed methods and the forecast
-            have the keep ratio of the policy that costs as much.
-        sampled_steps: the number of steps that the pipeline is asked for; `steps`, but for fewer steps.
+        keep_ratio: share of the tokens that a pruned step computes. Fewer steps, solvers, refreshed methods and the
+            forecast have the keep ratio of the policy that costs as much.
+        sampled_steps: the number of steps that the pipeline is asked for; `steps`, but for fewer steps and solvers.
         full_steps: how many of them compute every token.
         settings: of the pruning, as `PruneSettings.to_dict` has them.
         macs_linear, macs_all: of one image, in the conventions of `cat_pruning.exporter.macs`.
@@ -47,6 +49,8 @@ class Candidate:
         """Its name in a table of its schedule and ratio."""
         if self.method == FEWER_STEPS:
             return f"{self.sampled_steps} full steps"
+        if self.method in SOLVERS:
+            return f"{self.sampled_steps} full steps, {self.method}"
         if every := self.settings.get("refresh_every"):
             return f"{self.method} (keep {self.settings['keep_ratio']:.2g}, {self.full_steps} full, every {every})"
         return self.method

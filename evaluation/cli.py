@@ -61,10 +61,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _metrics(arguments: argparse.Namespace, scenes: bool) -> list[Metric]:
-    from cat_pruning.evaluation.metrics import Metric
+    from cat_pruning.evaluation.metrics import DEFAULT_METRICS, Metric
 
     if arguments.metrics is None:
-        return [metric for metric in Metric if metric is not Metric.CLIP and (scenes or metric is not Metric.COVERAGE)]
+        return [metric for metric in DEFAULT_METRICS if scenes or metric is not Metric.COVERAGE]
     if unknown := [name for name in arguments.metrics if name not in set(Metric)]:
         raise SettingsError(f"--metrics {', '.join(unknown)}: not known; known are {', '.join(Metric)}")
     return [Metric(name) for name in arguments.metrics]
@@ -101,6 +101,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
     from cat_pruning.engines.torch_engine import TorchStepEngine
     from cat_pruning.evaluation.at_edm import AtEdmStepEngine
     from cat_pruning.evaluation.evaluate import Generator
+    from cat_pruning.evaluation.solvers import SOLVERS, check_solver
     from cat_pruning.families import family_named
     from cat_pruning.runtime.engine_choice import engine_from_bundle
     from cat_pruning.runtime.pipeline import load_pipeline
@@ -115,6 +116,9 @@ def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
     arguments.methods = _methods(arguments, bundle)
     pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
     pipe.set_progress_bar_config(disable=True)
+    for method in arguments.methods:
+        if method in SOLVERS:
+            check_solver(method, pipe.scheduler)
 
     @functools.cache
     def at_edm() -> CatTransformer:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from cat_pruning.errors import OutputError
 from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.methods import AT_EDM
-from cat_pruning.evaluation.metrics import Metrics, Sample
+from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt
-from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore
+from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore, RunSpec
+from cat_pruning.evaluation.solvers import SOLVERS, solver_in
+from cat_pruning.evaluation.truth import truth_candidate
 from cat_pruning.files import replacing
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import StepKind
@@ -47,7 +50,8 @@ class Generator:
     def __call__(self, candidate: Candidate, config: GenerateConfig) -> tuple[Run, Tensor]:
         """The images of a batch of prompts and their last latents."""
         self.pipe.transformer = self.at_edm() if candidate.method == AT_EDM else self.transformer
-        with last_latents(self.pipe) as latents:
+        solver = solver_in(self.pipe, candidate.method) if candidate.method in SOLVERS else nullcontext()
+        with solver, last_latents(self.pipe) as latents:
             run = generate(self.pipe, PruneSettings.from_dict(candidate.settings), config)
         return run, latents[-1].float()
 
@@ -68,59 +72,85 @@ def evaluate(
         advance(candidate, sum(len(store.done(candidate, seed)) for seed in range(spec.seeds)))
     for seed in range(spec.seeds):
         for start in range(0, len(prompts), spec.batch):
-            batch = range(start, min(start + spec.batch, len(prompts)))
+            numbers = range(start, min(start + spec.batch, len(prompts)))
+            batch = _Batch(
+                numbers=numbers,
+                seed=seed,
+                noise_seed=seed * len(prompts) + start,
+                prompts=prompts[start:][: spec.batch],
+            )
+            truth = functools.cache(functools.partial(_truth, spec, metrics, generator, batch))
             for steps in dict.fromkeys(candidate.steps for candidate in spec.candidates):
-                due = [each for each in spec.candidates if each.steps == steps and _due(store, each, seed, batch)]
+                due = [each for each in spec.candidates if each.steps == steps and _due(store, each, batch)]
                 if due:
-                    _evaluate_batch(store, prompts, metrics, generator, steps, due, seed, batch, advance)
+                    _evaluate_batch(store, metrics, generator, steps, due, batch, truth, advance)
             gc.collect()
 
 
-def _due(store: ResultStore, candidate: Candidate, seed: int, batch: range) -> bool:
-    wanted = {index for index in batch if index < candidate.prompts}
-    return bool(wanted - store.done(candidate, seed))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """The images that are made at once: their prompts, those prompts' numbers, and where their noise is from."""
+
+    numbers: range
+    seed: int
+    noise_seed: int
+    prompts: list[Prompt]
+
+    def config(self, spec: RunSpec, steps: int, text_arguments: dict[str, Any]) -> GenerateConfig:
+        return GenerateConfig(
+            prompts=tuple(prompt.text for prompt in self.prompts),
+            height=spec.height,
+            width=spec.width,
+            steps=steps,
+            guidance_scale=spec.guidance_scale,
+            seed=self.noise_seed,
+            text_arguments=text_arguments,
+        )
+
+
+def _truth(spec: RunSpec, metrics: Metrics, generator: Generator, batch: _Batch) -> Tensor | None:
+    """The truth's latents, if a metric needs them."""
+    if Metric.TRUTH not in metrics.metrics:
+        return None
+    candidate = truth_candidate(generator.pipe.scheduler)
+    return generator(candidate, batch.config(spec, candidate.sampled_steps, generator.text_arguments))[1]
+
+
+def _due(store: ResultStore, candidate: Candidate, batch: _Batch) -> bool:
+    wanted = {index for index in batch.numbers if index < candidate.prompts}
+    return bool(wanted - store.done(candidate, batch.seed))
 
 
 def _evaluate_batch(
     store: ResultStore,
-    prompts: list[Prompt],
     metrics: Metrics,
     generator: Generator,
     steps: int,
     due: list[Candidate],
-    seed: int,
-    batch: range,
+    batch: _Batch,
+    truth: Callable[[], Tensor | None],
     advance: Advance,
 ) -> None:
-    spec, texts = store.spec, [prompts[index] for index in batch]
+    spec = store.spec
     full = next(candidate for candidate in spec.candidates if candidate.method == FULL and candidate.steps == steps)
     reference: Sample | None = None
     for candidate in [full, *(candidate for candidate in due if candidate is not full)]:
-        config = GenerateConfig(
-            prompts=tuple(prompt.text for prompt in texts),
-            height=spec.height,
-            width=spec.width,
-            steps=candidate.sampled_steps,
-            guidance_scale=spec.guidance_scale,
-            seed=seed * len(prompts) + batch.start,
-            text_arguments=generator.text_arguments,
-        )
+        config = batch.config(spec, candidate.sampled_steps, generator.text_arguments)
         run, latents = generator(candidate, config)
         sample = Sample(images=run.images, latents=latents)
         try:
-            _keep_pictures(store, candidate, run, seed, batch)
+            _keep_pictures(store, candidate, run, batch.seed, batch.numbers)
         except OSError as error:
             raise OutputError(
                 f"{store.directory} cannot be written ({error.strerror or error})", "make room"
             ) from error
         if candidate in due:
-            scores = metrics.score(sample, reference, texts)
-            done = store.done(candidate, seed)
+            scores = metrics.score(sample, reference, batch.prompts, truth())
+            done = store.done(candidate, batch.seed)
+            seconds = run.seconds / len(batch.numbers)
             results = [
-                ImageResult(
-                    candidate=candidate.key, prompt=index, seed=seed, seconds=run.seconds / len(batch), scores=score
-                )
-                for index, score in zip(batch, scores, strict=True)
+                ImageResult(candidate=candidate.key, prompt=index, seed=batch.seed, seconds=seconds, scores=score)
+                for index, score in zip(batch.numbers, scores, strict=True)
                 if index not in done and index < candidate.prompts
             ]
             store.append(results)

@@ -14,7 +14,8 @@ class Measure:
 
     Attributes:
         title: with its unit. digits: after the point. higher_is_better: or else lower.
-        of_prompt: whether it judges an image by its prompt, the full run's too; the others compare with the full run.
+        of_prompt: whether it judges an image by its prompt, the full run's too; the others compare with the full run,
+            or with the truth.
     """
 
     title: str
@@ -35,6 +36,7 @@ MEASURES = {
     "psnr_db": Measure(title="PSNR (dB)", digits=2),
     "ssim": Measure(title="SSIM", digits=3),
     "latents_error": Measure(title="latents, relative error", digits=3, higher_is_better=False),
+    "truth_error": Measure(title="latents, relative error to the truth", digits=3, higher_is_better=False),
 }
 
 

@@ -1,12 +1,14 @@
 """The methods by name, and what each changes of the pruning's settings.
 
-A method is a way to make an image: a policy alone or with an ending, the forecast, or AT-EDM. The full run and fewer
-steps, which they are compared with, are methods too (`cat_pruning.evaluation.candidates`) and always run.
+A method is a way to make an image: a policy alone or with an ending, the forecast, AT-EDM, or fewer full steps by a
+better solver (`cat_pruning.evaluation.solvers`). The full run and fewer steps, which they are compared with, are
+methods too (`cat_pruning.evaluation.candidates`) and always run.
 """
 
 from __future__ import annotations
 
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.runtime.selection.policies import ras_dense_steps
 from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PRESETS, Policy, Preset, PruneSettings
@@ -29,7 +31,7 @@ def check_method(name: str) -> None:
     Raises:
         SettingsError: it is none.
     """
-    without_ending = (*Policy, FORECAST, AT_EDM)
+    without_ending = (*Policy, FORECAST, AT_EDM, *SOLVERS)
     if name not in (*without_ending, *(policy + REFRESHED for policy in Policy)):
         raise SettingsError(
             f"method {name!r} is not known; known are {', '.join(without_ending)}, "
@@ -38,7 +40,7 @@ def check_method(name: str) -> None:
 
 
 def settings_of(method: str, keep_ratio: float, steps: int, settings: PruneSettings) -> PruneSettings:
-    """The settings of a method: `settings` with its policy and keep ratio; for RAS, with its dense steps too.
+    """The settings of a method that prunes: `settings` with policy and keep ratio; for RAS, with its dense steps too.
 
     AT-EDM's engine chooses the tokens, so the policy that it gets says only how many. `Sweep` sets the interval
     between full steps of a refreshed method and of the forecast, by MACs.

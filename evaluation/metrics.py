@@ -30,6 +30,7 @@ class Metric(StrEnum):
     PSNR = "psnr"
     SSIM = "ssim"
     LATENTS = "latents"
+    TRUTH = "truth"
     COVERAGE = "coverage"
     CLIP = "clip"
 
@@ -40,7 +41,7 @@ class Metric(StrEnum):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it compares with the full run; the others judge an image by its prompt."""
+        """Whether it compares with the full run."""
         return self in _OF_REFERENCE
 
 
@@ -48,9 +49,11 @@ _SCORES = {
     Metric.PSNR: "psnr_db",
     Metric.SSIM: "ssim",
     Metric.LATENTS: "latents_error",
+    Metric.TRUTH: "truth_error",
     Metric.COVERAGE: "coverage",
     Metric.CLIP: "clip_score",
 }
+DEFAULT_METRICS = (Metric.PSNR, Metric.SSIM, Metric.LATENTS, Metric.COVERAGE)  # what needs no more runs or weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +99,7 @@ class Metrics:
         self._clip = _clip_scorer(clip_model, device) if Metric.CLIP in self.metrics else None
 
     def score(
-        self, sample: Sample, reference: Sample | None, prompts: Sequence[Prompt]
+        self, sample: Sample, reference: Sample | None, prompts: Sequence[Prompt], truth: Tensor | None = None
     ) -> list[dict[str, float | None]]:
         """The scores of every image, by `Metric.score`; of equal images, psnr_db is None.
 
@@ -104,6 +107,7 @@ class Metrics:
             sample: the images.
             reference: those of the full run from the same noise; None leaves out the metrics against it.
             prompts: one of each image.
+            truth: the latents of the converged run from the same noise; None leaves out the metric against it.
 
         Raises:
             ValueError: other numbers of images or prompts.
@@ -111,18 +115,26 @@ class Metrics:
         """
         scores: list[dict[str, float | None]] = [{} for _ in sample.images]
         for metric in self.metrics:
-            if metric.needs_reference and reference is None:
+            if (metric.needs_reference and reference is None) or (metric is Metric.TRUTH and truth is None):
                 continue
-            values = self._values(metric, sample, reference, prompts)
+            values = self._values(metric, sample, reference, prompts, truth)
             for of_image, value in zip(scores, values, strict=True):
                 of_image[metric.score] = value
         return scores
 
     def _values(
-        self, metric: Metric, sample: Sample, reference: Sample | None, prompts: Sequence[Prompt]
+        self,
+        metric: Metric,
+        sample: Sample,
+        reference: Sample | None,
+        prompts: Sequence[Prompt],
+        truth: Tensor | None,
     ) -> Sequence[float | None]:
         if reference is not None and metric in _OF_REFERENCE:
             return _OF_REFERENCE[metric](sample, reference)
+        if metric is Metric.TRUTH:
+            assert truth is not None
+            return relative_errors(sample.latents, truth)
         if metric is Metric.COVERAGE:
             return _coverages(sample.images, prompts)
         assert self._clip is not None
@@ -149,10 +161,14 @@ def _ssims(sample: Sample, reference: Sample) -> list[float | None]:
 
 
 def _latents_errors(sample: Sample, reference: Sample) -> list[float | None]:
-    """‖x - x_full‖ / ‖x_full‖ over all of an image's latents, in fp32."""
-    full = reference.latents.float().flatten(1)  # (B, C*H*W)
-    difference = sample.latents.to(full.device).float().flatten(1) - full
-    errors: list[float | None] = (difference.norm(dim=1) / full.norm(dim=1)).tolist()
+    return relative_errors(sample.latents, reference.latents)
+
+
+def relative_errors(latents: Tensor, reference: Tensor) -> list[float | None]:
+    """‖x - x_reference‖ / ‖x_reference‖ over all of an image's latents, in fp32, for every image; synchronises."""
+    expected = reference.float().flatten(1)  # (B, C*H*W)
+    difference = latents.to(expected.device).float().flatten(1) - expected
+    errors: list[float | None] = (difference.norm(dim=1) / expected.norm(dim=1)).tolist()
     return errors
 
 

@@ -38,7 +38,7 @@ _TUNING_SEED = 1807
 MAX_SCENES = 5000
 # sd3-mini's 24,000 captions were the first of seed 0, before captions were held out.
 _FIRST_SEED, _FIRST_SCENES = 0, 24_000
-_PARTI_COLUMN = "Prompt"
+_COLUMNS = {".tsv": ("Prompt", "PartiPrompts"), ".csv": ("Prompts", "DrawBench")}  # the prompts', and whose form it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,8 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     Args:
         source: `scenes:N` or `rich:N`, the first N of the captions that `training/evaluate_mini.py` scores sd3-mini and
             pixart-mini, or sd3-mini-256 on, or a file in UTF-8: .tsv as PartiPrompts (a header, with the column
-            Prompt), .json as the captions of COCO (the first of every image), any other with one prompt a line.
+            Prompt), .csv as DrawBench (likewise, with the column Prompts), .json as the captions of COCO (the first of
+            every image), any other with one prompt a line.
         limit: at most so many, the first.
 
     Raises:
@@ -162,8 +163,8 @@ def _scene_count(source: str, prefix: str) -> int:
 def _texts(file: Path) -> Iterator[str]:
     text = _read(file)
     suffix = file.suffix.lower()
-    if suffix == ".tsv":
-        return iter(_parti_prompts(file, text))
+    if suffix in _COLUMNS:
+        return iter(_column(file, text, *_COLUMNS[suffix]))
     if suffix == ".json":
         return iter(_coco_captions(file, text))
     return iter(text.splitlines())
@@ -181,18 +182,22 @@ def _read(file: Path) -> str:
         ) from error
 
 
-def _parti_prompts(file: Path, text: str) -> list[str]:
+def _column(file: Path, text: str, column: str, form: str) -> list[str]:
     try:
-        # PartiPrompts has quotation marks as they are, without a second pair around the field.
-        reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+        if file.suffix.lower() == ".tsv":
+            # PartiPrompts has quotation marks as they are, without a second pair around the field.
+            reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.DictReader(io.StringIO(text, newline=""))
         columns = reader.fieldnames or []
-        if columns and _PARTI_COLUMN not in columns:
+        if columns and column not in columns:
             raise SettingsError(
-                f"{file} has the columns {', '.join(columns)}: expected {_PARTI_COLUMN} among them, as in PartiPrompts"
+                f"{file} has the columns {', '.join(columns)}: expected {column} among them, as in {form}"
             )
-        return [row[_PARTI_COLUMN] or "" for row in reader]
+        return [row[column] or "" for row in reader]
     except csv.Error as error:
-        raise SettingsError(f"{file} is no table of tab-separated values ({error})") from error
+        separated = "tab" if file.suffix.lower() == ".tsv" else "comma"
+        raise SettingsError(f"{file} is no table of {separated}-separated values ({error})") from error
 
 
 def _coco_captions(file: Path, text: str) -> list[str]:

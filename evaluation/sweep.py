@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from cat_pruning.bundle.bundle import Bundle
@@ -10,6 +9,7 @@ from cat_pruning.bundle.profiles import profile_spec
 from cat_pruning.evaluation.at_edm import at_edm_family, at_edm_step_macs
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
 from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, settings_of
+from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.families import family_named
@@ -102,7 +102,7 @@ class Sweep:
             for ratio in self.keep_ratios
             for candidate in (
                 self._fewer(steps, ratio),
-                *(self._pruned(method, steps, ratio) for method in self.methods),
+                *(self._of(method, steps, ratio) for method in self.methods),
             )
         ]
         return (*full, *others)
@@ -115,27 +115,38 @@ class Sweep:
         return self._counted[key]
 
     def _full(self, steps: int) -> Candidate:
-        cost = self._costs(1.0)
-        return Candidate(
-            method=FULL,
-            steps=steps,
-            keep_ratio=1.0,
-            sampled_steps=steps,
-            full_steps=steps,
-            macs_linear=_all_full(cost.linear, steps),
-            macs_all=_all_full(cost.all, steps),
-            settings=never_pruned(self.settings, steps).to_dict(),
-            engine=self.engine,
-            prompts=self._prompts(steps),
-        )
+        return self._every_token(FULL, steps, 1.0, steps, self._prompts(steps))
 
     def _fewer(self, steps: int, ratio: float) -> Candidate:
+        prompts = self._prompts(steps, ratio)
+        return self._every_token(FEWER_STEPS, steps, ratio, self._full_steps_for(steps, ratio), prompts)
+
+    def _of(self, method: str, steps: int, ratio: float) -> Candidate:
+        if method not in SOLVERS:
+            return self._pruned(method, steps, ratio)
+        prompts = self._prompts(steps, ratio, method)
+        return self._every_token(method, steps, ratio, self._full_steps_for(steps, ratio), prompts)
+
+    def _full_steps_for(self, steps: int, ratio: float) -> int:
         """The number of full steps whose cost is nearest to that of the paper's policy, through the same graphs."""
         cost = self._costs(1.0).all
-        sampled = max(1, round((self._budget(steps, ratio) - cost.prompt) / (cost.full + cost.timestep)))
-        full = self._full(sampled)
-        prompts = self._prompts(steps, ratio)
-        return dataclasses.replace(full, method=FEWER_STEPS, steps=steps, keep_ratio=ratio, prompts=prompts)
+        return max(1, round((self._budget(steps, ratio) - cost.prompt) / (cost.full + cost.timestep)))
+
+    def _every_token(self, method: str, steps: int, ratio: float, sampled_steps: int, prompts: int) -> Candidate:
+        """A candidate of the schedule `steps` that computes every token on each of `sampled_steps` steps."""
+        cost = self._costs(1.0)
+        return Candidate(
+            method=method,
+            steps=steps,
+            keep_ratio=ratio,
+            sampled_steps=sampled_steps,
+            full_steps=sampled_steps,
+            macs_linear=_all_full(cost.linear, sampled_steps),
+            macs_all=_all_full(cost.all, sampled_steps),
+            settings=never_pruned(self.settings, sampled_steps).to_dict(),
+            engine=self.engine,
+            prompts=prompts,
+        )
 
     def _budget(self, steps: int, ratio: float) -> int:
         """MACs of an image by the paper's policy."""

@@ -44,6 +44,7 @@ def test_the_names_are_those_of_the_command_line_and_of_the_results():
         "psnr": "psnr_db",
         "ssim": "ssim",
         "latents": "latents_error",
+        "truth": "truth_error",
         "coverage": "coverage",
         "clip": "clip_score",
     }
@@ -69,6 +70,15 @@ def test_without_a_reference_only_the_prompt_counts(full):
     for scores in Metrics(WITHOUT_CLIP, PROMPTS).score(full, None, PROMPTS):
         assert list(scores) == ["coverage"]
         assert scores["coverage"] > 0.95
+
+
+def test_the_distance_to_the_truth_is_the_full_runs_too(full, pruned):
+    metrics = Metrics([Metric.LATENTS, Metric.TRUTH], PROMPTS)
+    truth = full.latents * 1.25
+    assert [scores["truth_error"] for scores in metrics.score(full, None, PROMPTS, truth)] == pytest.approx([0.2] * 2)
+    for scores in metrics.score(pruned, full, PROMPTS, truth)[:1]:
+        assert scores == pytest.approx({"latents_error": 0.1, "truth_error": 0.12})
+    assert metrics.score(full, None, PROMPTS) == [{}, {}]
 
 
 def test_ssim_is_that_of_wang_et_al(full, pruned):

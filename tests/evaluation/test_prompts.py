@@ -103,6 +103,14 @@ def test_coco_captions_are_the_first_of_every_image(tmp_path):
     assert texts(written(tmp_path, "captions.json", json.dumps(content))) == ["a dog", "a cat", "a cow"]
 
 
+def test_drawbench_is_a_table_with_commas(tmp_path):
+    """Its prompts have commas, quotation marks and line ends within quotation marks."""
+    text = 'Prompts,Category\nA red car.,Colors\n"A sign that says ""Hi, there"", by\na road.",Text\n\n'
+    file = written(tmp_path, "DrawBench.csv", text)
+    texts = [prompt.text for prompt in load_prompts(str(file))]
+    assert texts == ["A red car.", 'A sign that says "Hi, there", by\na road.']
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -111,6 +119,8 @@ def test_coco_captions_are_the_first_of_every_image(tmp_path):
         ("a.tsv", "", "has no prompts"),
         ("a.tsv", "Prompt\tNote\n", "has no prompts"),
         ("a.tsv", "Text\tNote\nx\ty\n", "has the columns Text, Note: expected Prompt among them"),
+        ("a.csv", "Prompts,Category\n", "has no prompts"),
+        ("a.csv", "Prompt,Note\nx,y\n", "has the columns Prompt, Note: expected Prompts among them, as in DrawBench"),
         ("a.json", "", "has no prompts"),
         ("a.json", '{"annotations": []}', "has no prompts"),
         ("a.json", '["a dog"]', "is not of the form"),

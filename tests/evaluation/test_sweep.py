@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.methods import METHODS, settings_of
+from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.evaluation.sweep import Sweep
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import Policy, PruneSettings
@@ -100,6 +102,17 @@ def test_the_forecast_has_as_many_full_steps_as_fewer_steps_have(sweep: Any) -> 
     defaults = PruneSettings.from_dict(candidates["forecast-28-0.3"].settings)
     assert defaults == PruneSettings.preset("forecast")
     assert candidates["forecast-28-0.3"].name == "forecast (keep 0, 16 full, every 2)"
+
+
+def test_solvers_have_as_many_steps_as_fewer_steps_have(sweep: Any) -> None:
+    candidates = sweep(methods=("cat", *SOLVERS))
+    for solver in SOLVERS:
+        for steps, ratio in ((28, "0.3"), (50, "0.5")):
+            fewer, solved = candidates[f"fewer-steps-{steps}-{ratio}"], candidates[f"{solver}-{steps}-{ratio}"]
+            own = {"method": "fewer-steps", "prompts": fewer.prompts}
+            assert dataclasses.replace(solved, **own) == fewer
+    assert candidates["ab2-28-0.3"].name == "16 full steps, ab2"
+    assert [candidates[f"{m}-28-0.3"].prompts for m in ("cat", "ab2")] == [100, 10]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
