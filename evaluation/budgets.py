@@ -38,11 +38,27 @@ def cat_at(budget: int, steps: int, settings: PruneSettings, macs: Callable[[flo
 
 
 def forecast_at(budget: int, steps: int, macs: ImageMacs) -> PruneSettings:
-    """The preset `forecast` at the MACs of `budget` full steps; of equal costs, the fewest full steps at the start."""
+    """The preset `forecast` at the MACs of `budget` full steps."""
+    settings = PruneSettings.preset(Preset.FORECAST, full_steps=2)
+    return nearest(macs_of_full_steps(macs, budget), settings, steps, macs, max(2, budget))
+
+
+def nearest(budget: int, settings: PruneSettings, steps: int, macs: ImageMacs, most_full_steps: int) -> PruneSettings:
+    """`settings` with the full steps at the start and the interval after them that cost most nearly `budget`.
+
+    The interval alone would be too coarse where the steps between compute nothing, so the number at the start may
+    rise to `most_full_steps`. Of equal costs, the fewest full steps at the start win.
+
+    Args:
+        budget: MACs.
+        settings: the rest; its full steps are the fewest.
+        steps: of the schedule.
+        macs: of an image's parts.
+        most_full_steps: at the start.
+    """
     possible = [
-        PruneSettings.preset(Preset.FORECAST, full_steps=first, refresh_every=every)
-        for first in range(2, max(3, budget + 1))
+        settings.replace(full_steps=first, refresh_every=every)
+        for first in range(settings.full_steps, most_full_steps + 1)
         for every in range(2, max(3, steps))
     ]
-    wanted = macs_of_full_steps(macs, budget)
-    return min(possible, key=lambda each: abs(macs.pruned_image(steps, each) - wanted))
+    return min(possible, key=lambda each: abs(macs.pruned_image(steps, each) - budget))

@@ -14,6 +14,7 @@ from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PRESETS, Policy, Preset, PruneSettings
 
 AT_EDM = "at-edm"  # its engine chooses the tokens: `cat_pruning.evaluation.at_edm`
+TUNED = "tuned"  # a schedule of the bundle, by `cat-tune`
 FORECAST = "forecast"  # pruned steps compute no token: the preset `forecast`
 REFRESHED = "+refresh"  # ending of a policy: fewer tokens, more full steps, extrapolated, as the preset `refreshed`
 MAIN_METHOD = "cat"  # an evaluation's report is about this one, if it is compared
@@ -31,7 +32,7 @@ def check_method(name: str) -> None:
     Raises:
         SettingsError: it is none.
     """
-    without_ending = (*Policy, FORECAST, AT_EDM, *SOLVERS)
+    without_ending = (*Policy, FORECAST, TUNED, AT_EDM, *SOLVERS)
     if name not in (*without_ending, *(policy + REFRESHED for policy in Policy)):
         raise SettingsError(
             f"method {name!r} is not known; known are {', '.join(without_ending)}, "

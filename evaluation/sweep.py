@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import profile_spec
+from cat_pruning.bundle.schedules import read_schedules
+from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.at_edm import at_edm_family, at_edm_step_macs
+from cat_pruning.evaluation.budgets import macs_of_full_steps, nearest
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
-from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, settings_of
+from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, TUNED, check_method, settings_of
 from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.macs import ImageMacs
@@ -73,7 +76,7 @@ class Sweep:
         engine: that computes, but for AT-EDM, which has its own.
 
     Raises:
-        SettingsError: a method is not known.
+        SettingsError: a method is not known, or the bundle has no schedule for one.
     """
 
     bundle: Bundle
@@ -141,8 +144,8 @@ class Sweep:
             keep_ratio=ratio,
             sampled_steps=sampled_steps,
             full_steps=sampled_steps,
-            macs_linear=_all_full(cost.linear, sampled_steps),
-            macs_all=_all_full(cost.all, sampled_steps),
+            macs_linear=macs_of_full_steps(cost.linear, sampled_steps),
+            macs_all=macs_of_full_steps(cost.all, sampled_steps),
             settings=never_pruned(self.settings, sampled_steps).to_dict(),
             engine=self.engine,
             prompts=prompts,
@@ -153,11 +156,12 @@ class Sweep:
         return self._costs(ratio).all.pruned_image(steps, settings_of("cat", ratio, steps, self.settings))
 
     def _pruned(self, method: str, steps: int, ratio: float) -> Candidate:
-        settings = settings_of(method, ratio, steps, self.settings)
-        cost = self._costs(settings.keep_ratio, method)
+        is_tuned = method == TUNED
+        settings = self._tuned(steps, ratio) if is_tuned else settings_of(method, ratio, steps, self.settings)
+        cost = self._costs(settings.keep_ratio if settings.prunes else 0.0, method)
         if method == FORECAST or method.endswith(REFRESHED):
             most = max(steps, settings.full_steps) if method == FORECAST else settings.full_steps
-            settings = self._nearest(self._budget(steps, ratio), settings, steps, cost.all, most)
+            settings = nearest(self._budget(steps, ratio), settings, steps, cost.all, most)
         return Candidate(
             method=method,
             steps=steps,
@@ -171,20 +175,17 @@ class Sweep:
             prompts=self._prompts(steps, ratio, method),
         )
 
-    def _nearest(
-        self, budget: int, settings: PruneSettings, steps: int, cost: ImageMacs, most_full_steps: int
-    ) -> PruneSettings:
-        """`settings` with the full steps at the start and the interval after them that cost most nearly `budget`.
-
-        The interval alone would be too coarse where the steps between compute nothing, so the number at the start may
-        rise to `most_full_steps`. Of equal costs, the fewest full steps at the start win.
-        """
-        possible = [
-            settings.replace(full_steps=first, refresh_every=every)
-            for first in range(settings.full_steps, most_full_steps + 1)
-            for every in range(2, max(3, steps))
-        ]
-        return min(possible, key=lambda each: abs(cost.pruned_image(steps, each) - budget))
+    def _tuned(self, steps: int, ratio: float) -> PruneSettings:
+        """The bundle's schedule that costs most nearly what the paper's policy does."""
+        budget, macs = self._budget(steps, ratio), self._costs(1.0).all
+        schedules = [each for each in read_schedules(self.bundle).values() if each.num_steps == steps]
+        if not schedules:
+            raise SettingsError(
+                f"method {TUNED}: the bundle has no schedule of {steps} steps",
+                f"make some: cat-tune {self.bundle.path} --steps {steps}",
+            )
+        possible = [PruneSettings.tuned(schedule) for schedule in schedules]
+        return min(possible, key=lambda each: abs(macs.pruned_image(steps, each) - budget))
 
     def _prompts(self, steps: int, ratio: float = 0.0, method: str = "") -> int:
         """How many prompts a candidate has; a full run, which has no ratio, is in the main comparison by its steps."""
@@ -192,7 +193,3 @@ class Sweep:
             steps == self.steps[0] and ratio in (0.0, self.keep_ratios[0]) and method in ("", self.methods[0], FORECAST)
         )
         return self.prompts if is_main else min(self.prompts, self.curve_prompts)
-
-
-def _all_full(macs: ImageMacs, steps: int) -> int:
-    return macs.prompt + steps * (macs.full + macs.timestep)

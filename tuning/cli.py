@@ -134,8 +134,8 @@ def _with_measures(
 ) -> list[Schedule]:
     from math import isfinite
 
+    from cat_pruning.evaluation.methods import TUNED
     from cat_pruning.schedule import Measured
-    from cat_pruning.tuning.measure import TUNED
 
     by_budget = {each.contender.budget: each for each in outcomes if each.contender.method == TUNED}
     measured = []

@@ -11,15 +11,18 @@ from typing import Any, Final
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.budgets import cat_at, forecast_at, macs_of_full_steps
+from cat_pruning.evaluation.methods import TUNED
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import machine
+from cat_pruning.evaluation.solvers import SOLVERS, check_solver
 from cat_pruning.evaluation.sweep import costs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.schedule import MadeFor, Schedule, config_sha256
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, never_pruned
-from cat_pruning.tuning.measure import FULL, TUNED, Contender, Outcome, measure
+from cat_pruning.tuning.measure import FULL, Contender, Outcome, measure
 from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.recordings import Recordings
 from cat_pruning.tuning.replay import Replay
@@ -166,10 +169,10 @@ class Job:
             cost = of_kind.pruned_image(steps, settings)
             return Contender(method=method, budget=budget, steps=steps, settings=settings, macs=cost)
 
-        def fewer(method: str, **solver: Any) -> Contender:
+        def fewer(method: str, solver: str | None = None) -> Contender:
             settings = never_pruned(PruneSettings(), budget)
             cost = macs_of_full_steps(macs, budget)
-            return Contender(method=method, budget=budget, steps=budget, settings=settings, macs=cost, **solver)
+            return Contender(method=method, budget=budget, steps=budget, settings=settings, macs=cost, solver=solver)
 
         tuned = pruned(TUNED, PruneSettings.tuned(schedule))
         if not peers:
@@ -178,8 +181,17 @@ class Job:
             tuned,
             pruned("forecast", forecast_at(budget, steps, macs)),
             fewer("fewer steps"),
+            *(fewer(name, solver=name) for name in SOLVERS if _is_possible(name, self.pipe.scheduler)),
             pruned("cat", cat_at(budget, steps, PruneSettings(), self.macs)),
         ]
+
+
+def _is_possible(solver: str, scheduler: Any) -> bool:
+    try:
+        check_solver(solver, scheduler)
+    except SettingsError:
+        return False
+    return True
 
 
 def _seeded(config: GenerateConfig, seed: int) -> GenerateConfig:

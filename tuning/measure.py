@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,13 +11,11 @@ from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt
+from cat_pruning.evaluation.solvers import solver_in
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate
 
 FULL: Final = "full"  # what the others are held against
-TUNED: Final = "tuned"
-Solver = Callable[[Any], AbstractContextManager[Any]]
-"""Puts another scheduler into a pipeline meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +28,7 @@ class Contender:
         steps: that the pipeline is asked for.
         settings: what they compute.
         macs: of an image.
-        solver: of its steps; None: the pipeline's own scheduler.
+        solver: of its steps, of `evaluation.solvers`; None: the pipeline's own scheduler.
     """
 
     method: str
@@ -38,7 +36,7 @@ class Contender:
     steps: int
     settings: PruneSettings
     macs: int
-    solver: Solver | None = None
+    solver: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +118,7 @@ def _sample(pipe: Any, config: GenerateConfig, contender: Contender) -> tuple[Sa
         seed=config.seed,
         text_arguments=config.text_arguments,
     )
-    with contender.solver(pipe) if contender.solver else nullcontext(), last_latents(pipe) as latents:
+    with solver_in(pipe, contender.solver) if contender.solver else nullcontext(), last_latents(pipe) as latents:
         run = generate(pipe, contender.settings, changed)
     return Sample(images=run.images, latents=latents[-1].float()), run.seconds
 

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from cat_pruning.errors import OutputError
 from cat_pruning.evaluation.intervals import Interval
+from cat_pruning.evaluation.methods import TUNED
 from cat_pruning.files import replacing, write_whole
-from cat_pruning.tuning.measure import TUNED, Outcome
+from cat_pruning.tuning.measure import Outcome
 
 _MARKERS = ("s", "^", "v", "D", "P", "X")
 _COLOURS = ("#6b7280", "#b45309", "#9333ea", "#0891b2", "#dc2626", "#65a30d")
