@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         type=_list_of(str),
         metavar="M,…",
-        help="a policy (cat, noise, cluster, stale, random, ras), alone or with +refresh after it; forecast; tuned, by a "
-        "schedule of cat-tune; at-edm; fewer full steps by another solver: multistep (DPM-Solver++), unipc, ab2 "
+        help="a policy (cat, noise, cluster, stale, random, ras), alone or with +refresh after it; forecast; tuned, "
+        "by a schedule of cat-tune; at-edm; fewer full steps by another solver: multistep (DPM-Solver++), unipc, ab2 "
         "(Adams-Bashforth) (default: every policy, cat+refresh, forecast, and at-edm where model and engine allow it)",
     )
     parser.add_argument("--policies", dest="methods", type=_list_of(str), action=_FormerName, help=argparse.SUPPRESS)
