@@ -127,13 +127,14 @@ def fit_choices(
         coefficients = matrix[ends[:, position + 1], 1:]  # (B, n), C of the state at the next full step
         normal = _normal(products, read, ridge)
         own = torch.linalg.solve(normal, products[read] @ outputs.T).mT * skipped[..., None]  # (B, n, m Q)
-        errors = (errors - skipped[..., None] * outputs).scatter_add(2, read[:, None].expand_as(own), own)
-        state = torch.einsum("bi,bij->bj", coefficients, errors)  # (B, n Q)
+        errors.sub_(skipped[..., None] * outputs).scatter_add_(2, read[:, None].expand_as(own), own)
+        state = (coefficients[:, None] @ errors)[:, 0]  # (B, n Q)
         if target is Target.STATES:
             shift = torch.linalg.solve(normal, products[read] @ state[..., None])  # (B, m Q, 1)
-            spread = _spread(coefficients * skipped)[..., None] * -shift.mT
-            errors = errors.scatter_add(2, read[:, None].expand_as(spread), spread)
-            state = torch.einsum("bi,bij->bj", coefficients, errors)
+            c = coefficients * skipped
+            moves = _spread(c)[..., None] * -shift.mT  # (B, n, m Q)
+            errors.scatter_add_(2, read[:, None].expand_as(moves), moves)
+            state = state.scatter_add(1, read, (c[:, None] @ moves)[:, 0])
         state_errors.append(_squared(state, products))
     return Fits(
         weights=errors + outputs,

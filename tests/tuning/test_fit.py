@@ -64,15 +64,16 @@ def test_weights_fitted_to_the_states_bring_the_states_nearest() -> None:
         assert predicted_error(gram, matrix, other) ** 2 > float(by_states.state_errors[0, -1])
 
 
-def test_errors_are_those_of_the_forecasts() -> None:
+@pytest.mark.parametrize("full", [FULL, (0, 3, 4, 8)])
+def test_errors_are_those_of_the_forecasts(full: tuple[int, ...]) -> None:
     recordings, matrix = curved(), odes.euler_matrix(STEPS)
     gram = recordings.grams().mean(0)
-    fits = fit_choices(gram, matrix, torch.tensor([FULL]))
+    fits = fit_choices(gram, matrix, torch.tensor([full]))
     forecast = torch.einsum("ij,rjd->rid", fits.weights[0], recordings.parts[:, :, 0].double())
     norms = recordings.norms[:, None]
     off = (forecast - recordings.parts[:, :, 0].double()) / norms[..., None]
     assert float(fits.step_errors) == pytest.approx(float(off.square().sum() / recordings.count), rel=1e-6)
-    for column, step in enumerate((1, 4, 7, STEPS)):
+    for column, step in enumerate((*full[1:], STEPS)):
         state = -off[:, :step].sum(1) / STEPS
         expected = float(state.square().sum(1).mean())
         assert float(fits.state_errors[0, column]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
