@@ -16,7 +16,7 @@ from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.selection.policies import SELECTORS
 from cat_pruning.runtime.selection.selector import Selector
 from cat_pruning.runtime.side_branch import SideBranch
-from cat_pruning.runtime.timesteps import TimestepReader
+from cat_pruning.runtime.timesteps import TimestepReader, precision_of
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import LATENTS
@@ -179,10 +179,10 @@ class Sampling:
         if current is not None and self._is_beside(current, latents, value, arguments):
             return self.call_beside(_ANOTHER_PROMPT, latents, timestep, arguments)
         if current is None or not current.image.holds(latents, arguments):
-            current = self._begin(latents, arguments, _precision(timestep))
+            current = self._begin(latents, arguments, precision_of(timestep))
         try:
             with ordinary_tensors():
-                precision = _precision(timestep)
+                precision = precision_of(timestep)
                 return current.compute(self.session.to_engine(LATENTS, latents), value, precision)
         except BaseException:
             self.reset()  # a step may have begun that was never computed
@@ -251,7 +251,3 @@ class Sampling:
             self._selectors[needed] = selector
         self._selectors[needed].reset()
         return self._selectors[needed]
-
-
-def _precision(timestep: Tensor) -> float:
-    return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
