@@ -56,19 +56,20 @@ class ImageInProgress:
         return self.timesteps[-1] if self.timesteps else math.inf
 
     def compute(self, latents: Tensor, timestep: float, precision: float) -> Tensor:
-        """The prediction of one call; latents on the engine's device and in its dtype.
+        """The prediction of one call.
 
         A failure leaves the image half way: it is to be forgotten.
 
         Args:
-            latents: of the call.
+            latents: of the call, as they came.
             timestep: its value.
             precision: machine epsilon of the dtype that the timestep came in.
         """
         if self.record is None or timestep != self.timestep:
             self.timesteps.append(timestep)
             self.record = self._step(latents, timestep, precision)
-        else:
+        elif self.record.num_kept:
+            latents = self.session.to_engine(LATENTS, latents)
             self._noise = self.session.step(latents, timestep, self.record.keep_indices)
         record = self.record
         if self.selector is not None and self._is_reference(record.step):
@@ -80,14 +81,18 @@ class ImageInProgress:
 
     def _step(self, latents: Tensor, timestep: float, precision: float) -> StepRecord:
         number, row = self._row(timestep, precision)
-        tokens = self._tokens(row.kind, latents)
-        self._noise = self.session.step(latents, timestep, tokens)
+        if row.kind is StepKind.FULL or (row.kind is StepKind.PRUNED and self.selector is not None):
+            latents = self.session.to_engine(LATENTS, latents)
+            self._noise = self.session.step(latents, timestep, self._tokens(row.kind, latents))
+            computed = self.session.computed
+        else:
+            computed = self._noise.new_empty((latents.shape[0], 0), dtype=torch.int32)
         return StepRecord(
             step=number,
             row=row,
             timestep=timestep,
             grid=self.image.grid,
-            keep_indices=self.session.computed,
+            keep_indices=computed,
             cluster_ids=self.selector.cluster_ids if self.selector else None,
         )
 
@@ -110,8 +115,7 @@ class ImageInProgress:
         """The tokens of a step, or their choice within the step."""
         if kind is StepKind.FULL:
             return self._every_token(latents)
-        if kind is StepKind.FORECAST or self.selector is None:
-            return latents.new_empty((latents.shape[0], 0), dtype=torch.int32)
+        assert self.selector is not None
         return self.selector if self.selector.has_begun else self.selector.first(latents, self._noise)
 
     def _every_token(self, latents: Tensor) -> Tensor:
@@ -182,8 +186,7 @@ class Sampling:
             current = self._begin(latents, arguments, precision_of(timestep))
         try:
             with ordinary_tensors():
-                precision = precision_of(timestep)
-                return current.compute(self.session.to_engine(LATENTS, latents), value, precision)
+                return current.compute(latents, value, precision_of(timestep))
         except BaseException:
             self.reset()  # a step may have begun that was never computed
             raise

@@ -272,6 +272,10 @@ class Schedule(_Model):
                 remedy,
             )
 
+    @cached_property
+    def _row_of(self) -> dict[float, int]:
+        return {timestep: row for row, timestep in enumerate(self.timesteps or ())}
+
     def number_at(self, timestep: float, precision: float = 0.0) -> int:
         """The row of a timestep.
 
@@ -283,6 +287,8 @@ class Schedule(_Model):
             ScheduleError: no row has it.
         """
         assert self.timesteps is not None
+        if (row := self._row_of.get(timestep)) is not None:
+            return row
         number = min(range(self.num_steps), key=lambda row: abs(self.timesteps[row] - timestep))  # type: ignore[index]
         tolerance = max(precision, _TOLERANCE) * max(map(abs, self.timesteps))
         if abs(self.timesteps[number] - timestep) > tolerance:
