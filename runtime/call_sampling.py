@@ -8,7 +8,7 @@ from typing import Any
 from cat_pruning.runtime.calls import Call
 from cat_pruning.runtime.record import CallRecord
 from cat_pruning.runtime.streams import CallsOfImage
-from cat_pruning.runtime.timesteps import TimestepReader, precision_of
+from cat_pruning.runtime.timesteps import TimestepReader
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.timeline import last_read, scheduled_step
@@ -60,9 +60,9 @@ class CallSampling:
         stream = image.stream_of(call, timestep) if image is not None else None
         try:
             if image is None or stream is None:
-                image = self._begin(precision_of(call.timestep))
+                image = self._begin(call.precision)
                 stream = image.begin(call, timestep)
-            number = self._number(image, precision_of(call.timestep))
+            number = self._number(image, call.precision)
             row = stream.row(scheduled_step(number, image.timesteps, settings))
             self.record = CallRecord(step=number, row=row, timestep=timestep)
             if row.kind is StepKind.FORECAST:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_pruning.errors import CheckpointError, SettingsError
+from cat_pruning.runtime.timesteps import precision_of
 
 # As diffusers' transformers call them.
 _TIMESTEPS: Final = ("timestep", "timesteps", "t")
@@ -22,7 +23,8 @@ class Call:
     """One call of a transformer, without what it computes.
 
     Attributes:
-        timestep: of all its rows; of timesteps that differ from token to token, the highest.
+        timestep: of all its rows; of timesteps that differ from token to token, the mean, which moves with any of them.
+        precision: machine epsilon of the dtype that it came in; 0 of integers.
         latents: the first tensor of them.
         form: the shapes and dtypes of all tensors, the other arguments themselves, and the cache context's name; alike
             in all calls that go on from each other.
@@ -30,6 +32,7 @@ class Call:
     """
 
     timestep: Tensor
+    precision: float
     latents: Tensor
     form: Hashable
     conditioning: list[Tensor]
@@ -74,15 +77,23 @@ class CallReader:
         form = (context, _form(arguments.pop(self._latents, None), latents), _form(arguments, conditioning))
         if not latents:
             raise SettingsError(f"{self._latents}: expected a tensor or a list of tensors")
-        return Call(timestep=self._one(timestep), latents=latents[0], form=form, conditioning=conditioning)
-
-    def _one(self, timestep: object) -> Tensor:
         if isinstance(timestep, int | float):
-            return torch.tensor([timestep], dtype=torch.float64)
+            timestep = torch.tensor([timestep], dtype=torch.float64)
         if not isinstance(timestep, Tensor) or not timestep.numel():
             raise SettingsError(f"{self._timestep}: expected a tensor or a number, got {type(timestep).__name__}")
-        is_one = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
-        return timestep if is_one else timestep.detach().amax()
+        return Call(
+            timestep=_one(timestep),
+            precision=precision_of(timestep),
+            latents=latents[0],
+            form=form,
+            conditioning=conditioning,
+        )
+
+
+def _one(timestep: Tensor) -> Tensor:
+    """A single value, or a view of one."""
+    is_one = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
+    return timestep if is_one else timestep.detach().cpu().double().mean()
 
 
 def _form(value: Any, tensors: list[Tensor]) -> Hashable:

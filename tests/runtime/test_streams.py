@@ -318,14 +318,33 @@ def test_sums_are_in_fp32_and_outputs_in_their_dtype() -> None:
     torch.testing.assert_close(outputs[2], expected)  # one rounding; products in bfloat16 would be off by several
 
 
-def test_timesteps_may_differ_from_token_to_token_or_be_numbers() -> None:
-    """The highest counts: a picture's own tokens have none, in image to video."""
-    rows = [torch.tensor([[0.0, 0.0, level, level]]) for level in LEVELS.tolist()]
-    for timesteps in (rows, LEVELS.tolist(), LEVELS.int().tolist()):
+def test_timesteps_may_be_numbers() -> None:
+    for timesteps in (LEVELS.tolist(), LEVELS.int().tolist()):
         pipeline = Pipeline()
         for number, timestep in enumerate(timesteps):
             pipeline.call(latents_of(number), timestep, PROMPT)
         assert "".join(pipeline.kinds) == KINDS
+
+
+def test_timesteps_may_differ_from_token_to_token() -> None:
+    """Some tokens may be at none, as a given picture's are; or fall one after the other: every call is a level."""
+    given_picture = [torch.tensor([[0.0, 0.0, level, level]]) for level in LEVELS.tolist()]
+    one_by_one = [torch.tensor([[900.0] * (6 - number) + [800.0] * number]) for number in range(6)]
+    for timesteps in (given_picture, one_by_one):
+        pipeline = Pipeline()
+        for number, timestep in enumerate(timesteps):
+            pipeline.call(latents_of(number), timestep, PROMPT)
+        assert "".join(pipeline.kinds) == KINDS
+
+
+def test_timesteps_for_every_token_find_the_rows_of_a_table() -> None:
+    """Wan 2.2's small model has them; the mean of equal numbers is that number, whatever the rows or the dtype."""
+    levels = (LEVELS / 3).bfloat16()
+    table = Schedule.of(6, [0, 1, 3], {2: {0: -1.0, 1: 2.0}}, timesteps=tuple(levels.tolist()))
+    pipeline = Pipeline(table)
+    for number in range(6):
+        pipeline.call(latents_of(number), levels[number].repeat(2, 997), PROMPT)
+    assert "".join(pipeline.kinds) == KINDS
 
 
 def test_calls_without_conditioning_and_with_lists_of_latents() -> None:
