@@ -49,12 +49,17 @@ class CallReader:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._names = list(inspect.signature(module.forward).parameters)
-        self._timestep = next((name for name in _TIMESTEPS if name in self._names), "")
-        if not self._timestep:
+        # A subclass may hand on what it gets: then the arguments are those of the class that it is of.
+        forwards = [vars(each)["forward"] for each in type(module).__mro__ if "forward" in vars(each)]
+        for forward in forwards:
+            self._names = list(inspect.signature(forward).parameters)[1:]
+            self._timestep = next((name for name in _TIMESTEPS if name in self._names), "")
+            if self._timestep:
+                break
+        else:
             raise CheckpointError(
-                f"a transformer of class {type(module).__name__} is not supported: its forward takes "
-                f"{', '.join(self._names)}, and none of {', '.join(_TIMESTEPS)}",
+                f"a transformer of class {type(module).__name__} is not supported: its forward takes none of "
+                f"{', '.join(_TIMESTEPS)}",
                 "write a family for it: docs/adding-a-model.md",
             )
         self._latents = next((name for name in _LATENTS if name in self._names), self._names[0])

@@ -223,7 +223,7 @@ def test_a_broken_off_image_leaves_no_trace(levels: Tensor, broken_after: int, p
     assert_equal(pipeline.outputs[:: len(prompts)], outputs_of(prompts[0], levels))
 
 
-@pytest.mark.parametrize("change", ["prompt", "shape", "schedule"])
+@pytest.mark.parametrize("change", ["prompt", "shape", "schedule", "argument"])
 def test_a_new_image_is_known_though_the_timesteps_go_on(change: str) -> None:
     pipeline = Pipeline()
     high, low = LEVELS.clone(), LEVELS - 400
@@ -234,11 +234,12 @@ def test_a_new_image_is_known_though_the_timesteps_go_on(change: str) -> None:
         prompt = OTHER
     elif change == "shape":
         latents = torch.cat([latents, latents])
+    mode = "without a control net" if change == "argument" else ""
     pipeline.clear()
     for number in range(6):
         # Views of a schedule, which is seen to be new; or single timesteps, which are not.
         level = low[number].expand(1) if change == "schedule" else low[number] * 1.0
-        pipeline.call(latents, level, prompt)
+        pipeline.call(latents, level, prompt, mode=mode)
     assert "".join(pipeline.kinds) == KINDS
 
 

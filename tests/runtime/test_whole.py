@@ -85,7 +85,10 @@ class TestRefusals:
         assert stand_in.settings == FORECAST
 
     def test_modules_that_are_no_transformers(self) -> None:
-        with pytest.raises(CheckpointError, match="class Linear is not supported: its forward takes input"):
+        with pytest.raises(
+            CheckpointError,
+            match="class Linear is not supported: its forward takes none of timestep, timesteps, t; write",
+        ):
             CatTransformer.from_model(nn.Linear(2, 2), FORECAST)
 
     def test_a_cat_transformer(self, make_tiny_sd3: Callable[..., nn.Module]) -> None:
@@ -145,7 +148,20 @@ class TestSchedules:
         assert known.settings == PruneSettings()
 
 
+class HandingOn(WanTransformer3DModel):
+    """Whose signature says nothing."""
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **others: Any) -> Any:
+        return super().forward(hidden_states.clamp(-3, 3), *arguments, **others)
+
+
 class TestStandIn:
+    def test_a_subclass_that_hands_its_arguments_on(self) -> None:
+        module = HandingOn(**WAN.config).eval()
+        made = outputs_of(whole(module), 4)
+        assert torch.equal(made[1], outputs_of(module)[1])
+        torch.testing.assert_close(made[3], 2 * made[2] - made[1])
+
     def test_it_is_of_the_original_s_class_and_has_what_that_has(self) -> None:
         original: Any = WAN.original
         stand_in: Any = whole(original)

@@ -15,7 +15,10 @@ from cat_pruning import CatTransformer, PruneSettings
 from cat_pruning.runtime.whole import WholeTransformer
 from cat_pruning.schedule import Schedule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers' own, in Chroma
+pytestmark = [  # diffusers' own
+    pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),  # Chroma
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi
+]
 
 FORECAST = PruneSettings.preset("forecast", full_steps=2)
 KINDS = "FFFfFf"  # of six steps
@@ -152,6 +155,13 @@ def test_a_run_that_begins_late_finds_its_rows() -> None:
     assert "".join(spied.kinds) == "FFFf"  # row 2 reads what was not computed
     assert spied.transformer.last_step is not None
     assert spied.transformer.last_step.step == 5
+
+
+def test_a_timestep_for_every_token() -> None:
+    """Wan 2.2's small model. Its modulations are then a token's own, which rounds otherwise."""
+    spied = Spied(PIPELINES["wan"], expand_timesteps=True)
+    torch.testing.assert_close(spied.run(), fresh("wan", True), rtol=1e-4, atol=1e-4)
+    assert "".join(spied.kinds[::2]) == KINDS
 
 
 def test_two_transformers_with_a_schedule_each() -> None:
