@@ -18,7 +18,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-startup bench-gpu gpu-check clean
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -98,6 +98,10 @@ bench-macs: install
 
 bench-adapters: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/bench_adapters.py build/eval/sd3-mini
+
+# What a step costs that computes nothing.
+bench-forecast: install
+	$(BIN)/python benchmarks/bench_forecast.py
 
 # BEFORE=DIRECTORY measures another checkout beside this one.
 bench-startup: install build/eval/sd3-mini

@@ -19,7 +19,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from cat_pruning import CatTransformer, PruneSettings, families
-from cat_pruning.errors import CheckpointError
+from cat_pruning.errors import SettingsError
 from cat_pruning.families.sd3 import StableDiffusion3
 from cat_pruning.models import miniatures
 
@@ -46,7 +46,7 @@ directory = miniatures()["sd3-mini"]
 transformer = ClampedTransformer.from_pretrained(directory / "transformer", dtype=torch.float32)
 try:
     CatTransformer.from_model(transformer)
-except CheckpointError as error:
+except SettingsError as error:
     print(f"before: {error}")
 
 # For this process. A family that is to stay becomes a module in families/ and a line in families/__init__.py.

@@ -63,6 +63,11 @@ def family_of_class(transformer_class: str) -> type[Family]:
     raise CheckpointError(f"a transformer of class {transformer_class} is not supported; supported are {known}")
 
 
+def is_known(transformer_class: str) -> bool:
+    """Whether a family has this class."""
+    return any(family.transformer_class == transformer_class for family in FAMILIES)
+
+
 def family_named(name: str, config: Mapping[str, Any]) -> Family:
     """The family called `name`, bound to a transformer's config.
 

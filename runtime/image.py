@@ -54,12 +54,12 @@ class Memory:
     """Where a tensor's values are, to tell without reading them whether a later tensor is the same one."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor  # kept alive, so that no other tensor takes its address
+        self.tensor = tensor  # kept alive, so that no other tensor takes its address
         self._version = version_of(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the same memory, seen the same way and not written to since."""
-        mine = self._tensor
+        mine = self.tensor
         return (
             tensor.data_ptr() == mine.data_ptr()
             and tensor.dtype == mine.dtype

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +12,11 @@ from cat_pruning.families.family import Family
 from cat_pruning.schedule import ScheduledStep, StepKind
 
 
-class Outputs:
-    """The predictions that later steps read: see `cat_pruning.schedule` for what is made of them.
+class History:
+    """Outputs of an image's steps, each a tensor or a structure of tensors, for as long as later steps read them."""
 
-    Args:
-        family: of the model.
-    """
-
-    def __init__(self, family: Family) -> None:
-        self._family = family
-        self._outputs: dict[int, Tensor] = {}
+    def __init__(self) -> None:
+        self._outputs: dict[int, Any] = {}
         self._last_read: dict[int, float] = {}
 
     def reset(self) -> None:
@@ -31,6 +27,35 @@ class Outputs:
     def has(self, step: ScheduledStep) -> bool:
         """Whether every output that a step reads is there; not so in an image that began late in its schedule."""
         return step.weights.keys() <= self._outputs.keys()
+
+    def keep(self, number: int, output: Any, last_read: float) -> None:
+        """Remember the output of a step that computed something, and forget what no later step reads.
+
+        Args:
+            number: of the step.
+            output: is kept, not copied.
+            last_read: the last step that reads it.
+        """
+        self._outputs[number], self._last_read[number] = output, last_read
+        for old in [old for old, last in self._last_read.items() if last <= number]:
+            del self._outputs[old], self._last_read[old]
+
+    def combined(self, weights: Mapping[int, float]) -> Any:
+        """Σ_j weights[j] · outputs[j], tensor by tensor, each in its own dtype. Does not synchronise."""
+        read = [self._outputs[number] for number in weights]
+        return mapped(lambda *tensors: combine(tensors, list(weights.values())), *read)
+
+
+class Outputs(History):
+    """The predictions that later steps read: see `cat_pruning.schedule` for what is made of them.
+
+    Args:
+        family: of the model.
+    """
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self._family = family
 
     def of(self, noise: Tensor, step: ScheduledStep, keep_indices: Tensor, negative: Tensor | None = None) -> Tensor:
         """The output of a step. Does not synchronise.
@@ -46,32 +71,36 @@ class Outputs:
         """
         if not step.weights:
             return noise
-        combined = combine(self._outputs, step.weights)
+        combined: Tensor = self.combined(step.weights)
         if step.negative and negative is not None:
-            of_negative = combine(self._outputs, step.negative)
-            combined = torch.where(negative.view(-1, *[1] * (noise.dim() - 1)), of_negative, combined)
-        combined = combined.to(noise.dtype)
+            rows = negative.view(-1, *[1] * (noise.dim() - 1))
+            combined = torch.where(rows, self.combined(step.negative), combined)
         if step.kind is StepKind.FORECAST or not keep_indices.shape[1]:
             return combined
         return torch.where(self._family.token_mask(keep_indices, noise).bool(), noise, combined)
 
-    def keep(self, number: int, output: Tensor, last_read: float) -> None:
-        """Remember the output of a step that computed something, and forget what no later step reads.
 
-        Args:
-            number: of the step.
-            output: is kept, not copied.
-            last_read: the last step that reads it.
-        """
-        self._outputs[number], self._last_read[number] = output, last_read
-        for old in [old for old, last in self._last_read.items() if last <= number]:
-            del self._outputs[old], self._last_read[old]
+def combine(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_j weights[j] · outputs[j], summed in fp32; new memory, of the outputs' dtype. An operation for each of them."""
+    total = outputs[0].float() * weights[0]
+    for output, weight in zip(outputs[1:], weights[1:], strict=True):
+        total.add_(output, alpha=weight)
+    return total.to(outputs[0].dtype)
 
 
-def combine(outputs: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
-    """Σ_j weights[j] · outputs[j] in fp32; new memory. One operation on something of the outputs' size each."""
-    (first, weight), *others = weights.items()
-    total = outputs[first].float() * weight
-    for number, weight in others:
-        total.add_(outputs[number], alpha=weight)
-    return total
+def mapped(function: Callable[..., Tensor], *structures: Any) -> Any:
+    """A structure like the first, of a function's values on the tensors that are at the same place in all of them.
+
+    Args:
+        function: of as many tensors as there are structures.
+        structures: tensors, or lists, tuples or diffusers' outputs (mappings) of them. What else they hold is taken
+            from the first.
+    """
+    first = structures[0]
+    if isinstance(first, Tensor):
+        return function(*structures)
+    if isinstance(first, Mapping):
+        return type(first)(**{name: mapped(function, *[each[name] for each in structures]) for name in first})
+    if isinstance(first, list | tuple):
+        return type(first)([mapped(function, *each) for each in zip(*structures, strict=True)])
+    return first

@@ -11,29 +11,38 @@ from cat_pruning.schedule import ScheduledStep, StepKind
 
 # eq=False: tensors have no single truth value, so two records are equal only if they are the same one.
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StepRecord:
-    """One step of one image: what was computed.
+class CallRecord:
+    """One step of one image, or one call of a step.
 
     Attributes:
         step: number of the step, 0-based: in the schedule, where there is one, else in the image.
         row: of the schedule, or by rule; full where the schedule's reads what the image has not computed.
         timestep: the scheduler's timestep that the transformer was called with.
-        grid: image tokens (high, wide); N = high * wide.
-        keep_indices: (B, n) int32, the tokens that were computed in each row of the batch, ascending.
-        cluster_ids: (B, N) int64, the cluster of each token; None before there are clusters.
     """
 
     step: int
     row: ScheduledStep
     timestep: float
-    grid: tuple[int, int]
-    keep_indices: Tensor
-    cluster_ids: Tensor | None
 
     @property
     def kind(self) -> StepKind:
         """What was computed."""
         return self.row.kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepRecord(CallRecord):
+    """One step of one image, and the tokens that were computed.
+
+    Attributes:
+        grid: image tokens (high, wide); N = high * wide.
+        keep_indices: (B, n) int32, the tokens that were computed in each row of the batch, ascending.
+        cluster_ids: (B, N) int64, the cluster of each token; None before there are clusters.
+    """
+
+    grid: tuple[int, int]
+    keep_indices: Tensor
+    cluster_ids: Tensor | None
 
     @property
     def num_tokens(self) -> int:

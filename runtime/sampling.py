@@ -16,7 +16,7 @@ from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.selection.policies import SELECTORS
 from cat_pruning.runtime.selection.selector import Selector, negative_rows
 from cat_pruning.runtime.side_branch import SideBranch
-from cat_pruning.runtime.timesteps import TimestepReader
+from cat_pruning.runtime.timesteps import TimestepReader, precision_of
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import LATENTS
@@ -61,25 +61,26 @@ class ImageInProgress:
         return self.timesteps[-1] if self.timesteps else math.inf
 
     def compute(self, latents: Tensor, timestep: float, precision: float) -> Tensor:
-        """The prediction of one call; latents on the engine's device and in its dtype.
+        """The prediction of one call.
 
         A failure leaves the image half way: it is to be forgotten.
 
         Args:
-            latents: of the call.
+            latents: of the call, as they came.
             timestep: its value.
             precision: machine epsilon of the dtype that the timestep came in.
         """
         if self.record is None or timestep != self.timestep:
             self.timesteps.append(timestep)
             self.record = self._step(latents, timestep, precision)
-        else:
+        elif self.record.num_kept:
+            latents = self.session.to_engine(LATENTS, latents)
             self._noise = self.session.step(latents, timestep, self.record.keep_indices)
         record = self.record
         if self.selector is not None and self._is_reference(record.step):
             self.selector.refer_to(self._noise)
         if self._negative is None and self._needs_negative:
-            self._negative = negative_rows(latents)
+            self._negative = negative_rows(latents).to(self._noise.device)
         output = self._outputs.of(self._noise, record.row, record.keep_indices, self._negative)
         if record.num_kept:
             self._outputs.keep(record.step, output, last_read(record.step, self.settings))
@@ -87,14 +88,18 @@ class ImageInProgress:
 
     def _step(self, latents: Tensor, timestep: float, precision: float) -> StepRecord:
         number, row = self._row(timestep, precision)
-        tokens = self._tokens(row.kind, latents)
-        self._noise = self.session.step(latents, timestep, tokens)
+        if row.kind is StepKind.FULL or (row.kind is StepKind.PRUNED and self.selector is not None):
+            latents = self.session.to_engine(LATENTS, latents)
+            self._noise = self.session.step(latents, timestep, self._tokens(row.kind, latents))
+            computed = self.session.computed
+        else:
+            computed = self._noise.new_empty((latents.shape[0], 0), dtype=torch.int32)
         return StepRecord(
             step=number,
             row=row,
             timestep=timestep,
             grid=self.image.grid,
-            keep_indices=self.session.computed,
+            keep_indices=computed,
             cluster_ids=self.selector.cluster_ids if self.selector else None,
         )
 
@@ -117,8 +122,7 @@ class ImageInProgress:
         """The tokens of a step, or their choice within the step."""
         if kind is StepKind.FULL:
             return self._every_token(latents)
-        if kind is StepKind.FORECAST or self.selector is None:
-            return latents.new_empty((latents.shape[0], 0), dtype=torch.int32)
+        assert self.selector is not None
         return self.selector if self.selector.has_begun else self.selector.first(latents, self._noise)
 
     def _every_token(self, latents: Tensor) -> Tensor:
@@ -186,11 +190,10 @@ class Sampling:
         if current is not None and self._is_beside(current, latents, value, arguments):
             return self.call_beside(_ANOTHER_PROMPT, latents, timestep, arguments)
         if current is None or not current.image.holds(latents, arguments):
-            current = self._begin(latents, arguments, _precision(timestep))
+            current = self._begin(latents, arguments, precision_of(timestep))
         try:
             with ordinary_tensors():
-                precision = _precision(timestep)
-                return current.compute(self.session.to_engine(LATENTS, latents), value, precision)
+                return current.compute(latents, value, precision_of(timestep))
         except BaseException:
             self.reset()  # a step may have begun that was never computed
             raise
@@ -258,7 +261,3 @@ class Sampling:
             self._selectors[needed] = selector
         self._selectors[needed].reset()
         return self._selectors[needed]
-
-
-def _precision(timestep: Tensor) -> float:
-    return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepSession
@@ -31,6 +32,7 @@ class SideBranch:
         self.session.reset()
         self._outputs.reset()
         self._image: Image | None = None
+        self._noise = torch.empty(0)  # every token's as it was last computed
         self._skipped: tuple[int, ...] = ()
         self._last_step: int | None = None
 
@@ -58,18 +60,19 @@ class SideBranch:
         if self._image is None or self._skipped != skip_layers or not self._image.holds(latents, arguments):
             self._begin(latents, arguments, skip_layers, timesteps)
         assert self._image is not None
-        latents = self.session.to_engine(LATENTS, latents)
-        rows, num_tokens = latents.shape[0], int(self._image.dims.num_tokens)
-        tokens, row = every_token(latents, num_tokens), FULL_STEP
+        rows = latents.shape[0]
         if step is not None and self._follows(step, rows):
             tokens, row = step.keep_indices[-rows:], step.row
+        else:
+            tokens, row = every_token(latents, int(self._image.dims.num_tokens)), FULL_STEP
         try:
-            noise = self.session.step(latents, timestep, tokens)
+            if tokens.shape[1]:
+                self._noise = self.session.step(self.session.to_engine(LATENTS, latents), timestep, tokens)
         except BaseException:
             self.reset()
             raise
         self._last_step = step.step if step else None
-        output = self._outputs.of(noise, row, tokens)
+        output = self._outputs.of(self._noise, row, tokens)
         if step is not None and tokens.shape[1]:
             self._outputs.keep(step.step, output, last_read)
         return output

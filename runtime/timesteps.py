@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -61,3 +62,8 @@ def _same_storage(one: Tensor, other: Tensor) -> bool:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor's memory was written to, as far as torch counts it."""
     return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their writes
+
+
+def precision_of(timestep: Tensor) -> float:
+    """Machine epsilon of the dtype that a timestep comes in; 0 of integers."""
+    return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
-from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.errors import CheckpointError, SettingsError, ShapeError
+from cat_pruning.families import is_known
 from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
 from cat_pruning.runtime.adapter_methods import AdapterMethods
@@ -23,6 +24,8 @@ from cat_pruning.runtime.adapters import Adapters
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
+from cat_pruning.runtime.whole import WholeTransformer
+from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PruneSettings
 
 MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt
@@ -38,7 +41,6 @@ class CatTransformer(AdapterMethods, nn.Module):
 
     Attributes:
         engine: the step engine.
-        settings: what to compute on which step; may be replaced between two images.
         adapters: those that are loaded, of this and every copy of it.
     """
 
@@ -85,6 +87,7 @@ class CatTransformer(AdapterMethods, nn.Module):
         Raises:
             BundleError: no bundle, or one that is truncated, edited or of another version.
             EngineError: the engine cannot run here.
+            ScheduleError: the settings' schedule was fitted to another model.
         """
         bundle = Bundle.open(path)
         loaded = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs, compiled=compiled)
@@ -96,22 +99,56 @@ class CatTransformer(AdapterMethods, nn.Module):
         transformer: nn.Module,
         settings: PruneSettings | None = None,
         *,
+        schedule: Schedule | None = None,
         cuda_graphs: bool = True,
         compiled: bool | None = None,
-    ) -> Self:
+    ) -> Self | WholeTransformer:
         """Wrap a diffusers transformer, where its weights are. The transformer itself is not changed.
 
         Args:
             transformer: the module; its own attributes but for adapters' are not to change while steps are captured.
             settings: what to compute on which step.
+            schedule: short for `PruneSettings.tuned(schedule)`, or for these settings with it.
             cuda_graphs: on a GPU, capture steps and replay them as one launch each: see `TorchStepEngine`.
             compiled: compile the blocks by torch.compile, and more: faster on a GPU, equal to rounding: see there.
                 None: if the transformer or its blocks were compiled.
 
+        Returns:
+            Of a class that no family knows, a `WholeTransformer`: for settings that compute all or nothing on a step.
+
         Raises:
-            CheckpointError: a transformer of no supported class.
+            CheckpointError: no diffusers transformer, or none whose `forward` takes a timestep.
+            SettingsError: settings that prune, for a class that computes all or nothing; or a table of steps in them,
+                and another as `schedule`.
+            ScheduleError: the schedule was fitted to another model.
         """
+        if isinstance(transformer, CatTransformer):
+            raise CheckpointError("the transformer is a CatTransformer already", "set its `settings`")
+        settings = _with_schedule(settings, schedule)
+        if not is_known(type(getattr(transformer, "_orig_mod", transformer)).__name__):
+            if compiled:
+                raise SettingsError(
+                    f"compiled=True: no family knows {type(transformer).__name__}, whose blocks it would compile",
+                    "compile the transformer first: torch.compile(transformer)",
+                )
+            return WholeTransformer.around(transformer, settings)
         return cls(TorchStepEngine(transformer, cuda_graphs=cuda_graphs, compiled=compiled), settings)
+
+    @property
+    def settings(self) -> PruneSettings:
+        """What to compute on which step; may be replaced between two images.
+
+        Raises:
+            ScheduleError: where it is set, the schedule was fitted to another model.
+        """
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: PruneSettings) -> None:
+        family = self.engine.family
+        if settings.schedule is not None:
+            settings.schedule.check_model(family.transformer_class, family.config)
+        self._settings = settings
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,6 +200,7 @@ class CatTransformer(AdapterMethods, nn.Module):
 
         Raises:
             SettingsError: an argument that pruned steps do not support, or one that is missing.
+            ScheduleError: a schedule of other timesteps.
             ShapeError: a size that the patch size does not divide, that the position table does not hold, or
                 with fewer tokens than clusters.
         """
@@ -176,7 +214,7 @@ class CatTransformer(AdapterMethods, nn.Module):
             raise SettingsError(f"skip_layers: expected a list of blocks, got {skip_layers!r}")
         conditioning = self._conditioning(arguments)
         sampling = self._sampling()
-        if sampling.settings != self.settings:
+        if sampling.settings is not self.settings and sampling.settings != self.settings:
             sampling.settings = self.settings
             sampling.reset()
         context = getattr(self._threads, "context", MAIN_CONTEXT)
@@ -230,6 +268,19 @@ def _diffusers_model(cls: Any) -> Any:
         return cls
     named_alike = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls, ModelMixin), named_alike)
+
+
+def _with_schedule(settings: PruneSettings | None, schedule: Schedule | None) -> PruneSettings:
+    if schedule is None:
+        return settings or PruneSettings()
+    if settings is None:
+        return PruneSettings.tuned(schedule)
+    if settings.schedule not in (None, schedule):
+        raise SettingsError(
+            "the settings have a schedule, and another one was given",
+            "give one of them: PruneSettings.tuned(schedule) makes settings of it",
+        )
+    return settings.replace(schedule=schedule)
 
 
 def _is_given(value: object) -> bool:

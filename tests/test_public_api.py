@@ -50,7 +50,7 @@ def test_the_tools_refuse_before_they_import_torch() -> None:
 
 
 def test_the_public_names() -> None:
-    assert sorted(cat_pruning.__all__) == ["CatTransformer", "PruneSettings", "load_pipeline"]
+    assert sorted(cat_pruning.__all__) == ["CatTransformer", "PruneSettings", "Schedule", "load_pipeline"]
     assert set(dir(cat_pruning)) == {*cat_pruning.__all__, "__version__"}
     for name in cat_pruning.__all__:
         assert getattr(cat_pruning, name).__name__ == name

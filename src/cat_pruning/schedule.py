@@ -275,8 +275,17 @@ class Schedule(_Model):
         expected, remedy = self.made_for.transformer_class, "tune one for this model: cat-tune"
         if transformer_class != expected:
             raise ScheduleError(f"the schedule {self.name} is for a {expected}, this is a {transformer_class}", remedy)
-        if config_sha256(config) != self.made_for.config_sha256:
-            raise ScheduleError(f"the schedule {self.name} is for a {expected} of another config", remedy)
+        digest = config_sha256(config)
+        if digest != self.made_for.config_sha256:
+            raise ScheduleError(
+                f"the schedule {self.name} is for a {expected} whose config has the hash "
+                f"{self.made_for.config_sha256[:12]}, this one's has {digest[:12]}",
+                remedy,
+            )
+
+    @cached_property
+    def _row_of(self) -> dict[float, int]:
+        return {timestep: row for row, timestep in enumerate(self.timesteps or ())}
 
     def number_at(self, timestep: float, precision: float = 0.0) -> int:
         """The row of a timestep.
@@ -289,6 +298,8 @@ class Schedule(_Model):
             ScheduleError: no row has it.
         """
         assert self.timesteps is not None
+        if (row := self._row_of.get(timestep)) is not None:
+            return row
         number = min(range(self.num_steps), key=lambda row: abs(self.timesteps[row] - timestep))  # type: ignore[index]
         tolerance = max(precision, _TOLERANCE) * max(map(abs, self.timesteps))
         if abs(self.timesteps[number] - timestep) > tolerance:
@@ -324,8 +335,8 @@ class Schedule(_Model):
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a diffusers config, without what says where it is from and who wrote it."""
-    told = {name: value for name, value in config.items() if not name.startswith("_")}
+    """SHA-256 of a diffusers config, without what says where it is from, who wrote it and how weights are quantised."""
+    told = {name: value for name, value in config.items() if name[0] != "_" and name != "quantization_config"}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
