@@ -97,8 +97,8 @@ class Job:
         matrix = scheduler_matrix(replay.scheduler)
         recordings = recorded.recordings
         recordings.check(matrix, _ROUNDED[self.pipe.transformer.dtype])
-        total = most_steps(budgets, recordings.count)
-        found = fit_schedules(replay, recordings, matrix, budgets, lambda n: advance("fit", total, n))
+        total = most_steps(budgets, recordings.count, self.batch)
+        found = fit_schedules(replay, recordings, matrix, budgets, self.batch, lambda n: advance("fit", total, n))
         advance("fit", total, total)  # the bar goes no further: choices that begin alike shared steps
         schedules = [
             Schedule.of(

@@ -47,7 +47,7 @@ class Outcome:
         contender: which.
         error: relative error of the final latents.
         psnr_db: of the pictures; None where they are equal.
-        score_change: of the coverage, less the full run's; None where prompts are no scenes.
+        score_change: of the coverage, less the full run's; None where prompts are no scenes, or pictures not square.
         seconds: of a batch's images, one each, median over the batches.
     """
 
@@ -82,7 +82,8 @@ def measure(
         configs: the pipeline's calls, in the order of the prompts; each contender changes the steps.
         advance: called with the number of images that were made.
     """
-    scenes = all(prompt.scene is not None for prompt in prompts)
+    square = all(config.height == config.width for config in configs)
+    scenes = square and all(prompt.scene is not None for prompt in prompts)
     metrics = Metrics([Metric.LATENTS, Metric.PSNR, *([Metric.COVERAGE] if scenes else [])], prompts)
     scores = [_Scores() for _ in contenders]
     for config, batch in zip(configs, _batches(prompts, configs), strict=True):

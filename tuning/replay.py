@@ -53,10 +53,15 @@ class Replay:
         self._settings = never_pruned(pipe.transformer.settings, len(timesteps))
 
     def __call__(self, step: int, latents: Tensor) -> Tensor:
-        """The parts of the outputs at `latents` (R, …): (R, Q, …), float32 on the CPU; a batch after another."""
+        """The parts of the outputs at `latents` (R, …): (R, Q, …), float32 on the CPU; a batch after another.
+
+        R is the number of all prompts, or of those of the first calls.
+        """
         self._pipe.transformer.settings = self._settings
         outputs, first = [], 0
         for config, call in zip(self._configs, self._calls, strict=True):
+            if first == len(latents):
+                break
             count = len(config.prompts)
             outputs.append(self._output(call, config, step, latents[first : first + count]))
             first += count

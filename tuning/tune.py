@@ -12,7 +12,7 @@ from cat_pruning.tuning.recordings import Recordings
 from cat_pruning.tuning.search import search_several
 
 CONTENDERS: Final = 10  # choices of full steps that are run before one is taken
-TRIED_ON: Final = 12  # recordings that they are run on
+TRIED_ON: Final = 12  # recordings that they are run on, at least
 
 
 def fit_schedules(
@@ -20,6 +20,7 @@ def fit_schedules(
     recordings: Recordings,
     matrix: Tensor,
     budgets: Sequence[int],
+    batch: int = 1,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[int, ClosedLoopFit]:
     """The best schedule for each number of full steps.
@@ -32,6 +33,7 @@ def fit_schedules(
         recordings: runs of the full model.
         matrix: of the scheduler.
         budgets: numbers of full steps.
+        batch: the model takes so many recordings at once; some of them are a whole number of batches.
         advance: called with the number of steps of one run that were computed.
 
     Raises:
@@ -45,7 +47,7 @@ def fit_schedules(
 
     gram = recordings.grams().mean(0)
     choices = search_several(gram, matrix, budgets, width=CONTENDERS)
-    some = recordings.some(slice(0, TRIED_ON))
+    some = recordings.some(slice(0, _tried_on(batch)))
     fits = {}
     for budget, contenders in choices.items():
         best = fit_best(counted, some, matrix, contenders)
@@ -53,6 +55,10 @@ def fit_schedules(
     return fits
 
 
-def most_steps(budgets: Sequence[int], count: int) -> int:
+def most_steps(budgets: Sequence[int], count: int, batch: int) -> int:
     """The steps of one run each that `fit_schedules` computes at most, for `count` recordings."""
-    return sum(budget * (count + CONTENDERS * min(count, TRIED_ON)) for budget in budgets)
+    return sum(budget * (count + CONTENDERS * min(count, _tried_on(batch))) for budget in budgets)
+
+
+def _tried_on(batch: int) -> int:
+    return -(-TRIED_ON // batch) * batch

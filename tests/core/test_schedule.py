@@ -69,6 +69,13 @@ def test_rows_that_make_no_schedule_are_refused(full: tuple[int, ...], weights: 
         Schedule.of(4, full, weights)
 
 
+def test_negative_weights_are_of_the_same_steps() -> None:
+    made = Schedule.of(3, (0, 1), {2: {0: -1.0, 1: 2.0}}, {2: {0: -0.5, 1: 1.5}})
+    assert Schedule.from_dict(json.loads(made.to_json())) == made
+    with pytest.raises(ScheduleError, match=r"negative has weights of \[1\], expected of \[0, 1\]"):
+        Schedule.of(3, (0, 1), {2: {0: -1.0, 1: 2.0}}, {2: {1: 1.0}})
+
+
 @pytest.mark.parametrize("timesteps", [(3.0, 2.0, 1.0), (3.0, 2.0, 2.0, 1.0), (3.0, 2.0, 2.5, 1.0)])
 def test_timesteps_that_do_not_fit_are_refused(timesteps: tuple[float, ...]) -> None:
     with pytest.raises(ScheduleError, match="timesteps"):

@@ -76,6 +76,17 @@ def test_computed_tokens_are_what_was_computed_and_the_others_the_sum(made: Made
     torch.testing.assert_close(output[~mask], (2.0 * made.noises[1] - made.noises[0])[~mask])
 
 
+def test_negative_rows_have_weights_of_their_own(made: Made) -> None:
+    for number, noise in enumerate(made.noises[:2]):
+        made.outputs.keep(number, noise, last_read=9)
+    row = ScheduledStep(kind=StepKind.FORECAST, weights={0: -1.0, 1: 2.0}, negative={0: -0.5, 1: 1.5})
+    one, other = made.noises[:2]
+    output = made.outputs.of(other, row, EVERY[:, :0], torch.tensor([True, False]))
+    torch.testing.assert_close(output[0], 1.5 * other[0] - 0.5 * one[0])
+    torch.testing.assert_close(output[1], 2.0 * other[1] - one[1])
+    assert torch.equal(made.outputs.of(other, row, EVERY[:, :0])[0], (2.0 * other - one)[0])  # without guidance
+
+
 @pytest.mark.parametrize("kind", StepKind)
 def test_without_weights_it_is_what_was_last_computed(made: Made, kind: StepKind) -> None:
     assert made.outputs.of(made.noises[0], ScheduledStep(kind=kind), EVERY[:, :2]) is made.noises[0]

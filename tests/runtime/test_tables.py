@@ -71,6 +71,17 @@ def test_guidance_on_and_off(tuned: Make, sample: Make, guidance_scale: float) -
     assert sample(tuned(), STEPS, SIZE, guidance_scale=guidance_scale).kinds == "FF-F--F-"
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_the_negative_prompt_s_rows_have_their_own_weights(
+    tuned: Make, sample: Make, outputs: list[Tensor], guidance_scale: float
+) -> None:
+    table = Schedule.of(3, (0, 1), {2: {0: -1.0, 1: 2.0}}, {2: {0: -0.5, 1: 1.5}})
+    sample(tuned(schedule=table), 3, SIZE, guidance_scale=guidance_scale)
+    positive, negative = 2.0 * outputs[1] - outputs[0], 1.5 * outputs[1] - 0.5 * outputs[0]
+    torch.testing.assert_close(outputs[2][-1], positive[-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs[2][:-1], negative[:-1], rtol=0, atol=1e-5)
+
+
 def test_an_image_that_starts_late_goes_by_its_timesteps(tuned: Make, sample: Make, outputs: list[Tensor]) -> None:
     """The rows 3 to 7; the fourth and fifth read what was never computed, and are full; the last has all it reads."""
     image = torch.zeros(1, 3, *SIZE)

@@ -83,6 +83,15 @@ def test_it_is_nearer_to_the_full_run_than_anything_else_at_its_cost(
 
 
 @pytest.mark.long
+def test_choices_are_tried_on_whole_batches(mini_bundle: Path, tmp_path: Path) -> None:
+    """Of 16 recordings in batches of 5, 15 are."""
+    bundle = copied(mini_bundle, tmp_path / "mini")
+    options = ["--steps", "3", "--full", "2", "--prompts", "scenes:16", "--measure", "scenes:1", "--batch", "5"]
+    assert run(bundle, *options, "--engine", "onnxruntime", "--resolution", "32x48", "--no-peers") == 0
+    assert [*read_schedules(Bundle.open(bundle))] == ["3-2"]
+
+
+@pytest.mark.long
 def test_a_pipeline_takes_it_by_its_speed(tuned: Path) -> None:
     pipe = load_pipeline(tuned, "onnxruntime", speedup=1.6, steps=8)
     kinds = []
