@@ -99,7 +99,7 @@ class Measured(_Model):
     speedup: PositiveFloat
     predicted_error: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
     error: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-    half_width: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None
+    half_width: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     prompts: PositiveInt
 
 
