@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schedules import write_schedules
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.methods import METHODS, settings_of
 from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.evaluation.sweep import Sweep
-from cat_pruning.schedule import StepKind
+from cat_pruning.schedule import Schedule, StepKind
 from cat_pruning.settings import Policy, PruneSettings
 from cat_pruning.timeline import step_kinds
 
@@ -127,6 +130,20 @@ def test_candidates_say_what_they_are_made_with(sweep: Any) -> None:
     for key in ("full-28", "fewer-steps-50-0.3"):
         steps = candidates[key].sampled_steps
         assert StepKind.PRUNED not in step_kinds(steps, PruneSettings.from_dict(candidates[key].settings))
+
+
+def test_tuned_is_the_bundle_s_schedule_that_costs_most_nearly_the_same(
+    sweep: Any, mini_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(mini_bundle, tmp_path / "mini", copy_function=os.link)
+    bundle = write_schedules(tmp_path / "mini", [Schedule.of(28, range(full)) for full in (20, 16, 10)])
+    found = sweep(bundle=bundle, steps=(28,), keep_ratios=(0.3, 0.01), methods=("tuned",))
+    assert (found["tuned-28-0.3"].full_steps, found["tuned-28-0.01"].full_steps) == (16, 10)
+    assert PruneSettings.from_dict(found["tuned-28-0.3"].settings).schedule == Schedule.of(28, range(16))
+    with pytest.raises(
+        SettingsError, match=r"no schedule of 50 steps; make some: cat-tune .* 50"
+    ):
+        sweep(bundle=bundle, steps=(50,), methods=("tuned",))
 
 
 def test_settings_of_a_method() -> None:
