@@ -13,12 +13,13 @@ DEMO := build/demo$(if $(filter-out sd3-mini,$(MODEL)),-$(MODEL))
 EXPORT_sd3-mini := --text-length 48
 EXPORT_sd3-mini-256 := --text-length 72
 GENERATE_sd3-mini := --guidance-scale 3
+GENERATE_pixart-mini := --guidance-scale 4.5
 GENERATE_sd3-mini-256 := --guidance-scale 3
 PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star north, large plain green triangle \
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -82,6 +83,19 @@ eval-schedules: install build/eval/sd3-mini
 	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:32 --steps 28,20,12 --curve-prompts 32 \
 	  --methods cat,cat+refresh,forecast --out build/eval/schedules
 	$(BIN)/python benchmarks/keep_eval.py build/eval/schedules --name eval-schedules
+
+# Half an hour: schedules fitted and measured, at 28 and 50 steps, and for pixart-mini. Interrupted, it goes on.
+TUNE := --prompts scenes:48 --measure scenes:64
+tune: install build/eval/sd3-mini build/eval/pixart-mini
+	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --full 16,12,9,7,6
+	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini.tune --name tune-sd3-mini-28
+	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --steps 50 --full 28,22,16,12,10 --recordings build/eval/sd3-mini.tune-50
+	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini.tune-50 --name tune-sd3-mini-50
+	$(BIN)/cat-tune build/eval/pixart-mini $(GENERATE_pixart-mini) $(TUNE) --steps 28 --full 16,12,9,7,6
+	$(BIN)/python benchmarks/keep_tune.py build/eval/pixart-mini.tune --name tune-pixart-mini-28
+
+build/eval/pixart-mini: | .venv/installed
+	$(BIN)/cat-export --model pixart-mini $(EXPORT_pixart-mini) --target onnx --out $@
 
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini
