@@ -36,7 +36,7 @@ def scheduler_matrix(scheduler: Scheduler) -> Tensor:
         scheduler: of diffusers, its timesteps set and no step taken. A copy of it runs.
 
     Returns:
-        (n + 1, n + 1) float64 on the CPU; n is the number of calls of `step`.
+        (n + 1, n + 1) float64 on the CPU; n is the number of calls of `step`. Synchronises.
 
     Raises:
         SettingsError: the scheduler has taken a step, or what it does depends on chance (ancestral, SDE) or on the
@@ -62,8 +62,8 @@ def scheduler_matrix(scheduler: Scheduler) -> Tensor:
 def _run(scheduler: Scheduler, vectors: Tensor) -> Tensor:
     """The samples of a run on x_0 and the outputs, all given as rows: (n + 1, P) → (n + 1, P)."""
     running = copy.deepcopy(scheduler)
-    rows = vectors.view(len(vectors), 1, -1, 1, 1)
+    rows = vectors.view(len(vectors), 1, -1, 1, 1).to(running.timesteps.device)  # some keep their sigmas there too
     samples = [rows[0]]
     for output, timestep in zip(rows[1:], running.timesteps, strict=True):
         samples.append(running.step(output, timestep, samples[-1], return_dict=False)[0])
-    return torch.stack([sample.flatten().double() for sample in samples])
+    return torch.stack([sample.flatten().double().cpu() for sample in samples])

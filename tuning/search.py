@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final
@@ -97,6 +98,36 @@ def search_several(
                 _improve(choice, steps, judge)
             found[size] = _apart(judge.judged(size), width, distance)
     return {size: found[size] for size in sorted(wanted, reverse=True)}
+
+
+def contenders(
+    gram: Tensor, matrix: Tensor, budgets: Iterable[int], *, count: int = 10, terms: int = 3
+) -> dict[int, list[tuple[int, ...]]]:
+    """For each budget up to `count` choices of full steps to run: in turn the best, second best, … of every objective.
+
+    No objective ranks choices as their runs do; what is best by one of them is worth a run.
+
+    Args:
+        gram: as in `search`.
+        matrix: as there.
+        budgets: as there.
+        count: choices.
+        terms: as there.
+
+    Raises:
+        SettingsError: as there.
+    """
+    wanted, each = set(budgets), -(-count // len(Objective))
+    by_objective = [
+        search_several(gram, matrix, wanted, terms=terms, objective=objective, width=max(1, each), distance=2)
+        for objective in (Objective.BOTH, Objective.STEPS, Objective.STATES, Objective.END)
+    ]
+    found = {}
+    for budget in by_objective[0]:
+        ranks = itertools.zip_longest(*(several[budget] for several in by_objective))
+        distinct = dict.fromkeys(choice for rank in ranks for choice in rank if choice is not None)
+        found[budget] = list(distinct)[:count]
+    return found
 
 
 def _apart(choices: Iterable[tuple[int, ...]], count: int, distance: int) -> list[tuple[int, ...]]:

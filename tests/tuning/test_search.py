@@ -8,7 +8,7 @@ import torch
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.tuning.fit import Target, fit_choices
-from cat_pruning.tuning.search import NOISE, Objective, search, search_several
+from cat_pruning.tuning.search import NOISE, Objective, contenders, search, search_several
 
 
 def problem(steps: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +52,19 @@ def test_several_choices_are_distinct_and_the_best_is_first() -> None:
     assert errors == sorted(errors)
     apart = search_several(gram, matrix, (5,), width=4, distance=2)[5]
     assert all(len(set(a) - set(b)) >= 2 for a, b in itertools.combinations(apart, 2))
+
+
+def test_contenders_are_the_best_by_every_objective() -> None:
+    gram, matrix = problem(12)
+    found = contenders(gram, matrix, (4, 6, 12), count=8)
+    assert list(found) == [12, 6, 4]
+    assert found[12] == [tuple(range(12))]
+    for budget in (4, 6):
+        assert 4 <= len(set(found[budget])) == len(found[budget]) <= 8
+        for objective in Objective:
+            best = search(gram, matrix, (4, 6, 12), objective=objective, width=2)[budget]
+            assert best in found[budget]
+    assert contenders(gram, matrix, (4,), count=1)[4] == [search(gram, matrix, (4,))[4]]
 
 
 @pytest.mark.parametrize("budgets", [(), (1,), (3, 9), (0,)])
