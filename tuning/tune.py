@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cat_pruning.tuning.closed_loop import ClosedLoopFit, Model, fit_best, fit_closed_loop
 from cat_pruning.tuning.recordings import Recordings
-from cat_pruning.tuning.search import search_several
+from cat_pruning.tuning.search import contenders
 
-CONTENDERS: Final = 10  # choices of full steps that are run before one is taken
+MOST_CHOICES: Final = 10  # choices of full steps that are run before one is taken
 TRIED_ON: Final = 16  # recordings that they are run on, at least; on 8 a worse choice won at 7 full steps of 28
 
 
@@ -25,7 +25,7 @@ def fit_schedules(
 ) -> dict[int, ClosedLoopFit]:
     """The best schedule for each number of full steps.
 
-    The recordings' inner products give a few good choices of full steps (`search_several`). Each is fitted and run with
+    The recordings' inner products give a few good choices of full steps (`contenders`). Each is fitted and run with
     the model on some of the recordings; the best is fitted to all of them (`fit_closed_loop`).
 
     Args:
@@ -46,18 +46,18 @@ def fit_schedules(
         return parts
 
     gram = recordings.grams().mean(0)
-    choices = search_several(gram, matrix, budgets, width=CONTENDERS)
+    choices = contenders(gram, matrix, budgets, count=MOST_CHOICES)
     some = recordings.some(slice(0, _tried_on(batch)))
     fits = {}
-    for budget, contenders in choices.items():
-        best = fit_best(counted, some, matrix, contenders)
+    for budget, of_budget in choices.items():
+        best = fit_best(counted, some, matrix, of_budget)
         fits[budget] = fit_closed_loop(counted, recordings, matrix, best.full_steps)
     return fits
 
 
 def most_steps(budgets: Sequence[int], count: int, batch: int) -> int:
     """The steps of one run each that `fit_schedules` computes at most, for `count` recordings."""
-    return sum(budget * (count + CONTENDERS * min(count, _tried_on(batch))) for budget in budgets)
+    return sum(budget * (count + MOST_CHOICES * min(count, _tried_on(batch))) for budget in budgets)
 
 
 def _tried_on(batch: int) -> int:
