@@ -50,7 +50,6 @@ def forecast_between(full: tuple[int, ...], order: int = 1) -> PruneSettings:
 
 TRIALS: dict[str, PruneSettings] = {
     "the paper's": PruneSettings(),
-    "extrapolated": PruneSettings(reuse=Reuse.EXTRAPOLATE),
     "fresh fraction 0.1": PruneSettings(fresh_fraction=0.1),
     "fresh fraction 0.5": PruneSettings(fresh_fraction=0.5),
     "staleness decay 0.9": PruneSettings(staleness_decay=0.9),
