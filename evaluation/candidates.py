@@ -8,6 +8,7 @@ from typing import Any
 from cat_pruning.evaluation.solvers import SOLVERS
 
 FULL = "full"  # the method that computes every token on every step; the others are compared with it
+TUNED = "tuned"  # the method of a schedule of the bundle, by `cat-tune`
 FEWER_STEPS = "fewer-steps"  # the method that computes every token, on as many steps as cost what CAT's image costs
 
 
@@ -51,6 +52,8 @@ class Candidate:
             return f"{self.sampled_steps} full steps"
         if self.method in SOLVERS:
             return f"{self.sampled_steps} full steps, {self.method}"
+        if self.method == TUNED:
+            return f"{self.method} ({self.full_steps} full)"
         if every := self.settings.get("refresh_every"):
             return f"{self.method} (keep {self.settings['keep_ratio']:.2g}, {self.full_steps} full, every {every})"
         return self.method

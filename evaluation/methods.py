@@ -8,13 +8,13 @@ methods too (`cat_pruning.evaluation.candidates`) and always run.
 from __future__ import annotations
 
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.candidates import TUNED
 from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.runtime.selection.policies import ras_dense_steps
 from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PRESETS, Policy, Preset, PruneSettings
 
 AT_EDM = "at-edm"  # its engine chooses the tokens: `cat_pruning.evaluation.at_edm`
-TUNED = "tuned"  # a schedule of the bundle, by `cat-tune`
 FORECAST = "forecast"  # pruned steps compute no token: the preset `forecast`
 REFRESHED = "+refresh"  # ending of a policy: fewer tokens, more full steps, extrapolated, as the preset `refreshed`
 MAIN_METHOD = "cat"  # an evaluation's report is about this one, if it is compared

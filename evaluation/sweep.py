@@ -10,8 +10,8 @@ from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.at_edm import at_edm_family, at_edm_step_macs
 from cat_pruning.evaluation.budgets import macs_of_full_steps, nearest
-from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
-from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, TUNED, check_method, settings_of
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, TUNED, Candidate
+from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, settings_of
 from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.exporter.export import profile_macs
 from cat_pruning.exporter.macs import ImageMacs

@@ -134,7 +134,7 @@ def _with_measures(
 ) -> list[Schedule]:
     from math import isfinite
 
-    from cat_pruning.evaluation.methods import TUNED
+    from cat_pruning.evaluation.candidates import TUNED
     from cat_pruning.schedule import Measured
 
     by_budget = {each.contender.budget: each for each in outcomes if each.contender.method == TUNED}

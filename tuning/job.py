@@ -13,7 +13,7 @@ import torch
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.budgets import cat_at, forecast_at, macs_of_full_steps
-from cat_pruning.evaluation.methods import TUNED
+from cat_pruning.evaluation.candidates import TUNED
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import machine
 from cat_pruning.evaluation.solvers import SOLVERS, check_solver

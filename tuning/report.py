@@ -13,8 +13,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from cat_pruning.errors import OutputError
+from cat_pruning.evaluation.candidates import TUNED
 from cat_pruning.evaluation.intervals import Interval
-from cat_pruning.evaluation.methods import TUNED
 from cat_pruning.files import replacing, write_whole
 from cat_pruning.tuning.measure import Outcome
 

@@ -140,9 +140,7 @@ def test_tuned_is_the_bundle_s_schedule_that_costs_most_nearly_the_same(
     found = sweep(bundle=bundle, steps=(28,), keep_ratios=(0.3, 0.01), methods=("tuned",))
     assert (found["tuned-28-0.3"].full_steps, found["tuned-28-0.01"].full_steps) == (16, 10)
     assert PruneSettings.from_dict(found["tuned-28-0.3"].settings).schedule == Schedule.of(28, range(16))
-    with pytest.raises(
-        SettingsError, match=r"no schedule of 50 steps; make some: cat-tune .* 50"
-    ):
+    with pytest.raises(SettingsError, match=r"no schedule of 50 steps; make some: cat-tune .* 50"):
         sweep(bundle=bundle, steps=(50,), methods=("tuned",))
 
 
