@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from cat_pruning.evaluation.sweep import costs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.schedule import MadeFor, Schedule, config_sha256
 from cat_pruning.settings import PruneSettings
-from cat_pruning.tools.generate import GenerateConfig, never_pruned
+from cat_pruning.tools.generate import never_pruned
 from cat_pruning.tuning.measure import FULL, Contender, Outcome, measure
 from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.recordings import Recordings
@@ -121,7 +122,7 @@ class Job:
         total = len(prompts) * len(contenders)
         run = self._run(prompts)
         configs = [
-            _seeded(config, first)
+            dataclasses.replace(config, seed=first)
             for first, config in zip(range(0, len(prompts), self.batch), run.configs(self.text_arguments), strict=True)
         ]
         return measure(self.pipe, contenders, prompts, configs, lambda n: advance("measure images", total, n))
@@ -192,16 +193,3 @@ def _is_possible(solver: str, scheduler: Any) -> bool:
     except SettingsError:
         return False
     return True
-
-
-def _seeded(config: GenerateConfig, seed: int) -> GenerateConfig:
-    """The call with the noise that `cat-eval` starts from."""
-    return GenerateConfig(
-        prompts=config.prompts,
-        height=config.height,
-        width=config.width,
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        seed=seed,
-        text_arguments=config.text_arguments,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -110,15 +111,7 @@ def _batches(prompts: Sequence[Prompt], configs: Sequence[GenerateConfig]) -> It
 
 
 def _sample(pipe: Any, config: GenerateConfig, contender: Contender) -> tuple[Sample, float]:
-    changed = GenerateConfig(
-        prompts=config.prompts,
-        height=config.height,
-        width=config.width,
-        steps=contender.steps,
-        guidance_scale=config.guidance_scale,
-        seed=config.seed,
-        text_arguments=config.text_arguments,
-    )
+    changed = dataclasses.replace(config, steps=contender.steps)
     with solver_in(pipe, contender.solver) if contender.solver else nullcontext(), last_latents(pipe) as latents:
         run = generate(pipe, contender.settings, changed)
     return Sample(images=run.images, latents=latents[-1].float()), run.seconds
