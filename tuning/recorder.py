@@ -166,6 +166,12 @@ def _recorded(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> dic
             f"{config.steps} that were asked for: expected one call of the model a step",
             "tune with a scheduler of first order or a multistep one, such as Euler's or DPM-Solver++",
         )
+    if len(noises) != len(steps):
+        raise SettingsError(
+            f"{type(pipe).__name__} called the transformer {len(noises)} times in {len(steps)} steps: it does not "
+            "combine the model's outputs as plain guidance does",
+            "tune it without other guidance",
+        )
     parts = [parts_of(noise, step.sample, config.guidance_scale) for noise, step in zip(noises, steps, strict=True)]
     for each, step in zip(parts, steps, strict=True):
         check_parts(each, step.output, pipe.transformer.dtype, pipe)

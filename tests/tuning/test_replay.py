@@ -1,0 +1,107 @@
+"""Recordings of a real pipeline, and its calls replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.errors import SettingsError
+from cat_pruning.tuning.guidance import check_parts, parts_of
+from cat_pruning.tuning.recorder import RecordedRun, record
+from cat_pruning.tuning.replay import Replay
+from cat_pruning.tuning.scheduler_matrix import scheduler_matrix
+
+RUN = RecordedRun(
+    bundle="0" * 64,
+    engine="onnxruntime",
+    scheduler={},
+    steps=4,
+    prompts=("a red circle", "a blue star", "a white ring"),
+    batch=2,
+    seed=7,
+    height=64,
+    width=64,
+    guidance_scale=3.0,
+)
+TEXT: dict[str, Any] = {"max_sequence_length": 24}
+
+
+@pytest.fixture
+def pipe(engines: dict[str, StepEngine], drop_in: Any) -> Any:
+    return drop_in(engines["onnxruntime"])
+
+
+@pytest.mark.parametrize(("guidance_scale", "num_parts"), [(3.0, 2), (1.0, 1)])
+def test_replayed_at_the_recorded_latents_it_is_what_was_recorded(
+    pipe: Any, tmp_path: Path, guidance_scale: float, num_parts: int
+) -> None:
+    run = dataclasses.replace(RUN, guidance_scale=guidance_scale)
+    done: list[int] = []
+    recorded = record(pipe, run, TEXT, tmp_path, done.append)
+    assert done == [2, 1]
+    assert recorded.recordings.parts.shape[:3] == (3, 4, num_parts)
+    replay = Replay(pipe, run.configs(TEXT), recorded.timesteps)
+    matrix = scheduler_matrix(replay.scheduler)
+    recorded.recordings.check(matrix)
+    for step in (3, 1, 0):  # in any order
+        found = replay(step, recorded.recordings.states(matrix, step))
+        torch.testing.assert_close(found, recorded.recordings.parts[:, step], rtol=0, atol=1e-4)
+    some = replay(1, recorded.recordings.states(matrix, 1)[:2])  # the first call's only
+    torch.testing.assert_close(some, recorded.recordings.parts[:2, 1], rtol=0, atol=1e-4)
+
+
+def test_what_is_on_disk_is_not_recorded_again(pipe: Any, tmp_path: Path) -> None:
+    first = record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    (tmp_path / "batch-0001.safetensors").write_bytes(b"half of it")
+    calls: list[int] = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    again = record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    assert len(calls) == 4  # the damaged batch's
+    torch.testing.assert_close(again.recordings.parts, first.recordings.parts)
+    assert again.timesteps == first.timesteps
+
+
+def test_a_run_file_that_is_damaged_is_named(pipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"run\.json cannot be read"):
+        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+
+
+def test_a_scheduler_of_second_order_is_refused(engines: dict[str, StepEngine], drop_in: Any, tmp_path: Path) -> None:
+    pipe = drop_in(engines["onnxruntime"], scheduler=FlowMatchHeunDiscreteScheduler)
+    with pytest.raises(SettingsError, match="FlowMatchHeunDiscreteScheduler took 7 steps with 4 noise levels for 4"):
+        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    assert not [*tmp_path.glob("batch-*")]
+
+
+def test_other_guidance_is_refused(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"called the transformer 7 times in 4 steps"):
+        record(
+            pipe,
+            RUN,
+            TEXT | {"skip_guidance_layers": [2], "skip_layer_guidance_stop": 1.0},
+            tmp_path,
+            lambda count: None,
+        )
+
+
+def test_guidance_that_is_rescaled_is_refused() -> None:
+    noise, latents = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3)
+    parts = parts_of(noise, latents, 3.0)
+    check_parts(parts, noise[:2] + 3.0 * (noise[2:] - noise[:2]), torch.float32, None)
+    with pytest.raises(SettingsError, match="does not combine the model's outputs as plain guidance does"):
+        check_parts(parts, 0.9 * noise[2:], torch.float32, None)
+
+
+def test_the_pipeline_is_as_it_was(pipe: Any, tmp_path: Path) -> None:
+    record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    Replay(pipe, RUN.configs(TEXT), (1000.0, 667.0, 334.0, 1.0))
+    assert "step" not in vars(pipe.scheduler)
+    assert not pipe.transformer._forward_hooks
+    assert not pipe.transformer._forward_pre_hooks
