@@ -18,7 +18,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules peers try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean
 
 install: .venv/installed
 
@@ -82,6 +82,11 @@ eval-schedules: install build/eval/sd3-mini
 	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:32 --steps 28,20,12 --curve-prompts 32 \
 	  --methods cat,cat+refresh,forecast --out build/eval/schedules
 	$(BIN)/python benchmarks/keep_eval.py build/eval/schedules --name eval-schedules
+
+# cache-dit is no dependency of ours: pip install --no-deps cache-dit==1.5.3
+peers: install
+	$(BIN)/python benchmarks/peers.py sd3-mini
+	$(BIN)/python benchmarks/peers.py pixart-mini
 
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini
