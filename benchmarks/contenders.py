@@ -30,6 +30,9 @@ from cat_pruning.settings import PruneSettings
 
 STEPS = 28
 BUDGETS = (16, 12, 9, 7)  # full steps of STEPS
+ATTENTIONS = (
+    r"transformer_blocks\.\d+\.attn\d?"  # SD3's attn, and attn1 and attn2 of PixArt, which the default leaves out
+)
 Install = Callable[[Any], AbstractContextManager[object]]  # into a pipeline, and out of it again
 
 
@@ -62,7 +65,7 @@ class Tuned:
 
 def fewer_steps(pipe: Any) -> list[Contender]:
     """Fewer steps of the pipeline's own scheduler, and of the solvers that can stand in for it."""
-    flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    flow = _is_flow(pipe)
     own = "fewer steps, Euler" if flow else "fewer steps, DPM-Solver++"
     solvers: dict[str, Install] = {own: lambda _: nullcontext()}
     for solver in (MULTISTEP, UNIPC, AB2) if flow else (UNIPC,):
@@ -99,7 +102,7 @@ def _cat(name: str, budget: int, settings: PruneSettings) -> Contender:
     return Contender(name=name, budget=budget, setting=setting, install=transformer_by(wrap), counts_blocks=False)
 
 
-def cache_dit_peers(_: Any) -> list[Tuned]:
+def cache_dit_peers(pipe: Any) -> list[Tuned]:
     """cache-dit's caches, which are set by a threshold of the first block's change.
 
     The number of steps at the start that are computed in full is 4, the least that its documents use for 28 steps; 2
@@ -139,8 +142,9 @@ def cache_dit_peers(_: Any) -> list[Tuned]:
     kinds = {
         "cache-dit, DBCache": (cache_dit.DBCacheConfig, None),
         "cache-dit, DBCache + Taylor": (cache_dit.DBCacheConfig, cache_dit.TaylorSeerCalibratorConfig),
-        "cache-dit, DBPrune": (cache_dit.DBPruneConfig, None),
     }
+    if _is_flow(pipe):  # on PixArt's blocks DBPrune of 1.5.3 fails: it calls a method of its own with one argument more
+        kinds["cache-dit, DBPrune"] = (cache_dit.DBPruneConfig, None)
     return [Tuned(name=name, at=functools.partial(at, *kind, name)) for name, kind in kinds.items()]
 
 
@@ -178,8 +182,7 @@ def diffusers_peers(pipe: Any, mag_ratios: list[float]) -> list[Tuned]:
         Tuned(name="diffusers, FirstBlockCache", at=first_block),
         Tuned(name="diffusers, MagCache", at=mag),
     ]
-    flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
-    return [*tuned, Tuned(name="diffusers, SeaCache", at=sea)] if flow else tuned
+    return [*tuned, Tuned(name="diffusers, SeaCache", at=sea)] if _is_flow(pipe) else tuned
 
 
 def taylor_seers(_: Any) -> list[Contender]:
@@ -200,6 +203,7 @@ def taylor_seers(_: Any) -> list[Contender]:
                 max_order=1,
                 taylor_factors_dtype=None,
                 use_lite_mode=lite,
+                cache_identifiers=None if lite else [ATTENTIONS],
             )
             name = f"diffusers, TaylorSeer {'lite' if lite else 'full'}"
             setting = f"{before} at the start, then every {interval}"
@@ -221,6 +225,10 @@ def mag_ratios(pipe: Any, run: Callable[[Install], object]) -> list[float]:
     line = next(line for line in printed.getvalue().splitlines() if line.startswith("[") and "MagCache" not in line)
     ratios: list[float] = ast.literal_eval(line)
     return ratios
+
+
+def _is_flow(pipe: Any) -> bool:
+    return isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
 
 
 def _hooked(
