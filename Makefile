@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean peers
 
 install: .venv/installed
 
@@ -89,13 +89,18 @@ TUNE := --prompts scenes:48 --measure scenes:64
 tune: install build/eval/sd3-mini build/eval/pixart-mini
 	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --full 16,12,9,7,6
 	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini.tune --name tune-sd3-mini-28
-	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --steps 50 --full 28,22,16,12,10 --recordings build/eval/sd3-mini.tune-50
+	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --steps 50 --full 28,16,12 --recordings build/eval/sd3-mini.tune-50
 	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini.tune-50 --name tune-sd3-mini-50
 	$(BIN)/cat-tune build/eval/pixart-mini $(GENERATE_pixart-mini) $(TUNE) --steps 28 --full 16,12,9,7,6
 	$(BIN)/python benchmarks/keep_tune.py build/eval/pixart-mini.tune --name tune-pixart-mini-28
 
 build/eval/pixart-mini: | .venv/installed
 	$(BIN)/cat-export --model pixart-mini $(EXPORT_pixart-mini) --target onnx --out $@
+
+# cache-dit is no dependency of ours: pip install --no-deps cache-dit==1.5.3
+peers: install
+	$(BIN)/python benchmarks/peers.py sd3-mini $(if $(wildcard build/eval/sd3-mini/schedules/28-*.json),--schedules build/eval/sd3-mini/schedules/28-*.json)
+	$(BIN)/python benchmarks/peers.py pixart-mini $(if $(wildcard build/eval/pixart-mini/schedules/28-*.json),--schedules build/eval/pixart-mini/schedules/28-*.json)
 
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini

@@ -79,12 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics",
         type=_metrics,
         metavar="M,…",
-        help="psnr, ssim, latents: against the full run; truth: the latents against a converged run of 200 steps more; "
-        "coverage, clip: against the prompt (default: psnr, ssim, latents; coverage where every prompt is a scene)",
+        help="psnr, ssim, latents, lpips: against the full run; truth: the latents against a converged run, of 200 "
+        "steps more; coverage, clip: against the prompt (default: psnr, ssim, latents; coverage where every prompt is "
+        "a scene)",
     )
     parser.add_argument(
         "--clip-model", metavar="ID|DIR", help="of the CLIP score (default: openai/clip-vit-base-patch16)"
     )
+    parser.add_argument("--lpips-weights", type=Path, metavar="FILE", help="torchvision's AlexNet, for lpips")
     parser.add_argument("--engine", choices=ENGINES, default="auto")
     parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
     parser.add_argument("--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's)")

@@ -45,7 +45,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = Bundle.open(arguments.bundle)
     metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))
-    scorer = Metrics(metrics, prompts, arguments.clip_model or DEFAULT_CLIP_MODEL)
+    clip_model = arguments.clip_model or DEFAULT_CLIP_MODEL
+    scorer = Metrics(metrics, prompts, clip_model, lpips_weights=arguments.lpips_weights)
     with terminal.status("Load the bundle …"):
         generator = _load(arguments, bundle)
     spec = _spec(arguments, bundle, generator, [prompt.text for prompt in prompts], metrics)

@@ -34,6 +34,7 @@ MEASURES = {
     "coverage": Measure(title="coverage", digits=3, of_prompt=True),
     "clip_score": Measure(title="CLIP score", digits=2, of_prompt=True),
     "psnr_db": Measure(title="PSNR (dB)", digits=2),
+    "lpips": Measure(title="LPIPS", digits=4, higher_is_better=False),
     "ssim": Measure(title="SSIM", digits=3),
     "latents_error": Measure(title="latents, relative error", digits=3, higher_is_better=False),
     "truth_error": Measure(title="latents, relative error to the truth", digits=3, higher_is_better=False),

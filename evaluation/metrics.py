@@ -17,6 +17,7 @@ from torch import Tensor
 from cat_pruning.errors import InstallationError, SettingsError, ShapeError
 from cat_pruning.evaluation.clip_score import ClipScorer
 from cat_pruning.evaluation.coverage import coverage
+from cat_pruning.evaluation.lpips import WEIGHTS, LpipsScorer
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.rich_coverage import rich_coverage
 from cat_pruning.evaluation.rich_scenes import RichScene
@@ -33,6 +34,7 @@ class Metric(StrEnum):
     TRUTH = "truth"
     COVERAGE = "coverage"
     CLIP = "clip"
+    LPIPS = "lpips"
 
     @property
     def score(self) -> str:
@@ -42,7 +44,7 @@ class Metric(StrEnum):
     @property
     def needs_reference(self) -> bool:
         """Whether it compares with the full run."""
-        return self in _OF_REFERENCE
+        return self in _OF_REFERENCE or self is Metric.LPIPS
 
 
 _SCORES = {
@@ -52,6 +54,7 @@ _SCORES = {
     Metric.TRUTH: "truth_error",
     Metric.COVERAGE: "coverage",
     Metric.CLIP: "clip_score",
+    Metric.LPIPS: "lpips",
 }
 DEFAULT_METRICS = (Metric.PSNR, Metric.SSIM, Metric.LATENTS, Metric.COVERAGE)  # what needs no more runs or weights
 
@@ -77,10 +80,12 @@ class Metrics:
         prompts: all that will be scored.
         clip_model: see `ClipScorer`; only the CLIP score needs it.
         device: where CLIP runs.
+        lpips_weights: see `LpipsScorer`; only LPIPS needs them.
 
     Raises:
         InstallationError: a metric needs a package that is not installed.
-        SettingsError: a metric cannot be computed: CLIP's model is not there, a prompt is no scene's caption.
+        SettingsError: a metric cannot be computed: CLIP's or LPIPS' weights are not there, a prompt is
+            no scene's caption.
     """
 
     def __init__(
@@ -89,14 +94,16 @@ class Metrics:
         prompts: Sequence[Prompt],
         clip_model: str | Path | None = None,
         device: torch.device | str = "cpu",
+        lpips_weights: str | Path | None = None,
     ) -> None:
         self.metrics = tuple(metrics)
         if Metric.COVERAGE in self.metrics:
             _check_scenes(prompts)
         for metric in self.metrics:
-            if metric in (Metric.SSIM, Metric.CLIP):
+            if metric in (Metric.SSIM, Metric.CLIP, Metric.LPIPS):
                 _check_torchmetrics(metric)
         self._clip = _clip_scorer(clip_model, device) if Metric.CLIP in self.metrics else None
+        self._lpips = _lpips_scorer(lpips_weights) if Metric.LPIPS in self.metrics else None
 
     def score(
         self, sample: Sample, reference: Sample | None, prompts: Sequence[Prompt], truth: Tensor | None = None
@@ -132,6 +139,10 @@ class Metrics:
     ) -> Sequence[float | None]:
         if reference is not None and metric in _OF_REFERENCE:
             return _OF_REFERENCE[metric](sample, reference)
+        if metric is Metric.LPIPS:
+            assert self._lpips is not None
+            assert reference is not None
+            return self._lpips(sample.images, reference.images)
         if metric is Metric.TRUTH:
             assert truth is not None
             return relative_errors(sample.latents, truth)
@@ -213,3 +224,10 @@ def _clip_scorer(model: str | Path | None, device: torch.device | str) -> ClipSc
             f"metric {Metric.CLIP}: no model", "give a directory with a CLIPModel, or its id on the hub"
         )
     return ClipScorer(model, device)
+
+
+def _lpips_scorer(weights: str | Path | None) -> LpipsScorer:
+    if weights is None:
+        remedy = f"give AlexNet's by --lpips-weights: the file {WEIGHTS}"
+        raise SettingsError(f"metric {Metric.LPIPS}: no weights", remedy)
+    return LpipsScorer(weights)

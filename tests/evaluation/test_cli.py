@@ -147,6 +147,8 @@ def test_other_settings_are_refused(
         (["--methods", "cat,at-edm", "--engine", "onnxruntime"], "--engine torch"),
         (["--metrics", "fid"], "known are psnr"),
         (["--metrics", "clip", "--clip-model", "/nowhere"], "/nowhere"),
+        (["--metrics", "lpips"], "alexnet-owt-7be5be79.pth"),
+        (["--methods", "cat,heun"], "method 'heun' is not known"),
         (["--keep-ratio", "1.5"], "keep_ratio=1.5"),
         (["--keep-ratio", "much"], "--keep-ratio"),
         (["--keep-ratio", "0.3,0"], "--keep-ratio 0: "),

@@ -47,8 +47,14 @@ def test_the_names_are_those_of_the_command_line_and_of_the_results():
         "truth": "truth_error",
         "coverage": "coverage",
         "clip": "clip_score",
+        "lpips": "lpips",
     }
-    assert [metric for metric in Metric if metric.needs_reference] == [Metric.PSNR, Metric.SSIM, Metric.LATENTS]
+    assert [metric for metric in Metric if metric.needs_reference] == [
+        Metric.PSNR,
+        Metric.SSIM,
+        Metric.LATENTS,
+        Metric.LPIPS,
+    ]
 
 
 def test_an_image_is_scored_against_the_full_run_and_its_prompt(full, pruned):
