@@ -99,8 +99,8 @@ build/eval/pixart-mini: | .venv/installed
 
 # cache-dit is no dependency of ours: pip install --no-deps cache-dit==1.5.3
 peers: install
-	$(BIN)/python benchmarks/peers.py sd3-mini $(if $(wildcard build/eval/sd3-mini/schedules/28-*.json),--schedules build/eval/sd3-mini/schedules/28-*.json)
-	$(BIN)/python benchmarks/peers.py pixart-mini $(if $(wildcard build/eval/pixart-mini/schedules/28-*.json),--schedules build/eval/pixart-mini/schedules/28-*.json)
+	$(BIN)/python benchmarks/peers.py sd3-mini $(addprefix --schedule ,$(wildcard build/eval/sd3-mini/schedules/28-*.json))
+	$(BIN)/python benchmarks/peers.py pixart-mini $(addprefix --schedule ,$(wildcard build/eval/pixart-mini/schedules/28-*.json))
 
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini
