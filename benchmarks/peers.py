@@ -77,6 +77,7 @@ class Arena:
         self.pipe.set_progress_bar_config(disable=True)
         self.call = CALLS[model]
         self.num_blocks = len(self.pipe.transformer.transformer_blocks)
+        self._one_and_full: tuple[int, int] | None = None  # FLOPs of images of one step and of all
 
     def run(self, install: Install, prompt: Prompt, seed: int, steps: int = STEPS) -> Result:
         """The image of a prompt by a contender that is put in for it alone."""
@@ -102,7 +103,9 @@ class Arena:
 
     def full_steps(self, contender: Contender, prompt: Prompt) -> float:
         """What a contender costs in full steps, by FLOPs; what an image costs besides its steps is left out."""
-        one, full = (self.flops(_as_it_is, prompt, steps) for steps in (1, STEPS))
+        if self._one_and_full is None:
+            self._one_and_full = self.flops(_as_it_is, prompt, 1), self.flops(_as_it_is, prompt, STEPS)
+        one, full = self._one_and_full
         step = (full - one) / (STEPS - 1)
         return 1 + (self.flops(contender.install, prompt, contender.steps) - one) / step
 
