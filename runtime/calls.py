@@ -25,7 +25,6 @@ class Call:
     Attributes:
         timestep: of all its rows; of timesteps that differ from token to token, the mean, which moves with any of them.
         precision: machine epsilon of the dtype that it came in; 0 of integers.
-        latents: the first tensor of them.
         form: the shapes and dtypes of all tensors, the other arguments themselves, and the cache context's name; alike
             in all calls that go on from each other.
         conditioning: the tensors that are neither latents nor timestep, in order.
@@ -33,7 +32,6 @@ class Call:
 
     timestep: Tensor
     precision: float
-    latents: Tensor
     form: Hashable
     conditioning: list[Tensor]
 
@@ -89,7 +87,6 @@ class CallReader:
         return Call(
             timestep=_one(timestep),
             precision=precision_of(timestep),
-            latents=latents[0],
             form=form,
             conditioning=conditioning,
         )

@@ -54,16 +54,26 @@ class Memory:
     """Where a tensor's values are, to tell without reading them whether a later tensor is the same one."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor  # kept alive, so that no other tensor takes its address
+        self._tensor = tensor  # kept alive, so that no other tensor takes its address
         self._version = version_of(tensor)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the same memory, seen the same way and not written to since."""
-        mine = self.tensor
+        mine = self._tensor
         return (
             tensor.data_ptr() == mine.data_ptr()
             and tensor.dtype == mine.dtype
             and tensor.shape == mine.shape
             and tensor.stride() == mine.stride()
             and version_of(tensor) == self._version
+        )
+
+    def equals(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has the same values, read where they are in other memory; false if ours were written to."""
+        mine = self._tensor
+        return self.holds(tensor) or (
+            tensor.data_ptr() != mine.data_ptr()
+            and version_of(mine) == self._version
+            and (tensor.device, tensor.dtype, tensor.shape) == (mine.device, mine.dtype, mine.shape)
+            and torch.equal(tensor, mine)
         )

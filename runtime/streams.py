@@ -4,15 +4,19 @@ A pipeline calls its transformer once at a noise level, or several times: with t
 Each of these calls goes on from the one at the level before that has the same part in the image; together they are a
 *stream*, which has outputs of its own. A call is of the stream
 
-1. that has its form, and most of its conditioning tensors by their memory: as many as were found alike before, and all
-   of them if the stream was called at this level already;
-2. else, of those of its form that were called at the level before but not yet at this one, the first; only while their
-   conditioning never came in the same memory twice, and if they were called with the same latents.
+1. that has its form and the most of its conditioning tensors, in the memory that they were in at the call before: all
+   of them, or as many as were found alike at the levels before;
+2. else, if they were never found alike in their memory, by their values, which are read only then, and synchronise with
+   a GPU; of a stream that was not called at a second level yet, some are enough, because others may change from level
+   to level, as a control net's output;
+3. else, where no tensors are alike, the only one of its form that was called at the level before and not at this one.
+
+At the level where a stream was called already, it takes a call with all of its conditioning only.
 
 A call that is of no stream begins one of its own; if it is the first at its level, it begins another image. Schedulers
-of second order call twice at a level, with other latents: rule 1 makes both calls of one stream, whose step they
-compute again. Whatever happens, a stream reads no outputs but its own, and a step whose row reads outputs that it has
-not computed is full.
+of second order call twice at a level, with other latents: both calls are of one stream, whose step they compute again.
+Whatever happens, a stream reads no outputs but its own, and a step whose row reads outputs that it has not computed is
+full.
 """
 
 from __future__ import annotations
@@ -40,30 +44,40 @@ class Stream:
         self.form = call.form
         self._history = History()
         self._last: Any = None  # what it computed last
-        self._alike = 0  # conditioning tensors that were the same memory in a later call
+        self._alike = 0  # conditioning tensors that were alike in a later call
+        self._stays = False  # in its memory, as far as is known
+        self.level = level
         self.follow(call, level)
 
-    def follow(self, call: Call, level: int, alike: int = 0) -> None:
-        """Take a call as the last one. `alike`: how many of its conditioning tensors are those of the call before."""
-        self.level, self._alike = level, max(self._alike, alike)
-        self._latents = Memory(call.latents)
+    def follow(self, call: Call, level: int, alike: int = 0, *, by_values: bool = False) -> None:
+        """Take a call as the last one.
+
+        Args:
+            call: of this stream.
+            level: the number of its noise level.
+            alike: how many of its conditioning tensors are those of the call before.
+            by_values: whether that was found by their values.
+        """
+        self._stays |= bool(alike) and not by_values
+        self.level, self._alike = level, alike
         self._memory = [Memory(tensor) for tensor in call.conditioning]
 
-    def num_alike(self, call: Call) -> int:
+    def num_alike(self, call: Call, *, by_values: bool) -> int:
         """How many of its conditioning tensors are those of this stream's last call."""
-        return sum(memory.holds(tensor) for memory, tensor in zip(self._memory, call.conditioning, strict=True))
+        if by_values and self._stays:
+            return 0
+        pairs = zip(self._memory, call.conditioning, strict=True)
+        return sum(memory.equals(tensor) if by_values else memory.holds(tensor) for memory, tensor in pairs)
 
-    def num_needed(self, level: int) -> int:
+    def num_needed(self, level: int, *, by_values: bool) -> int:
         """How many have to be for a call to be of this stream."""
-        return max(1, len(self._memory) if level == self.level else self._alike)
+        if level != self.level and (self._alike or by_values):
+            return max(1, self._alike)
+        return max(1, len(self._memory))
 
     def may_be_next(self, level: int) -> bool:
-        """Whether it may go on at a level with conditioning in other memory."""
+        """Whether it may go on at a level with nothing alike."""
         return self.level == level - 1 and not self._alike
-
-    def has_latents_of(self, other: Stream) -> bool:
-        """Whether both were last called with the same latents."""
-        return self._latents.holds(other._latents.tensor)
 
     def row(self, row: ScheduledStep) -> ScheduledStep:
         """A forecast if it can be made of this stream's outputs; else a full step."""
@@ -106,9 +120,8 @@ class CallsOfImage:
         if is_new_level and self._turns_at(timestep):
             return None
         level = len(self.timesteps) - (0 if is_new_level else 1)
-        stream, alike = self._known(call, level)
+        stream = self._known(call, level)
         if stream is not None:
-            stream.follow(call, level, alike)
             if is_new_level:
                 self.timesteps.append(timestep)
             return stream
@@ -128,21 +141,24 @@ class CallsOfImage:
         expected = self._direction if len(self.timesteps) < 2 else _sign(self.timesteps[-1] - self.timesteps[-2])
         return bool(expected) and direction != expected
 
-    def _known(self, call: Call, level: int) -> tuple[Stream | None, int]:
-        """By the two rules above; and how many conditioning tensors are alike."""
-        best: Stream | None = None
-        most = 0
+    def _known(self, call: Call, level: int) -> Stream | None:
+        """By the three rules above."""
         formed_alike = [stream for stream in self._streams if stream.form == call.form]
-        for stream in formed_alike:
-            alike = stream.num_alike(call)
-            if alike > most and alike >= stream.num_needed(level):
-                best, most = stream, alike
-        if best is not None:
-            return best, most
+        for by_values in (False, True):
+            best: Stream | None = None
+            most = 0
+            for stream in formed_alike:
+                alike = stream.num_alike(call, by_values=by_values)
+                if alike > most and alike >= stream.num_needed(level, by_values=by_values):
+                    best, most = stream, alike
+            if best is not None:
+                best.follow(call, level, most, by_values=by_values)
+                return best
         waiting = [stream for stream in formed_alike if stream.may_be_next(level)]
-        if waiting and all(stream.has_latents_of(waiting[0]) for stream in waiting):
-            return waiting[0], 0
-        return None, 0
+        if len(waiting) != 1:
+            return None
+        waiting[0].follow(call, level)
+        return waiting[0]
 
 
 def _sign(value: float) -> float:

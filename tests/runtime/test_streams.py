@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cat_pruning import CatTransformer, PruneSettings, Schedule
 from cat_pruning.errors import ScheduleError, SettingsError
+from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.whole import WholeTransformer
 
 LEVELS = torch.linspace(1000, 500, 6)
@@ -113,18 +114,20 @@ def test_forecasts_are_the_schedule_s_combinations() -> None:
 
 @pytest.mark.parametrize("remade", [False, True], ids=["the same memory", "new memory"])
 def test_two_prompts_have_a_stream_each(remade: bool) -> None:
-    """Known by their memory, or, where that changes from call to call, by their order."""
+    """Known by their memory, or, where that changes from call to call, by their values."""
     pipeline = Pipeline()
     pipeline.image([PROMPT, OTHER], remade=remade)
     assert_equal(pipeline.outputs[::2], outputs_of(PROMPT))
     assert_equal(pipeline.outputs[1::2], outputs_of(OTHER))
 
 
-def test_prompts_in_another_order_are_known_by_their_memory() -> None:
-    pipeline = Pipeline()
+@pytest.mark.parametrize("remade", [False, True], ids=["the same memory", "new memory"])
+def test_prompts_in_another_order_are_known(remade: bool) -> None:
+    """Beside position ids that they share, and that tell nothing."""
+    pipeline, ids = Pipeline(), torch.zeros(3)
     for number, level in enumerate(LEVELS):
         for prompt in (PROMPT, OTHER) if number % 2 else (OTHER, PROMPT):
-            pipeline.call(latents_of(number), level * 1.0, prompt)
+            pipeline.call(latents_of(number), level * 1.0, prompt.clone() if remade else prompt, ids)
     assert pipeline.module.calls == 6
     for number, expected in enumerate(outputs_of(PROMPT)):
         assert torch.equal(pipeline.outputs[2 * number + (0 if number % 2 else 1)], expected)
@@ -140,12 +143,18 @@ def test_what_is_shared_by_two_prompts_does_not_make_them_one() -> None:
     assert_equal(pipeline.outputs[1::2], outputs_of(OTHER))
 
 
-def test_what_changes_on_every_step_does_not_hide_the_prompt() -> None:
-    """A control net's output, say."""
-    pipeline = Pipeline()
+def test_what_changes_on_every_step_does_not_hide_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control net's output, say. Values are read at one level, where it is not yet known what changes."""
+    pipeline, read = Pipeline(), []
+    equal = torch.equal
+    monkeypatch.setattr(
+        "cat_pruning.runtime.image.torch.equal", lambda *tensors: read.append(number) or equal(*tensors)
+    )
     for number, level in enumerate(LEVELS):
         for prompt in (OTHER, PROMPT) if number == 3 else (PROMPT, OTHER):
-            pipeline.call(latents_of(number), level * 1.0, prompt, torch.zeros(3))
+            pipeline.call(latents_of(number), level * 1.0, prompt, torch.full((3,), float(number)))
+    monkeypatch.undo()
+    assert set(read) == {0, 1}
     assert "".join(pipeline.kinds) == "FFFFffFFffff"
     assert torch.equal(pipeline.outputs[10], outputs_of(PROMPT)[5])
 
@@ -171,24 +180,82 @@ def test_cache_contexts_name_streams() -> None:
     assert_equal(pipeline.outputs[1::2], outputs_of(OTHER))
 
 
+def test_cache_contexts_tell_calls_with_the_same_prompt_apart() -> None:
+    """Guidance by a perturbed model, say: an image's outputs are its own, whatever is called beside it."""
+    pipeline = Pipeline()
+    for number, level in enumerate(LEVELS):
+        for context, latents in (("cond", latents_of(number)), ("perturbed", latents_of(number + 50))):
+            with pipeline.transformer.cache_context(context):
+                pipeline.call(latents, level * 1.0, PROMPT)
+    assert_equal(pipeline.outputs[::2], outputs_of(PROMPT))
+
+
+def test_the_direction_is_known_from_the_images_before() -> None:
+    """An image that began late was broken off after a level; the next one begins higher, with the same prompt."""
+    pipeline = Pipeline()
+    pipeline.image([PROMPT])
+    pipeline.call(latents_of(9), LEVELS[-1] * 1.0 + 1, PROMPT)
+    pipeline.image([PROMPT])
+    assert_equal(pipeline.outputs, outputs_of(PROMPT))
+
+
+def test_a_schedule_tells_the_direction_of_the_first_image() -> None:
+    """Seen whole by a call that begins late; the next image's timesteps come one by one."""
+    pipeline = Pipeline()
+    pipeline.call(latents_of(9), LEVELS.clone()[4].expand(1), PROMPT)
+    pipeline.image([PROMPT])
+    assert_equal(pipeline.outputs, outputs_of(PROMPT))
+
+
+def test_values_of_a_tensor_that_was_written_to_are_unknown() -> None:
+    tensor = PROMPT.clone()
+    memory = Memory(tensor)
+    assert memory.equals(tensor)
+    assert memory.equals(PROMPT)
+    assert not memory.equals(OTHER)
+    assert not memory.equals(PROMPT.double())
+    tensor.copy_(OTHER)
+    assert not memory.equals(OTHER)
+    assert not memory.equals(tensor)
+
+
 def test_calls_that_cannot_be_told_apart_are_never_forecast() -> None:
-    """Everything is remade for every call, and nothing names them: no output is taken for the other's."""
+    """Two at a level, and nothing of them is like anything at the level before."""
     pipeline, reference = Pipeline(), Toy()
     for number, level in enumerate(LEVELS):
-        for prompt in (PROMPT, OTHER):
-            latents = latents_of(number)
-            out = pipeline.call(latents, level * 1.0, prompt.clone())[0]
-            assert torch.equal(out, reference(latents, level, prompt)[0])
+        for half in range(2):
+            conditioning = torch.full((1, 3), float(2 * number + half))
+            out = pipeline.call(latents_of(number), level * 1.0, conditioning)[0]
+            assert torch.equal(out, reference(latents_of(number), level, conditioning)[0])
 
 
+def test_one_call_a_level_goes_on_whatever_its_conditioning() -> None:
+    pipeline = Pipeline()
+    for number, level in enumerate(LEVELS):
+        pipeline.call(latents_of(number), level * 1.0, torch.full((1, 3), float(number)))
+    assert "".join(pipeline.kinds) == KINDS
+
+
+def test_a_prompt_that_is_written_over_is_another_prompt() -> None:
+    pipeline, prompt = Pipeline(), PROMPT.clone()
+    for number in range(2):
+        pipeline.call(latents_of(number), LEVELS[number] * 1.0, prompt)
+    prompt.copy_(OTHER)
+    pipeline.clear()
+    pipeline.image([prompt], LEVELS - 400)
+    assert_equal(pipeline.outputs, outputs_of(OTHER, LEVELS - 400))
+
+
+@pytest.mark.parametrize("remade", [False, True], ids=["the same memory", "new memory"])
 @pytest.mark.parametrize("prompts", [[PROMPT], [PROMPT, OTHER], [PROMPT, PROMPT]])
-def test_second_order_schedulers_call_twice_at_a_level(prompts: list[Tensor]) -> None:
+def test_second_order_schedulers_call_twice_at_a_level(prompts: list[Tensor], remade: bool) -> None:
     """With other latents: the same stream, the same step. What the level computed last is what later levels read."""
     pipeline = Pipeline()
     for number, level in enumerate(LEVELS):
         for half in range(1 if number == 0 else 2):
             for prompt in prompts:
-                pipeline.call(latents_of(number + 100 * half), level * 1.0, prompt)
+                given = prompt.clone() if remade else prompt
+                pipeline.call(latents_of(number + 100 * half), level * 1.0, given)
     count = len(prompts)
     assert pipeline.kinds_of(0, count) == "F" + "FF" + "ff" + "FF" + "ff" + "ff"
     first, second, third = (pipeline.outputs[call * count] for call in (0, 2, 6))
@@ -223,7 +290,7 @@ def test_a_broken_off_image_leaves_no_trace(levels: Tensor, broken_after: int, p
     assert_equal(pipeline.outputs[:: len(prompts)], outputs_of(prompts[0], levels))
 
 
-@pytest.mark.parametrize("change", ["prompt", "shape", "schedule", "argument"])
+@pytest.mark.parametrize("change", ["prompt", "encoded again", "shape", "schedule", "argument"])
 def test_a_new_image_is_known_though_the_timesteps_go_on(change: str) -> None:
     pipeline = Pipeline()
     high, low = LEVELS.clone(), LEVELS - 400
@@ -232,14 +299,16 @@ def test_a_new_image_is_known_though_the_timesteps_go_on(change: str) -> None:
     pipeline.call(latents, high[1].expand(1), prompt)
     if change == "prompt":
         prompt = OTHER
+    elif change == "encoded again":
+        prompt = prompt.clone()
     elif change == "shape":
         latents = torch.cat([latents, latents])
-    mode = "without a control net" if change == "argument" else ""
+    named = {"mode": "without a control net"} if change == "argument" else {}
     pipeline.clear()
     for number in range(6):
         # Views of a schedule, which is seen to be new; or single timesteps, which are not.
         level = low[number].expand(1) if change == "schedule" else low[number] * 1.0
-        pipeline.call(latents, level, prompt, mode=mode)
+        pipeline.call(latents, level, prompt, **named)
     assert "".join(pipeline.kinds) == KINDS
 
 
@@ -305,6 +374,10 @@ def test_an_output_that_the_pipeline_changes_is_not_read_again() -> None:
         (out,) = changed.call(latents_of(number), level * 1.0, PROMPT)
         out.zero_()
     assert_equal(changed.outputs, expected.outputs)
+    repeats = Pipeline(Schedule.of(3, [0]))
+    for number in range(3):
+        repeats.call(latents_of(number), LEVELS[number] * 1.0, PROMPT)[0].zero_()
+    assert_equal(repeats.outputs[1:], repeats.outputs[:1] * 2)
 
 
 def test_sums_are_in_fp32_and_outputs_in_their_dtype() -> None:
