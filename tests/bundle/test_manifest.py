@@ -24,7 +24,7 @@ TIMESTEP_STATES = {"name": "timestep_states_0", "dtype": "FLOAT16", "shape": [22
 
 # As it lies on disk: a small SD3, 256 tokens at 256 x 256, 76 of them kept.
 FIELDS: dict[str, Any] = {
-    "format_version": 5,
+    "format_version": 6,
     "family": "sd3",
     "source": {
         "kind": "hub",
@@ -103,6 +103,7 @@ FIELDS: dict[str, Any] = {
         }
     ],
     "pipeline": {"kind": "copied", "path": "pipeline", "hub_id": None, "revision": None, "variant": None},
+    "schedules": [],
     "versions": {"torch": "2.13.0"},
     "files": {
         "prompt.onnx": {"size": 1, "sha256": "3" * 64},
@@ -268,7 +269,7 @@ def test_an_edited_manifest_is_refused_by_field(tmp_path: Path, path: str, value
     assert f"cat-export --model some/sd3 --out {tmp_path} --force" in str(caught.value)
 
 
-@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"format_version", "macs", "plans", "pipeline", "files"}))
+@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"format_version", "macs", "plans", "pipeline", "schedules", "files"}))
 def test_a_missing_field_is_refused(tmp_path: Path, field: str) -> None:
     with pytest.raises(BundleError, match=f"{field}: Field required"):
         read_manifest(write(tmp_path, {key: value for key, value in FIELDS.items() if key != field}))
@@ -304,7 +305,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> 
         read_manifest(write(tmp_path, FIELDS | {"files": files}))
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, FORMAT_VERSION + 1, "5", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, 5, FORMAT_VERSION + 1, "6", None])
 def test_another_format_version_is_told_before_the_schema(tmp_path: Path, version: object) -> None:
     fields = {"format_version": version, "source": {"location": "my models/sd3"}, "something": "new"}
     with pytest.raises(BundleError) as caught:

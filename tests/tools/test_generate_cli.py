@@ -170,17 +170,19 @@ def test_equal_images_have_no_finite_psnr(mini_bundle: Path, tmp_path: Path) -> 
     assert numbers["full_macs"] == numbers["pruned_macs"]
 
 
-def test_pruned_steps_that_compute_nothing(
-    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Drawn and counted like others; their MACs bound nothing."""
+def test_steps_that_compute_nothing(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted like others; their MACs bound nothing, and there are no tokens to draw."""
     summary = tmp_path / "summary.json"
-    drawn = ["--compare", "--token-map", "--summary", summary]
-    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", *drawn, *SHORT, "--keep-ratio", 0, "--refresh-every", 2)
+    forecast = [*SHORT, "--keep-ratio", 0, "--refresh-every", 2]
+    run(mini_bundle, PROMPT, "-o", tmp_path / "out.png", "--compare", "--summary", summary, *forecast)
     numbers = json.loads(summary.read_text())
     assert numbers["mac_bound"] is None
     assert numbers["full_macs"] > numbers["pruned_macs"]
     assert "bound by MACs –, a pruned step computes nothing" in " ".join(capsys.readouterr().out.split())
+    drawn = [mini_bundle, PROMPT, "-o", tmp_path / "drawn.png", "--token-map", *forecast]
+    assert cli.main([str(argument) for argument in drawn]) == 2
+    assert "--token-map: every step computes all tokens or none" in capsys.readouterr().err
+    assert not (tmp_path / "drawn.png").exists()
 
 
 def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:

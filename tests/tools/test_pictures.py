@@ -10,7 +10,7 @@ from PIL import Image
 
 from cat_pruning.errors import OutputError, SettingsError, ShapeError
 from cat_pruning.runtime.record import StepRecord
-from cat_pruning.schedule import StepKind
+from cat_pruning.schedule import ScheduledStep, StepKind
 from cat_pruning.tools.pictures import computed_counts, draw_comparison, draw_token_map, psnr_db, step_pixels
 
 
@@ -21,7 +21,7 @@ def record(
     ids = (torch.arange(num_tokens) % 5).repeat(len(keep), 1)
     return StepRecord(
         step=step,
-        kind=kind,
+        row=ScheduledStep(kind=kind),
         timestep=1000.0 - step,
         grid=grid,
         keep_indices=torch.tensor(keep, dtype=torch.int32),
