@@ -87,7 +87,7 @@ class Images:
             drawn = torch.rand(1, self.num_tokens, generator=torch.Generator().manual_seed(seed))
             return highest(drawn, count).expand(2 * len(latents), -1).contiguous()
         settings = PruneSettings(keep_ratio=keep_ratio, policy=policy)
-        selector = SELECTORS[policy](self._family, settings, self._grid, noises[-1])  # type: ignore[arg-type]
+        selector = SELECTORS[policy](self._family, settings, self._grid, noises[-1])
         selector.refer_to(noises[0])
         return selector.first(_rows(latents), noises[-1])
 

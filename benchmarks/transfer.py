@@ -32,7 +32,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,12 @@ from machine import RESULTS, write_result
 from PIL import Image
 from sigma_rows import by_sigma, late, lines
 from torch import Tensor
+from transfer_settings import BATCH, SETTINGS, WORDS, Errors, Rows, Setting, rows_of
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.evaluation.budgets import forecast_at
 from cat_pruning.evaluation.evaluate import last_latents
-from cat_pruning.evaluation.intervals import mean_interval
 from cat_pruning.evaluation.prompts import Prompt, load_prompts, tuning_prompts
 from cat_pruning.evaluation.scenes import Scene, render
 from cat_pruning.evaluation.sweep import costs
@@ -64,52 +63,9 @@ from cat_pruning.tuning.replay import Replay
 from cat_pruning.tuning.scheduler_matrix import scheduler_matrix
 from cat_pruning.tuning.search import search
 
-STEPS, BATCH, TEXT_TOKENS, BUDGETS = 28, 8, 24, (9, 7)
+STEPS, TEXT_TOKENS, BUDGETS = 28, 24, (9, 7)
 FITTED_TO = 16  # recordings at another shift
 RUN_IN = {"max_sequence_length": TEXT_TOKENS, "output_type": "latent"}
-WORDS = (
-    "a quiet harbour at dawn",
-    "two foxes asleep under an old oak",
-    "the inside of a clock",
-    "portrait of a smiling astronaut, oil on canvas",
-    "rain on a tin roof",
-    "a bowl of oranges next to an open window",
-    "city lights seen from a train",
-    "a paper boat in a gutter",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What an image is made at; the defaults are what the schedules were fitted to."""
-
-    guidance: float = 3.0
-    size: int = 128
-    prompts: str = "scenes"
-    batch: int = BATCH
-    shift: float = 1.0
-    strength: float = 1.0  # below 1: image-to-image
-
-
-SETTINGS: dict[str, Setting] = {
-    "as fitted": Setting(),
-    "guidance 1.5": Setting(guidance=1.5),
-    "guidance 2": Setting(guidance=2.0),
-    "guidance 5": Setting(guidance=5.0),
-    "guidance 7": Setting(guidance=7.0),
-    "64x64": Setting(size=64),
-    "96x96": Setting(size=96),
-    "160x160": Setting(size=160),
-    "rich captions": Setting(prompts="rich"),
-    "free words": Setting(prompts="words"),
-    "one prompt at a time": Setting(batch=1),
-    "image-to-image 0.8": Setting(strength=0.8),
-    "image-to-image 0.6": Setting(strength=0.6),
-    "image-to-image 0.4": Setting(strength=0.4),
-    "shift 1.5": Setting(shift=1.5),
-    "shift 3": Setting(shift=3.0),
-}
-Rows = dict[str, dict[str, Any]]
 
 
 class Transfer:
@@ -134,8 +90,8 @@ class Transfer:
         """By contender its error and cost in full steps."""
         with self._shifted(setting.shift):
             if setting.strength < 1.0:
-                return _rows(self._errors_of_img2img(setting))
-            return _rows(self._errors(setting))
+                return rows_of(self._errors_of_img2img(setting))
+            return rows_of(self._errors(setting))
 
     def _errors(self, setting: Setting) -> Errors:
         errors, contenders = Errors(), self._contenders(setting)
@@ -296,20 +252,6 @@ class _Shifted:
         self._pipe.scheduler = self._scheduler
 
 
-class Errors:
-    """Relative errors of latents by method and budget, and the full steps that they took."""
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[str, int], list[float]] = {}
-        self.computed: dict[tuple[str, int], int] = {}
-
-    def add(self, method: str, budget: int, computed: int, latents: Tensor, full: Tensor) -> None:
-        """Some more images."""
-        errors = (latents - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)
-        self.values.setdefault((method, budget), []).extend(errors.tolist())
-        self.computed[method, budget] = computed
-
-
 def _full(kinds: Any) -> int:
     return sum(kind is StepKind.FULL for kind in kinds)
 
@@ -324,20 +266,6 @@ def _drawn(prompt: Prompt, side: int) -> Image.Image:
     return Image.fromarray(render(prompt.scene, side))
 
 
-def _rows(errors: Errors) -> Rows:
-    rows: Rows = {}
-    for (method, budget), values in errors.values.items():
-        interval = mean_interval(values, range(len(values)))
-        assert interval is not None
-        rows[f"{method}, {budget}"] = {
-            "latents_error": interval.mean,
-            "half_width": interval.half_width,
-            "prompts": interval.prompts,
-            "full_steps": errors.computed[method, budget],
-        }
-    return rows
-
-
 def main() -> None:
     """Run the settings, print their rows, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -346,6 +274,9 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(SETTINGS), help="a setting; repeatable (default: all)")
     parser.add_argument("--recordings", type=Path, default=Path("build/eval/transfer"), help="made at other shifts")
     arguments = parser.parse_args()
+    for budget in BUDGETS:
+        if f"{STEPS}-{budget}" not in read_schedules(Bundle.open(arguments.bundle)):
+            parser.error(f"{arguments.bundle} has no schedule {STEPS}-{budget}: cat-tune --full 9,7 --guidance-scale 3")
     transfer = Transfer(Bundle.open(arguments.bundle), arguments.prompts, arguments.recordings)
     path = RESULTS / "transfer.json"
     for name in arguments.only or SETTINGS:

@@ -12,26 +12,31 @@ forecast is worst, which no policy can know.
 Whole images: schedules of as many MACs, all fitted in one way: in the loop, each step that is not full has the weights
 of the last three full outputs, and of a partial step's since then, that lead nearest to the recorded latents after it.
 Full steps are searched by the recordings. Partial steps are where they lessen the squared error of the output most, on
-the recordings, of all steps that are not full. `tokens free` counts a partial step's cost by its image tokens alone,
-though the text's rows are computed with them: a bound for models whose images have many more tokens than text.
-Written to results/partial.json.
+the recordings, of all steps that are not full, and as many as cost no less than the full steps that they stand for.
+`blended`: on the tokens that it computes, a partial step's output is a combination of what it computed and of what the
+others read, which no schedule can say. `tokens free` counts a partial step's cost by its image tokens alone, though the
+text's rows are computed with them: a bound for models whose images have many more tokens than text.
+Written to results/partial.json; of `--only` some parts, the others stay there as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads sleep between steps
 
 import torch
-from machine import write_result
-from token_steps import Caches, Images
+from machine import RESULTS, write_result
+from token_runs import STEPS, TERMS, Partial, Run, Trajectory, Weights, beyond_last, combined, fitted, trajectory
+from token_steps import Images
 from torch import Tensor
 
 from cat_pruning.bundle.bundle import Bundle
@@ -45,111 +50,10 @@ from cat_pruning.tuning.recordings import Recordings
 from cat_pruning.tuning.scheduler_matrix import scheduler_matrix
 from cat_pruning.tuning.search import search
 
-STEPS, BATCH, GUIDANCE, SIZE, TEXT_TOKENS = 28, 8, 3.0, 128, 24
+BATCH, GUIDANCE, SIZE, TEXT_TOKENS = 8, 3.0, 128, 24
 DISTANCES, TARGETS, KEEP = (1, 2, 3, 6), (13, 17, 21, 25), (0.06, 0.3)
-TERMS, RIDGE = 3, 1e-7
 WORST = "worst"
 EXTRAPOLATED = ", K/V extrapolated"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Trajectory:
-    """A full run: the latents before each step and after the last, and of each step its rows, parts and caches."""
-
-    states: list[Tensor]
-    noises: list[Tensor]
-    parts: list[Tensor]
-    caches: list[Caches]
-
-    def output(self, step: int) -> Tensor:
-        """The guided output, (R, C, H, W)."""
-        return self.parts[step].sum(1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partial:
-    """Steps that compute some tokens.
-
-    Attributes:
-        steps: their numbers.
-        keep_ratio: of the tokens.
-        extrapolated: whether keys and values are.
-        policy: of the tokens.
-    """
-
-    steps: tuple[int, ...] = ()
-    keep_ratio: float = 0.0
-    extrapolated: bool = False
-    policy: Policy = Policy.RANDOM
-
-
-@dataclass(slots=True)
-class Run:
-    """One schedule over some images, fitted or as it was fitted.
-
-    Attributes:
-        images: which.
-        full: numbers of the full steps.
-        partial: of the partial ones.
-        weights: by step the reads, and a weight for each read's parts; filled where `truth` is given.
-        truth: the latents before each step of the full run, to fit to.
-    """
-
-    images: Images
-    full: tuple[int, ...]
-    partial: Partial
-    weights: dict[int, tuple[list[int], Tensor]]
-    truth: list[Tensor] | None = None
-    computed: dict[int, Tensor] = field(default_factory=dict)  # parts of the full and partial steps
-    noises: list[Tensor] = field(default_factory=list)  # of the full steps
-    caches: list[tuple[int, Caches]] = field(default_factory=list)  # of the last two full steps
-
-    def final(self) -> Tensor:
-        """The final latents."""
-        images, latents = self.images, self.images.start
-        for step in range(STEPS):
-            length = images.sigmas[step + 1] - images.sigmas[step]
-            if step in self.full:
-                noise, parts = images.full(step, latents)
-                self.computed[step] = parts
-                self.noises = [*self.noises, noise][-2:]
-                if self.partial.steps:
-                    self.caches = [*self.caches, (step, images.caches)][-2:]
-            else:
-                parts = self._skipped(step, latents, length)
-            latents = latents + length * parts.sum(1)
-        return latents
-
-    def _skipped(self, step: int, latents: Tensor, length: float) -> Tensor:
-        mask, found = None, None
-        if step in self.partial.steps:
-            mask, found = self._some(step, latents)
-        if self.truth is not None:
-            reads = self._reads(step)
-            target = (self.truth[step + 1] - latents) / length
-            self.weights[step] = reads, fitted([self.computed[read] for read in reads], target, mask)
-        reads, weights = self.weights[step]
-        read_parts = [
-            self.computed[read] * weight.view(-1, 1, 1, 1) for read, weight in zip(reads, weights, strict=True)
-        ]
-        parts = torch.stack(read_parts).sum(0)
-        if mask is not None and found is not None:
-            parts = torch.where(mask[:, None], found, parts)
-            self.computed[step] = parts
-        return parts
-
-    def _some(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask of the tokens that a partial step computes, and its parts."""
-        images, partial = self.images, self.partial
-        tokens = images.chosen(partial.policy, partial.keep_ratio, latents, self.noises, step)
-        if partial.extrapolated and len(self.caches) == 2:
-            (before, older), (last, newer) = self.caches
-            images.set_caches(newer, older, _beyond(images, before, last, step))
-        return images.mask(tokens), images.some(step, latents, tokens)[1]
-
-    def _reads(self, step: int) -> list[int]:
-        full = [before for before in self.full if before < step]
-        return [*full[-TERMS:], *(each for each in self.partial.steps if full[-1] < each < step)]
 
 
 class Trial:
@@ -175,6 +79,11 @@ class Trial:
         """Of a partial step, in full ones."""
         return self._macs[keep_ratio].pruned / self._macs[keep_ratio].full
 
+    @property
+    def partial_costs(self) -> dict[str, float]:
+        """By the share of the tokens."""
+        return {f"{keep:g}": self.cost(keep) for keep in (*KEEP, 0.1)}
+
     def one_step(self) -> dict[str, Any]:
         """By distance, share and choice of the tokens: the errors of each way to have a step."""
         errors: dict[str, dict[str, list[Tensor]]] = {}
@@ -186,45 +95,47 @@ class Trial:
                         for way, error in found.items():
                             errors.setdefault(name, {}).setdefault(way, []).append(error)
         batches = -(-len(self._prompts) // BATCH)
-        return {name: {way: _mean(values, batches) for way, values in ways.items()} for name, ways in errors.items()}
+        rows = {name: {way: _mean(values, batches) for way, values in ways.items()} for name, ways in errors.items()}
+        for name, ways in rows.items():
+            for way, row in ways.items():
+                _say(f"{name:26s} {way:32s}", row)
+        return rows
 
-    def whole_images(self) -> dict[str, Any]:
-        """By schedule the error of the final latents, and the cost in full steps."""
-        fitted_to = next(self._batches(tuning_prompts(f"scenes:{BATCH}"), 1_000_000))
-        recorded = trajectory(fitted_to)
-        recordings = Recordings(start=fitted_to.start, parts=torch.stack(recorded.parts, 1), final=recorded.states[-1])
+    def whole_images(self, budget: int) -> dict[str, Any]:
+        """By schedule of the cost of `budget` full steps the error of the final latents, and the cost."""
+        images = next(self._batches(tuning_prompts(f"scenes:{BATCH}"), 1_000_000))
+        recorded = trajectory(images)
+        recordings = Recordings(start=images.start, parts=torch.stack(recorded.parts, 1), final=recorded.states[-1])
         batches = list(self._batches(self._prompts, 0))
-        truths = [trajectory(images, keep=False).states[-1] for images in batches]
-        choices = search(recordings.grams().mean(0), self._matrix, sorted({*BASES, *BASES.values()}), width=4)
+        truths = [trajectory(each, keep=False).states[-1] for each in batches]
+        choices = search(recordings.grams().mean(0), self._matrix, (budget, BASES[budget]), width=4)
         rows = {}
-        for budget, base in BASES.items():
-            for name, full, partial, cost in self._schedules(budget, base, choices, fitted_to, recorded):
-                weights: dict[int, tuple[list[int], Tensor]] = {}
-                Run(fitted_to, full, partial, weights, recorded.states).final()
-                errors: list[float] = []
-                for images, truth in zip(batches, truths, strict=True):
-                    off = Run(images, full, partial, weights).final() - truth
-                    errors += (off.flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)).tolist()
-                rows[name] = {"cost": cost, "full": full, "partial": partial.steps} | _interval(errors)
-                _say(f"{name:58s} cost {cost:5.2f}", rows[name])
+        for name, full, partial, cost in self._schedules(budget, choices, images, recorded):
+            weights: dict[int, Weights] = {}
+            Run(images, full, partial, weights, recorded.states).final()
+            errors: list[float] = []
+            for each, truth in zip(batches, truths, strict=True):
+                off = Run(each, full, partial, weights).final() - truth
+                errors += (off.flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)).tolist()
+            rows[name] = {"cost": cost, "full": full, "partial": partial.steps} | _interval(errors)
+            _say(f"{name:70s} cost {cost:5.2f}", rows[name])
         return rows
 
     def _schedules(
-        self, budget: int, base: int, choices: dict[int, tuple[int, ...]], images: Images, run: Trajectory
+        self, budget: int, choices: dict[int, tuple[int, ...]], images: Images, run: Trajectory
     ) -> Iterator[tuple[str, tuple[int, ...], Partial, float]]:
+        base = BASES[budget]
         for count in (budget, base):
             yield f"{count} full", choices[count], Partial(), float(count)
         full = choices[base]
-        for keep, policy, extrapolated, free in VARIANTS:
-            each = keep if free else self.cost(keep)
-            count = min(int((budget - base) / each + 0.5), STEPS - base)
-            partial = Partial(steps=tuple(range(STEPS)), keep_ratio=keep, extrapolated=extrapolated, policy=policy)
+        for keep, policy, extrapolated, blended, free in VARIANTS:
+            count = min(math.ceil((budget - base) / (keep if free else self.cost(keep))), STEPS - base)
+            partial = Partial(keep_ratio=keep, extrapolated=extrapolated, policy=policy, blended=blended)
             gains = _gains(images, run, full, partial)
             steps = tuple(sorted(sorted(gains, key=lambda step: -gains[step])[:count]))
-            what = f"{base} full, {count} of {keep:g} {policy}{EXTRAPOLATED if extrapolated else ''}"
-            name = f"{what}{', tokens free' if free else ''}"
-            placed = Partial(steps=steps, keep_ratio=keep, extrapolated=extrapolated, policy=policy)
-            yield name, full, placed, base + count * self.cost(keep)
+            ways = [EXTRAPOLATED, *([", blended"] if blended else []), *([", tokens free"] if free else [])]
+            name = f"{base} full, {count} of {keep:g} {policy}{''.join(ways if extrapolated else ways[1:])}"
+            yield name, full, dataclasses.replace(partial, steps=steps), base + count * self.cost(keep)
 
     def _batches(self, prompts: Sequence[Prompt], seed: int) -> Iterator[Images]:
         for first in range(0, len(prompts), BATCH):
@@ -241,59 +152,25 @@ class Trial:
 
 
 BASES = {9: 7, 6: 4}  # full steps of all forecasts, and of a schedule that spends the rest on partial steps
-# (share of the tokens, their policy, keys and values extrapolated, image tokens alone counted)
+# (share of the tokens, their policy, keys and values extrapolated, blended, image tokens alone counted)
 VARIANTS = (
-    (0.1, Policy.RANDOM, False, False),
-    (0.1, Policy.RANDOM, True, False),
-    (0.3, Policy.RANDOM, False, False),
-    (0.3, Policy.RANDOM, True, False),
-    (0.3, Policy.NOISE, True, False),
-    (0.3, Policy.CAT, True, False),
-    (0.3, Policy.RANDOM, True, True),
+    (0.1, Policy.RANDOM, False, False, False),
+    (0.1, Policy.RANDOM, True, False, False),
+    (0.3, Policy.RANDOM, False, False, False),
+    (0.3, Policy.RANDOM, True, False, False),
+    (0.3, Policy.CAT, True, False, False),
+    (0.3, Policy.RANDOM, True, True, False),
+    (0.3, Policy.RANDOM, True, True, True),
 )
 
 
-def trajectory(images: Images, *, keep: bool = True) -> Trajectory:
-    """The full run. `keep`: its caches too, some 45 MB a step of eight prompts."""
-    states, noises, parts, caches = [images.start], [], [], []
-    for step in range(STEPS):
-        noise, found = images.full(step, states[-1])
-        noises.append(noise)
-        parts.append(found)
-        if keep:
-            caches.append(images.caches)
-        states.append(states[-1] + (images.sigmas[step + 1] - images.sigmas[step]) * found.sum(1))
-    return Trajectory(states=states, noises=noises, parts=parts, caches=caches)
-
-
-def fitted(parts: Sequence[Tensor], target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The weights of parts, each (R, Q, …), whose sum is nearest to a target (R, …): (reads, Q).
-
-    Args:
-        parts: of some outputs.
-        target: of all images alike, each divided by its norm.
-        mask: (R, 1, H, W), where not to look.
-    """
-    norms = target.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    seen = torch.ones_like(target) if mask is None else (~mask).float().expand_as(target)
-    basis = [((part * seen / norms).flatten()).double() for each in parts for part in each.unbind(1)]
-    columns = torch.stack(basis, dim=1)
-    normal = columns.T @ columns
-    normal += RIDGE * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)
-    weights = torch.linalg.solve(normal, columns.T @ (target * seen / norms).flatten().double())
-    return weights.view(len(parts), -1).float()
-
-
-def combined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Their sum with weights, (R, C, H, W)."""
-    summed = [torch.einsum("q,rq...->r...", row, each) for row, each in zip(weights, parts, strict=True)]
-    return torch.stack(summed).sum(0)
+PARTS = ("one step", *(f"as {budget}" for budget in BASES))
 
 
 def _one_step(images: Images, run: Trajectory, target: int, distance: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
     last, before = target - distance, target - 2 * distance
     reads = [run.parts[step] for step in range(last, -1, -distance)[:TERMS]]
-    truth, beyond = run.output(target), _beyond(images, before, last, target)
+    truth, beyond = run.output(target), beyond_last(images, before, last, target)
     free = {
         "repeated": run.output(last),
         "line": (1 + beyond) * run.output(last) - beyond * run.output(before),
@@ -313,7 +190,7 @@ def _one_step(images: Images, run: Trajectory, target: int, distance: int) -> It
                 parts = images.some(target, latents, tokens)[1]
                 both = [*reads, parts]
                 found[f"computed{what}"] = parts.sum(1)
-                found[f"blended{what}"] = combined(both, fitted(both, truth, ~mask.expand_as(truth)))
+                found[f"blended{what}"] = combined(both, fitted(both, truth, ~mask))
             errors = {way: _error(value, truth, mask) for way, value in found.items()}
             yield f"{distance} apart, {keep:g} {policy}", errors
 
@@ -328,9 +205,11 @@ def _gains(images: Images, run: Trajectory, full: tuple[int, ...], partial: Part
         noises, latents = [run.noises[before], run.noises[last]], run.states[step]
         tokens = images.chosen(partial.policy, partial.keep_ratio, latents, noises, step)
         extrapolates = partial.extrapolated and before != last
-        beyond = _beyond(images, before, last, step) if extrapolates else 0.0
+        beyond = beyond_last(images, before, last, step) if extrapolates else 0.0
         images.set_caches(run.caches[last], run.caches[before] if extrapolates else None, beyond)
-        computed, mask = images.some(step, latents, tokens)[1].sum(1), images.mask(tokens)
+        parts, mask = images.some(step, latents, tokens)[1], images.mask(tokens)
+        both = [*reads, parts]
+        computed = combined(both, fitted(both, truth, ~mask)) if partial.blended else parts.sum(1)
         forecast = combined(reads, fitted(reads, truth))
         length = images.sigmas[step + 1] - images.sigmas[step]
         gain = _error(forecast, truth, mask).square() - _error(computed, truth, mask).square()
@@ -341,12 +220,8 @@ def _gains(images: Images, run: Trajectory, full: tuple[int, ...], partial: Part
 def _error(value: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
     """Of each image, relative, where the mask is: (R,)."""
     where = mask.float()
-    return ((value - truth) * where).flatten(1).norm(dim=1) / (truth * where).flatten(1).norm(dim=1)
-
-
-def _beyond(images: Images, before: int, last: int, step: int) -> float:
-    sigmas = images.sigmas
-    return (sigmas[step] - sigmas[last]) / (sigmas[last] - sigmas[before])
+    error: Tensor = ((value - truth) * where).flatten(1).norm(dim=1) / (truth * where).flatten(1).norm(dim=1)
+    return error
 
 
 def _mean(values: list[Tensor], batches: int) -> dict[str, Any]:
@@ -368,21 +243,18 @@ def _say(name: str, row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run both halves."""
+    """Run the parts of the trial, print their rows, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=int, default=16, help="scenes (default: 16)")
+    parser.add_argument("--only", action="append", choices=PARTS, help="a part; repeatable (default: all)")
     arguments = parser.parse_args()
-    trial = Trial(Bundle.open(arguments.bundle), arguments.prompts)
-    halves: dict[str, Callable[[], dict[str, Any]]] = {"one_step": trial.one_step, "whole_images": trial.whole_images}
-    result: dict[str, Any] = {"partial_step_costs": {f"{keep:g}": trial.cost(keep) for keep in (*KEEP, 0.1)}}
-    with torch.no_grad():
-        for name, half in halves.items():
-            result[name] = half()
-    for name, ways in result["one_step"].items():
-        for way, row in ways.items():
-            _say(f"{name:26s} {way:32s}", row)
-    print(f"written to {write_result('partial', result)}")  # noqa: T201
+    trial, path = Trial(Bundle.open(arguments.bundle), arguments.prompts), RESULTS / "partial.json"
+    for part in arguments.only or PARTS:
+        with torch.no_grad():
+            rows = trial.one_step() if part == PARTS[0] else trial.whole_images(int(part.split()[-1]))
+        known = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
+        write_result("partial", {"partial_step_costs": trial.partial_costs, "parts": {**known, part: rows}})
 
 
 if __name__ == "__main__":
