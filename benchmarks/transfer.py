@@ -21,6 +21,7 @@ An image-to-image run begins late. Its rows are those of its timesteps, and wher
 step is full: `tuned`. The others are of as many full steps, as is
 
     late rows           two full steps, then the rows; those that read what was not computed have the line's weights
+    late line           the same full steps, the line's weights between all of them
 
 Written to results/transfer.json; of `--only` some settings, the others stay there as they are.
 """
@@ -28,6 +29,7 @@ Written to results/transfer.json; of `--only` some settings, the others stay the
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -114,18 +116,26 @@ class Transfer:
 
             full, steps = image(never_pruned(PruneSettings(), STEPS), setting.strength, num_inference_steps=STEPS)
             sigmas = self._img2img.scheduler.sigmas.tolist()[STEPS - steps : STEPS]
+
+            @functools.cache
+            def peers(count: int) -> dict[str, tuple[Tensor, int]]:
+                rule, plain = forecast_at(count, steps, self._macs(setting)), never_pruned(PruneSettings(), count)  # noqa: B023
+                fewer = np.linspace(sigmas[0], sigmas[-1], count).tolist()  # noqa: B023
+                return {
+                    "forecast": image(rule, setting.strength, num_inference_steps=STEPS),
+                    "fewer steps": image(plain, 1.0, num_inference_steps=count, sigmas=fewer),
+                }
+
             for budget, schedule in self.tuned.items():
-                for method, table in (("tuned", schedule), ("late rows", late(schedule, STEPS - steps, sigmas))):
+                rows = late(schedule, STEPS - steps, sigmas)
+                line = Schedule.of(steps, rows.full_steps, lines(rows.full_steps, sigmas))
+                for method, table in (("tuned", schedule), ("late rows", rows), ("late line", line)):
                     settings = PruneSettings.tuned(table)
                     latents, count = image(settings, setting.strength, num_inference_steps=STEPS)
                     errors.add(method, budget, count, latents, full)
-                    rule = forecast_at(count, steps, self._macs(setting))
-                    latents, computed = image(rule, setting.strength, num_inference_steps=STEPS)
-                    errors.add(f"forecast, as {method}", budget, computed, latents, full)
-                    fewer = np.linspace(sigmas[0], sigmas[-1], count).tolist()
-                    plain = never_pruned(PruneSettings(), count)
-                    latents, computed = image(plain, 1.0, num_inference_steps=count, sigmas=fewer)
-                    errors.add(f"fewer steps, as {method}", budget, computed, latents, full)
+                    if method != "late line":
+                        for peer, (latents, computed) in peers(count).items():
+                            errors.add(f"{peer}, as {method}", budget, computed, latents, full)
         return errors
 
     def _contenders(self, setting: Setting) -> dict[tuple[str, int], PruneSettings | None]:
