@@ -2,11 +2,12 @@
 
     python benchmarks/transfer.py build/eval/sd3-mini --prompts 16
 
-The bundle's schedules were fitted to one guidance, size, kind of prompt and shift of the scheduler. Each setting
-changes one of them. The final latents are held against those of 28 full steps at that setting, as relative errors with
-95 % intervals over the prompts:
+Schedules are fitted to scenes at guidance 3 and 128x128 pixels, and used where one of these, the kind of prompt or the
+shift of the scheduler is another. The final latents are held against those of 28 full steps at that setting, as
+relative errors with 95 % intervals over the prompts:
 
-    tuned               the bundle's schedule
+    tuned               fitted to 16 recordings: one choice of full steps, searched, and weights fitted in the loop;
+                        `cat-tune` tries more choices
     forecast            by rule, of as many full steps, to the MACs
     fewer steps         as many, of Euler
 
@@ -15,7 +16,7 @@ At another shift of the scheduler the rows of a schedule have other sigmas, so t
     by number           the rows as they are
     by sigma            full steps at the nearest sigmas, weights interpolated over the sigmas between two full steps
     line                the full steps of the rows, weights of the line through the last two
-    tuned there         fitted to recordings at that shift: one choice of full steps, searched and fitted in the loop
+    tuned there         fitted in the same way to recordings at that shift
 
 An image-to-image run begins late. Its rows are those of its timesteps, and where one reads what was not computed the
 step is full: `tuned`. The others are of as many full steps, as is
@@ -49,7 +50,6 @@ from torch import Tensor
 from transfer_settings import BATCH, SETTINGS, WORDS, Errors, Rows, Setting, rows_of
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.evaluation.budgets import forecast_at
 from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.prompts import Prompt, load_prompts, tuning_prompts
@@ -66,7 +66,7 @@ from cat_pruning.tuning.scheduler_matrix import scheduler_matrix
 from cat_pruning.tuning.search import search
 
 STEPS, TEXT_TOKENS, BUDGETS = 28, 24, (9, 7)
-FITTED_TO = 16  # recordings at another shift
+FITTED_TO = 16  # recordings
 RUN_IN = {"max_sequence_length": TEXT_TOKENS, "output_type": "latent"}
 
 
@@ -74,9 +74,9 @@ class Transfer:
     """The images of one setting after another.
 
     Args:
-        bundle: with schedules of 28 steps.
+        bundle: of sd3-mini.
         prompts: images a setting.
-        recordings: folder of those at other shifts.
+        recordings: folder of those, and of the schedules fitted to them.
     """
 
     def __init__(self, bundle: Bundle, prompts: int, recordings: Path) -> None:
@@ -85,8 +85,7 @@ class Transfer:
         self._img2img = StableDiffusion3Img2ImgPipeline(**self._pipe.components)
         for pipe in (self._pipe, self._img2img):
             pipe.set_progress_bar_config(disable=True)
-        schedules = read_schedules(bundle)
-        self.tuned = {budget: schedules[f"{STEPS}-{budget}"] for budget in BUDGETS}
+        self.tuned = self._tuned(Setting())
 
     def rows(self, setting: Setting) -> Rows:
         """By contender its error and cost in full steps."""
@@ -142,7 +141,7 @@ class Transfer:
         """By method and budget; None: fewer steps."""
         found: dict[tuple[str, int], PruneSettings | None] = {}
         macs, sigmas = self._macs(setting), self._sigmas()
-        there = self._tuned_there(setting) if setting.shift != 1.0 else {}
+        there = self._tuned(setting) if setting.shift != 1.0 else {}
         for budget, schedule in self.tuned.items():
             if setting.shift == 1.0:
                 found["tuned", budget] = PruneSettings.tuned(schedule)
@@ -158,7 +157,16 @@ class Transfer:
                 found["fewer steps", budget] = None
         return found
 
-    def _tuned_there(self, setting: Setting) -> dict[int, Schedule]:
+    def _tuned(self, setting: Setting) -> dict[int, Schedule]:
+        """Schedules fitted at a setting; found again where they were fitted before."""
+        folder = self._recordings / f"shift-{setting.shift:g}"
+        files = {budget: folder / f"{STEPS}-{budget}.json" for budget in BUDGETS}
+        if not all(file.exists() for file in files.values()):
+            for budget, schedule in self._fitted(setting, folder).items():
+                schedule.save(files[budget])
+        return {budget: Schedule.load(file) for budget, file in files.items()}
+
+    def _fitted(self, setting: Setting, folder: Path) -> dict[int, Schedule]:
         prompts = tuple(prompt.text for prompt in tuning_prompts(f"scenes:{FITTED_TO}"))
         run = RecordedRun(
             bundle=self._bundle.manifest.digest,
@@ -172,13 +180,14 @@ class Transfer:
             width=setting.size,
             guidance_scale=setting.guidance,
         )
-        recorded = record(self._pipe, run, RUN_IN, self._recordings / f"shift-{setting.shift:g}", lambda count: None)
+        recorded = record(self._pipe, run, RUN_IN, folder, lambda count: None)
         replay = Replay(self._pipe, run.configs(RUN_IN), recorded.timesteps)
         matrix, recordings = scheduler_matrix(replay.scheduler), recorded.recordings
         choices = search(recordings.grams().mean(0), matrix, BUDGETS, width=4)
         fits = {budget: fit_closed_loop(replay, recordings, matrix, full) for budget, full in choices.items()}
         return {
-            budget: Schedule.of(STEPS, fit.full_steps, fit.weights[-1], fit.weights[0]) for budget, fit in fits.items()
+            budget: Schedule.of(STEPS, fit.full_steps, fit.weights[-1], fit.weights[0], timesteps=recorded.timesteps)
+            for budget, fit in fits.items()
         }
 
     def _image(
@@ -282,11 +291,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=int, default=16, help="of each setting (default: 16)")
     parser.add_argument("--only", action="append", choices=list(SETTINGS), help="a setting; repeatable (default: all)")
-    parser.add_argument("--recordings", type=Path, default=Path("build/eval/transfer"), help="made at other shifts")
+    parser.add_argument("--recordings", type=Path, default=Path("build/eval/transfer"), help="kept, with schedules")
     arguments = parser.parse_args()
-    for budget in BUDGETS:
-        if f"{STEPS}-{budget}" not in read_schedules(Bundle.open(arguments.bundle)):
-            parser.error(f"{arguments.bundle} has no schedule {STEPS}-{budget}: cat-tune --full 9,7 --guidance-scale 3")
     transfer = Transfer(Bundle.open(arguments.bundle), arguments.prompts, arguments.recordings)
     path = RESULTS / "transfer.json"
     for name in arguments.only or SETTINGS:
@@ -297,15 +303,11 @@ def main() -> None:
         known = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.exists() else {}
         ordered = {each: (known | {name: rows})[each] for each in SETTINGS if each in known or each == name}
         result = {
-            "fitted_to": {str(budget): _described(schedule) for budget, schedule in transfer.tuned.items()},
+            "fitted_to": FITTED_TO,
+            "full_steps": {str(budget): schedule.full_steps for budget, schedule in transfer.tuned.items()},
             "settings": ordered,
         }
         write_result("transfer", result)
-
-
-def _described(schedule: Schedule) -> dict[str, Any]:
-    made_for = schedule.made_for.model_dump(mode="json") if schedule.made_for else {}
-    return {"full_steps": schedule.full_steps, **made_for}
 
 
 if __name__ == "__main__":
