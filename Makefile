@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean peers
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean peers transfer
 
 install: .venv/installed
 
@@ -105,6 +105,10 @@ peers: install
 try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_unbuilt.py build/eval/sd3-mini
+	$(BIN)/python benchmarks/try_partial.py build/eval/sd3-mini
+
+transfer: install build/eval/sd3-mini
+	$(BIN)/python benchmarks/transfer.py build/eval/sd3-mini
 
 bench: install
 	for family in sd3 pixart flux; do $(BIN)/python benchmarks/bench_step.py --family $$family || exit 1; done

@@ -1,0 +1,57 @@
+"""That rows moved to other sigmas are those that the sigmas ask for."""
+
+from __future__ import annotations
+
+import pytest
+from sigma_rows import by_sigma, late, lines
+
+from cat_pruning.schedule import Schedule, StepKind
+
+SIGMAS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+FULL = (0, 1, 4, 7)
+WEIGHTS = {
+    2: {0: -0.9, 1: 1.9},
+    3: {0: -1.8, 1: 2.8},
+    5: {1: -0.3, 4: 1.3},
+    6: {0: 0.1, 1: -0.8, 4: 1.7},
+    8: {4: -0.4, 7: 1.4},
+    9: {4: -0.7, 7: 1.7},
+}
+NEGATIVE = {step: {read: 2 * weight for read, weight in row.items()} for step, row in WEIGHTS.items()}
+
+
+def schedule() -> Schedule:
+    timesteps = tuple(1000 * sigma for sigma in SIGMAS)
+    return Schedule.of(len(SIGMAS), FULL, WEIGHTS, NEGATIVE, timesteps=timesteps)
+
+
+def test_at_its_own_sigmas_a_schedule_stays() -> None:
+    moved = by_sigma(schedule(), SIGMAS)
+    assert moved.full_steps == FULL
+    for step, row in WEIGHTS.items():
+        found = {read: weight for read, weight in moved.steps[step].weights.items() if weight}
+        assert found == pytest.approx(row)
+        assert moved.steps[step].negative[max(row)] == pytest.approx(2 * row[max(row)])
+
+
+def test_at_other_sigmas_full_steps_are_the_nearest_and_weights_between_the_rows() -> None:
+    sigmas = [1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.3, 0.2]
+    moved = by_sigma(schedule(), sigmas)
+    assert moved.full_steps == (0, 2, 6, 8)
+    assert moved.steps[1].weights == {0: 1.0}  # the old schedule has no row there
+    halfway = moved.steps[3].weights  # between the full step at 0.9 and the row at 0.8
+    assert halfway == pytest.approx({0: -0.45, 2: 1.45})
+
+
+def test_lines_go_through_the_last_two_full_steps() -> None:
+    found = lines((0, 2, 3), [1.0, 0.9, 0.7, 0.6, 0.4])
+    assert found == {1: {0: 1.0}, 4: pytest.approx({2: -2.0, 3: 3.0})}
+
+
+def test_a_late_run_keeps_the_rows_whose_reads_it_has() -> None:
+    begun = late(schedule(), 3, SIGMAS[3:])
+    assert begun.full_steps == (0, 1, 4)
+    assert begun.steps[2].weights == pytest.approx({0: -1.0, 1: 2.0})  # the line: row 5 reads step 1
+    assert begun.steps[5].weights == pytest.approx({1: -0.4, 4: 1.4})  # row 8, as fitted
+    assert begun.steps[5].negative == pytest.approx({1: -0.8, 4: 2.8})
+    assert begun.steps[6].kind is StepKind.FORECAST
