@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from cat_pruning.exporter.macs import ImageMacs
-from cat_pruning.settings import Preset, PruneSettings
+from cat_pruning.settings import PRESETS, Preset, PruneSettings
 
 _KEEP_RATIOS: Final = (0.3, 0.2, 0.1, 0.05)  # the paper's, and smaller ones for budgets that it does not reach
 _LEAST_FULL: Final = 4  # full steps at the start of CAT that are worth having before fewer tokens are
@@ -38,8 +38,9 @@ def cat_at(budget: int, steps: int, settings: PruneSettings, macs: Callable[[flo
 
 
 def forecast_at(budget: int, steps: int, macs: ImageMacs) -> PruneSettings:
-    """The preset `forecast` at the MACs of `budget` full steps."""
-    settings = PruneSettings.preset(Preset.FORECAST, full_steps=2)
+    """The preset `forecast` at the MACs of `budget` full steps, with its four at the start where there are six."""
+    first = PRESETS[Preset.FORECAST]["full_steps"]
+    settings = PruneSettings.preset(Preset.FORECAST, full_steps=first if budget >= first + 2 else 2)
     return nearest(macs_of_full_steps(macs, budget), settings, steps, macs, max(2, budget))
 
 

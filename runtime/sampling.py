@@ -20,7 +20,7 @@ from cat_pruning.runtime.timesteps import TimestepReader, precision_of
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import LATENTS
-from cat_pruning.timeline import last_read, reference_step, scheduled_step
+from cat_pruning.timeline import begun_late, last_read, reference_step, scheduled_step
 
 _ANOTHER_PROMPT = "another prompt"  # the side branch of calls that no context names
 
@@ -190,7 +190,7 @@ class Sampling:
         if current is not None and self._is_beside(current, latents, value, arguments):
             return self.call_beside(_ANOTHER_PROMPT, latents, timestep, arguments)
         if current is None or not current.image.holds(latents, arguments):
-            current = self._begin(latents, arguments, precision_of(timestep))
+            current = self._begin(latents, value, arguments, precision_of(timestep))
         try:
             with ordinary_tensors():
                 return current.compute(latents, value, precision_of(timestep))
@@ -212,7 +212,7 @@ class Sampling:
         value, new_schedule = self._timesteps.read(timestep)
         self._new_schedule |= new_schedule  # the image's next call begins a new one
         step = self.record if self.record and value == self.record.timestep else None
-        last = last_read(step.step, self.settings) if step else 0
+        last = last_read(step.step, self._image.settings) if step and self._image else 0
         return self._branches[name].call(latents, value, arguments, skip_layers, step, self._expected(), last)
 
     def _is_beside(
@@ -233,31 +233,36 @@ class Sampling:
         """The timesteps that will come: the schedule's, or where the pipeline hides it, those of the last image."""
         return self._timesteps.schedule or self._past
 
-    def _begin(self, latents: Tensor, arguments: Mapping[str, Tensor], precision: float) -> ImageInProgress:
-        if self.settings.schedule is not None:
-            self.settings.schedule.check_timesteps(self._timesteps.schedule, precision)
+    def _begin(
+        self, latents: Tensor, timestep: float, arguments: Mapping[str, Tensor], precision: float
+    ) -> ImageInProgress:
+        settings, table = self.settings, self.settings.schedule
+        if table is not None and table.timesteps is not None:
+            table.check_timesteps(self._timesteps.schedule, precision)
+            if table.number_at(timestep, precision) > 0:
+                settings = begun_late(settings)
         if self._image is not None:
             self._past = self._image.timesteps
         self.reset()
         image = Image(self.session, latents, arguments)
-        selector = self._selector_for(image)
+        selector = self._selector_for(image, settings)
         dims = dataclasses.replace(image.dims, num_kept=selector.num_kept if selector else 0)
         self.session.begin(dims, image.conditioning, self._expected())
-        self._image = ImageInProgress(image, self.session, self.settings, selector)
+        self._image = ImageInProgress(image, self.session, settings, selector)
         return self._image
 
-    def _selector_for(self, image: Image) -> Selector | None:
+    def _selector_for(self, image: Image, settings: PruneSettings) -> Selector | None:
         """The last image's, whose captured steps can be replayed, if it was for images like this one."""
         engine = self.session.engine
-        if not self.settings.num_kept(int(image.dims.num_tokens)):
+        if not settings.num_kept(int(image.dims.num_tokens)):
             return None
-        needed = (self.settings, image.dims, engine.device, engine.dtype)
+        needed = (settings, image.dims, engine.device, engine.dtype)
         if needed not in self._selectors:
             self._selectors.clear()
             shape = [int(size) for size in engine.family.noise_shape(image.dims)]
             noise = torch.empty(shape, dtype=engine.dtype, device=engine.device)
             with ordinary_tensors():
-                selector = SELECTORS[self.settings.policy](engine.family, self.settings, image.grid, noise)
+                selector = SELECTORS[settings.policy](engine.family, settings, image.grid, noise)
             self._selectors[needed] = selector
         self._selectors[needed].reset()
         return self._selectors[needed]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cat_pruning.errors import ScheduleError
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
-from cat_pruning.settings import PruneSettings, Reuse
+from cat_pruning.settings import PRESETS, Preset, PruneSettings, Reuse
 
 
 def step_kind(number: int, settings: PruneSettings) -> StepKind:
@@ -57,6 +57,19 @@ def scheduled_step(number: int, timesteps: Sequence[float], settings: PruneSetti
         return FULL_STEP
     weights = _line(number, timesteps, settings) if settings.reuse is Reuse.EXTRAPOLATE else {}
     return ScheduledStep(kind=kind, weights=weights)
+
+
+def begun_late(settings: PruneSettings) -> PruneSettings:
+    """The settings of an image that begins late in its schedule, as image-to-image does: the forecast by rule.
+
+    A schedule is fitted to whole runs. What its later rows read was never computed in such an image; as full steps they
+    would cost nearly as much as a full run, and the rule is nearer to that at the same cost (`benchmarks/transfer.py`).
+    The share of full steps is the schedule's.
+    """
+    assert settings.schedule is not None
+    every = max(2, round(settings.schedule.num_steps / len(settings.schedule.full_steps)))
+    changes = {"schedule": None, "full_steps": 2, "refresh_every": every}
+    return settings.replace(**{**PRESETS[Preset.FORECAST], **changes})
 
 
 def last_read(number: int, settings: PruneSettings) -> float:

@@ -82,14 +82,20 @@ def test_the_negative_prompt_s_rows_have_their_own_weights(
     torch.testing.assert_close(outputs[2][:-1], negative[:-1], rtol=0, atol=1e-5)
 
 
-def test_an_image_that_starts_late_goes_by_its_timesteps(tuned: Make, sample: Make, outputs: list[Tensor]) -> None:
-    """The rows 3 to 7; the fourth and fifth read what was never computed, and are full; the last has all it reads."""
-    image = torch.zeros(1, 3, *SIZE)
+def test_an_image_that_starts_late_goes_by_the_rule(
+    tuned: Make, sample: Make, engine: StepEngine, drop_in: Make
+) -> None:
+    """Half of the table's steps are full, so half of such an image's are."""
+    late = {"image": torch.zeros(1, 3, *SIZE), "strength": 6 / 8}
     pipe = tuned(StableDiffusion3Img2ImgPipeline)
-    run = sample(pipe, STEPS, SIZE, image=image, strength=5 / 8)
-    assert [record.step for record in run.records] == [3, 4, 5, 6, 7]
-    assert run.kinds == "FFFF-"
-    torch.testing.assert_close(outputs[4], 2.0 * outputs[3] - outputs[0], rtol=0, atol=1e-5)
+    run = sample(pipe, STEPS, SIZE, **late)
+    assert run.kinds == "FFF-F-"
+    rule = {"keep_ratio": 0.0, "full_steps": 2, "refresh_every": 2, "reuse": "extrapolate"}
+    expected = sample(
+        drop_in(engine, StableDiffusion3Img2ImgPipeline, **rule), STEPS, SIZE, image=image, strength=6 / 8
+    )
+    assert torch.equal(run.final, expected.final)
+    assert sample(pipe, STEPS, SIZE, **late | {"strength": 1.0}).kinds == "FF-F--F-"  # the whole of it again
 
 
 def test_heun_calls_twice_at_a_row(tuned: Make, sample: Make, table: Schedule, outputs: list[Tensor]) -> None:
