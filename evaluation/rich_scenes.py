@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +87,9 @@ class RichScene:
         return f"{', '.join(map(str, self.things))} on a {self.texture} {self.ground} background"
 
 
-def sample_scene(rng: np.random.Generator) -> RichScene:
-    """A random scene."""
-    count = int(rng.choice(COUNTS))
+def sample_scene(rng: np.random.Generator, counts: Sequence[int] = COUNTS) -> RichScene:
+    """A random scene of one of these numbers of things."""
+    count = int(rng.choice(counts))
     places = sorted(rng.choice(len(PLACES), count, replace=False))
     things = [_sample_thing(rng, list(PLACES)[place]) for place in places]
     return RichScene(tuple(things), _sample_texture(rng), str(rng.choice(list(GROUNDS))))
