@@ -1,7 +1,8 @@
 """Captioned scenes whose parts differ: four to six things of four textures on grounds of four.
 
 The captions name all of it, place by place in reading order, and no two scenes share one. Shapes, colours and grounds
-are those of `scenes`. Textures have a period in pixels, whatever the image's side, as those of a photograph have.
+are those of `scenes`. The textures of things have a period in pixels, whatever the image's side, as those of a
+photograph have; those of grounds grow with the image.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PLACES = {
 COUNTS = (4, 5, 6)
 PLAIN_SHARE = 0.4  # of the things, and of the grounds
 PERIOD = 16  # pixels, of a thing's texture
-GROUND_PERIOD = 20
+GROUND_PERIOD = 5 / 32  # of the side
 DOT_RADIUS = 0.31  # of the period
 JITTER, SIZE_JITTER = 0.015, 0.07  # of the places, as a fraction of the side; of the sizes
 
@@ -182,7 +183,7 @@ def _sample_thing(rng: np.random.Generator, place: str) -> RichThing:
 def _ground_canvas(texture: str, ground: str, side: int, supersample: int) -> Image.Image:
     along = (np.arange(side * supersample) + 0.5) / supersample
     # A ground's stripes lie, those of things stand.
-    accents = texture_accents(texture, along[:, None], along[None, :], GROUND_PERIOD)
+    accents = texture_accents(texture, along[:, None], along[None, :], GROUND_PERIOD * side)
     colors = np.array([GROUNDS[ground], GROUND_ACCENTS[ground]], dtype=np.uint8)
     return Image.fromarray(colors[accents.astype(np.intp)])
 

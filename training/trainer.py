@@ -32,6 +32,7 @@ LOG_EVERY = 25  # steps
 # Options of the command line that are a number of `TrainConfig`.
 NUMBERS = (
     "batch_size",
+    "round_scenes",
     "peak_lr",
     "warmup_steps",
     "ema_decay",
