@@ -1,7 +1,8 @@
 """Captioned scenes whose parts differ: four to six things of four textures on grounds of four.
 
 The captions name all of it, place by place in reading order, and no two scenes share one. Shapes, colours and grounds
-are those of `scenes`. Textures have a period in pixels, whatever the image's side, as those of a photograph have.
+are those of `scenes`. The textures of things have a period in pixels, whatever the image's side, as those of a
+photograph have; those of grounds grow with the image.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +49,7 @@ PLACES = {
 COUNTS = (4, 5, 6)
 PLAIN_SHARE = 0.4  # of the things, and of the grounds
 PERIOD = 16  # pixels, of a thing's texture
-GROUND_PERIOD = 20
+GROUND_PERIOD = 5 / 32  # of the side
 DOT_RADIUS = 0.31  # of the period
 JITTER, SIZE_JITTER = 0.015, 0.07  # of the places, as a fraction of the side; of the sizes
 
@@ -86,9 +88,9 @@ class RichScene:
         return f"{', '.join(map(str, self.things))} on a {self.texture} {self.ground} background"
 
 
-def sample_scene(rng: np.random.Generator) -> RichScene:
-    """A random scene."""
-    count = int(rng.choice(COUNTS))
+def sample_scene(rng: np.random.Generator, counts: Sequence[int] = COUNTS) -> RichScene:
+    """A random scene of one of these numbers of things."""
+    count = int(rng.choice(counts))
     places = sorted(rng.choice(len(PLACES), count, replace=False))
     things = [_sample_thing(rng, list(PLACES)[place]) for place in places]
     return RichScene(tuple(things), _sample_texture(rng), str(rng.choice(list(GROUNDS))))
@@ -181,7 +183,7 @@ def _sample_thing(rng: np.random.Generator, place: str) -> RichThing:
 def _ground_canvas(texture: str, ground: str, side: int, supersample: int) -> Image.Image:
     along = (np.arange(side * supersample) + 0.5) / supersample
     # A ground's stripes lie, those of things stand.
-    accents = texture_accents(texture, along[:, None], along[None, :], GROUND_PERIOD)
+    accents = texture_accents(texture, along[:, None], along[None, :], GROUND_PERIOD * side)
     colors = np.array([GROUNDS[ground], GROUND_ACCENTS[ground]], dtype=np.uint8)
     return Image.fromarray(colors[accents.astype(np.intp)])
 

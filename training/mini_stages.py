@@ -16,17 +16,18 @@ ENCODE_BATCH = 64
 
 
 def sample_round(
-    seed: int, index: int, count: int, side: int, kind: SceneKind = SceneKind.FLAT
+    seed: int, index: int, count: int, side: int, kind: SceneKind = SceneKind.FLAT, things: tuple[int, ...] = ()
 ) -> tuple[NDArray[np.uint8], list[str]]:
     """Round `index` of the data set: `count` fresh images (count, side, side, 3) and their captions.
 
-    Captions that are held out for the evaluation do not occur.
+    Captions that are held out for the evaluation do not occur. `things` are the numbers of things that a rich scene may
+    have, if not its kind's own.
     """
     rng = np.random.default_rng((seed, index))
-    drawn = kind.module
+    drawn, numbers = kind.module, [things] if things else []
     scenes: list[Any] = []
     while len(scenes) < count:
-        if not drawn.is_held_out(scene := drawn.sample_scene(rng)):
+        if not drawn.is_held_out(scene := drawn.sample_scene(rng, *numbers)):
             scenes.append(scene)
     return np.stack([drawn.render(scene, side, rng) for scene in scenes]), [scene.caption for scene in scenes]
 

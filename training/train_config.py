@@ -43,6 +43,7 @@ class TrainConfig:
     The ones to tinker with:
         batch_size: images of a step.
         side: of the images to train on, if not the miniature's own: half the side costs a quarter.
+        things: numbers of things of a rich scene, one of which each has; empty for four to six.
         peak_lr: learning rate after `warmup_steps`, from where a cosine leads to nearly zero.
         ema_decay: of the average of the weights that is saved.
         caption_dropout: share of the captions replaced by the empty one, for guidance.
@@ -69,6 +70,7 @@ class TrainConfig:
     seconds: float | None = None
     batch_size: int = 32
     side: int | None = None
+    things: tuple[int, ...] = ()
     peak_lr: float = 1e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01

@@ -32,6 +32,7 @@ LOG_EVERY = 25  # steps
 # Options of the command line that are a number of `TrainConfig`.
 NUMBERS = (
     "batch_size",
+    "round_scenes",
     "peak_lr",
     "warmup_steps",
     "ema_decay",
@@ -134,7 +135,7 @@ class Run:
         if self._round is None or self._round[0] != index:
             side = self.config.side or self.config.size.side
             count, kind = self.config.round_scenes, self.miniature.scenes
-            images, captions = sample_round(self.config.seed, index, count, side, kind)
+            images, captions = sample_round(self.config.seed, index, count, side, kind, self.config.things)
             self._round = index, encode_round(self.vae, images), self._input_ids(captions)
         _, latents, input_ids = self._round
         order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(self.config.seed + epoch))
@@ -247,12 +248,17 @@ def parse_arguments(
     for name in NUMBERS:
         default = defaults.get(name, TrainConfig.__dataclass_fields__[name].default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
+    parser.add_argument("--things", type=_numbers, default=(), help="in a rich scene, as 1,2; default: four to six")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
     parser.add_argument(
         "--optimizer", type=Optimizer, choices=list(Optimizer), default=defaults.get("optimizer", Optimizer.ADAMW)
     )
     options = vars(parser.parse_args(arguments))
     return TrainConfig(miniature=miniature, size=MINIATURES[miniature].size, **options)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def run_script(config: TrainConfig) -> None:

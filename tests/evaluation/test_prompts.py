@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.evaluation import prompts
+from cat_pruning.evaluation import prompts, rich_scenes
 from cat_pruning.evaluation.prompts import MAX_SCENES, Prompt, load_prompts, parse_caption, unseen_scenes
 from cat_pruning.evaluation.scenes import (
     COLORS,
@@ -45,6 +45,25 @@ def test_scenes_are_unseen_and_distinct():
 def test_scenes_are_those_that_the_miniatures_were_scored_on():
     digest = hashlib.sha256("".join(texts("scenes:48")).encode()).hexdigest()
     assert digest[:16] == "0740f52037211c02"
+
+
+def test_rich_scenes_are_held_out_distinct_and_read_back():
+    loaded = load_prompts("rich:8")
+    assert len({prompt.text for prompt in loaded}) == 8
+    assert all(rich_scenes.is_held_out(prompt.scene) for prompt in loaded)
+    assert [rich_scenes.parse_caption(prompt.text) for prompt in loaded] == [prompt.scene for prompt in loaded]
+    assert load_prompts("rich:12", limit=3) == loaded[:3]
+
+
+@pytest.mark.parametrize("source", ["rich:0", "rich:x", "rich:"])
+def test_a_number_of_rich_scenes_that_is_none_is_refused(source):
+    with pytest.raises(SettingsError, match=f"{source}: expected rich:N with a whole number N from 1 to 5000"):
+        load_prompts(source)
+
+
+def test_a_rich_caption_in_a_file_has_its_scene(tmp_path):
+    prompt = load_prompts("rich:1")[0]
+    assert load_prompts(str(written(tmp_path, "one.txt", prompt.text))) == [prompt]
 
 
 def test_fewer_scenes_are_the_first_of_more():

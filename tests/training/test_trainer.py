@@ -11,10 +11,12 @@ from diffusers import AutoencoderKL
 from mini_models import ModelSize
 from mini_stages import sample_round
 from miniatures import MINIATURES, miniature_in
+from scene_kinds import SceneKind
 from train_config import Optimizer, TrainConfig
 from trainer import train
 
 from cat_pruning.evaluation.scenes import vocabulary
+from cat_pruning.models import miniatures
 
 SIZES = {
     "sd3-mini": ModelSize(side=32, width=24, num_layers=1, num_heads=2, text_width=8, text_layers=(1, 2)),
@@ -177,6 +179,16 @@ def test_muon_takes_the_matrices_of_the_layers_and_resumes(finished, tmp_path):
     assert len(taken) == len(set(map(id, taken))) == len(list(run.denoiser.parameters()))
     assert any(each is run.denoiser.transformer.proj_out.weight for each in adamw.param_groups[0]["params"])
     assert train(dataclasses.replace(config, **changes, steps=2)).step == 2
+
+
+def test_rich_rounds_have_as_many_things_as_asked():
+    _, captions = sample_round(0, 0, 6, 32, SceneKind.RICH, (1, 2))
+    assert {caption.count(",") for caption in captions} == {0, 1}
+    assert all(caption.count(",") >= 3 for caption in sample_round(0, 0, 6, 32, SceneKind.RICH)[1])
+
+
+def test_two_miniatures_of_one_class_are_told_apart():
+    assert [miniature_in(miniatures()[name]).name for name in MINIATURES] == list(MINIATURES)
 
 
 def test_continuing_at_another_size_is_refused(finished, tmp_path):
