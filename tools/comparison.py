@@ -50,7 +50,9 @@ class Comparison:
     @property
     def step_speedup_text(self) -> str:
         """The same for people."""
-        return f"{self.step_speedup:.2f}×" if self.step_speedup else "–, no step was pruned"
+        if self.step_speedup is None:
+            return "–, no step was pruned"
+        return f"{self.step_speedup:.2f}×" if self.mac_bound else "–"
 
     @property
     def mac_bound_text(self) -> str:

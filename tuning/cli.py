@@ -165,7 +165,8 @@ def _progress(terminal: Console) -> Iterator[Callable[[str, int, int], None]]:
         def advance(stage: str, total: int, count: int) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], advance=count)
+            task = next(task for task in progress.tasks if task.id == tasks[stage])
+            progress.update(task.id, completed=min(total, task.completed + count))
 
         yield advance
 

@@ -31,7 +31,7 @@ def table(outcomes: Sequence[Outcome], full: Outcome) -> Table:
     """
     title = f"against {full.contender.steps} full steps, on prompts that were not fitted to"
     made = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("full", "method", "MACs", "latents' error", "PSNR", "score", "s/image"):
+    for column in ("full", "method", "MACs", "latents' error", "PSNR", "score", "s"):
         made.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     budget = None
     for outcome in outcomes:
