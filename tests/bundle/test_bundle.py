@@ -65,8 +65,8 @@ def test_no_manifest(bundle: Bundle) -> None:
 
 def test_another_format_version(bundle: Bundle) -> None:
     path = bundle.path / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 6}))
-    with pytest.raises(BundleError, match=r"format version 6, .* version 5; .* cat-export --model some/sd3 --out"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 7}))
+    with pytest.raises(BundleError, match=r"format version 7, .* version 6; .* cat-export --model some/sd3 --out"):
         Bundle.open(bundle.path)
 
 

@@ -102,7 +102,7 @@ def test_a_manifest_that_lists_what_is_no_file_is_refused(bundle: Bundle) -> Non
     ("made_for", "reason"),
     [
         ({"transformer_class": "FluxTransformer2DModel"}, f"for a FluxTransformer2DModel, this is a {CLASS}"),
-        ({"config_sha256": "0" * 64}, f"for a {CLASS} of another config"),
+        ({"config_sha256": "0" * 64}, f"for a {CLASS} whose config has the hash 000000000000, this one's has "),
     ],
 )
 def test_another_model_s_is_refused(bundle: Bundle, made_for: dict[str, str], reason: str) -> None:

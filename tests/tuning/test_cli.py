@@ -40,6 +40,7 @@ def copied(bundle: Path, to: Path) -> Path:
 def tuned(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = copied(mini_bundle, tmp_path_factory.mktemp("tuned") / "mini")
     assert run(bundle, *OPTIONS) == 0
+    shutil.copy(bundle.with_name("mini.tune") / "tune.json", bundle.with_name("first.json"))  # later runs write it anew
     return bundle
 
 
@@ -67,7 +68,7 @@ def test_the_bundle_has_what_was_asked_for(schedules: dict[str, Schedule]) -> No
 def test_it_is_nearer_to_the_full_run_than_anything_else_at_its_cost(
     tuned: Path, schedules: dict[str, Schedule]
 ) -> None:
-    found = json.loads((tuned.with_name("mini.tune") / "tune.json").read_text())
+    found = json.loads(tuned.with_name("first.json").read_text())
     for budget in (5, 3):
         errors = {
             each["method"]: each["latents_error"]["mean"] for each in found["outcomes"] if each["budget"] == budget
