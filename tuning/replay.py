@@ -80,7 +80,7 @@ class Replay:
         transformer = self._pipe.transformer
 
         def learn(module: Any, arguments: Any, named: dict[str, Any]) -> None:
-            latents = named["hidden_states"]
+            latents = arguments[0] if arguments else named["hidden_states"]  # PixArt's pipelines pass it without a name
             rest = {name: value for name, value in named.items() if name not in ("hidden_states", "timestep")}
             calls.append(
                 _Call(

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import FlowMatchHeunDiscreteScheduler, PixArtSigmaPipeline
 
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.errors import SettingsError
+from cat_pruning.models import miniatures
+from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.tuning.guidance import check_parts, parts_of
 from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.replay import Replay
@@ -54,6 +56,21 @@ def test_replayed_at_the_recorded_latents_it_is_what_was_recorded(
         torch.testing.assert_close(found, recorded.recordings.parts[:, step], rtol=0, atol=1e-4)
     some = replay(1, recorded.recordings.states(matrix, 1)[:2])  # the first call's only
     torch.testing.assert_close(some, recorded.recordings.parts[:2, 1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of numpy, where the scheduler makes its sigmas
+def test_pixart_s_calls_and_its_scheduler_with_memory(tmp_path: Path) -> None:
+    """Its pipeline passes the latents without a name."""
+    pipe = PixArtSigmaPipeline.from_pretrained(miniatures()["pixart-mini"], dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer = CatTransformer.from_model(pipe.transformer)
+    options = {"use_resolution_binning": False, "clean_caption": False}
+    recorded = record(pipe, RUN, options, tmp_path, lambda count: None)
+    replay = Replay(pipe, RUN.configs(options), recorded.timesteps)
+    matrix = scheduler_matrix(replay.scheduler)
+    recorded.recordings.check(matrix)
+    found = replay(2, recorded.recordings.states(matrix, 2))
+    torch.testing.assert_close(found, recorded.recordings.parts[:, 2], rtol=0, atol=1e-3)
 
 
 def test_what_is_on_disk_is_not_recorded_again(pipe: Any, tmp_path: Path) -> None:
