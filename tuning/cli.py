@@ -52,6 +52,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     directory = arguments.recordings or bundle.path.with_name(f"{bundle.path.name}.tune")
     with terminal.status("Load the bundle …"):
         job = _job(arguments, bundle, directory)
+        console.quiet_libraries()  # diffusers sets its own level when it is imported
     budgets = budgets_of(arguments, job.steps, job.speed)
     if arguments.force:
         forget(directory)
