@@ -111,8 +111,15 @@ def record(
                 raise OutputError(f"{path} cannot be written ({error})", "make room") from error
         batches.append(tensors)
         advance(len(config.prompts))
-    joined = {name: torch.cat([batch[name] for batch in batches]) for name in ("start", "parts", "final")}
-    return Recorded(recordings=Recordings(**joined), timesteps=tuple(batches[0]["timesteps"].tolist()))
+    recordings = Recordings.joined([_as_recordings(number, batch) for number, batch in enumerate(batches)])
+    return Recorded(recordings=recordings, timesteps=tuple(batches[0]["timesteps"].tolist()))
+
+
+def _as_recordings(number: int, batch: dict[str, Tensor]) -> Recordings:
+    try:
+        return Recordings(start=batch["start"], parts=batch["parts"], final=batch["final"])
+    except SettingsError as error:
+        raise SettingsError(f"batch {number} of the prompts: {error.problem}", error.remedy) from error
 
 
 def _begin(directory: Path, run: RecordedRun) -> None:

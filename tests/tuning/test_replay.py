@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, PixArtSigmaPipeline
+from safetensors.torch import load_file, save_file
 
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.errors import SettingsError
@@ -82,6 +83,18 @@ def test_what_is_on_disk_is_not_recorded_again(pipe: Any, tmp_path: Path) -> Non
     assert len(calls) == 4  # the damaged batch's
     torch.testing.assert_close(again.recordings.parts, first.recordings.parts)
     assert again.timesteps == first.timesteps
+
+
+def test_a_batch_on_disk_that_is_not_finite_or_of_another_shape_is_named(pipe: Any, tmp_path: Path) -> None:
+    record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    path = tmp_path / "batch-0001.safetensors"
+    stored = load_file(path)
+    save_file(stored | {"final": stored["final"] / 0.0}, path)
+    with pytest.raises(SettingsError, match=r"batch 1 of the prompts: recordings \[0\] have infinities or NaNs"):
+        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    save_file(stored | {"parts": stored["parts"][:, :2]}, path)
+    with pytest.raises(SettingsError, match="recordings of 2 shapes"):
+        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
 
 
 def test_a_run_file_that_is_damaged_is_named(pipe: Any, tmp_path: Path) -> None:
