@@ -214,7 +214,7 @@ def _note_other_guidance(terminal: Console, settings: PruneSettings, guidance_sc
     if made_for is not None and made_for.guidance_scale != guidance_scale:
         terminal.print(
             f"[yellow]the schedule was tuned at --guidance-scale {made_for.guidance_scale:g}; at {guidance_scale:g} "
-            "its images differ more from the full run's[/]",
+            "its images may differ more from the full run's[/]",
             highlight=False,
         )
 
