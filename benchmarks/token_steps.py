@@ -36,9 +36,9 @@ class Images:
 
     def __init__(self, pipe: Any, config: GenerateConfig, timesteps: Sequence[float]) -> None:
         replay = Replay(pipe, [config], timesteps)  # begins the call, and breaks it off
-        engine, image = pipe.transformer.engine, pipe.transformer._sampling()._image.image
+        engine, session = pipe.transformer.engine, pipe.transformer._sampling().image.session
         self._session: StepSession = engine.session()
-        self._session.begin(image.dims, image.conditioning, timesteps)
+        self._session.begin(session._dims, session._inputs, timesteps)
         self._family: Family = engine.family
         self._timesteps, self._guidance = timesteps, config.guidance_scale
         self.sigmas: list[float] = replay.scheduler.sigmas.tolist()

@@ -4,7 +4,7 @@
       OnnxRuntimeStepEngine   the exported graphs; the default where there is no GPU
       TensorRTStepEngine      the plans; the default where there are some for the GPU
       TorchStepEngine         the intercepted module; the reference
-    StepSession    the memory of one image (or batch of images) in progress; one per thread
+    StepSession    the memory of one image (or batch of images) in progress: see `cat_pruning.engines.session_pool`
 
 A session allocates once per shape, and every step reads and writes the same memory: what can be bound is bound once,
 and on a GPU a step, its selection included, is captured and replayed as one launch (`cat_pruning.engines.cuda_graphs`).
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class StepEngine(ABC):
 
     @abstractmethod
     def session(self) -> StepSession:
-        """New memory over the same weights, for one thread."""
+        """New memory over the same weights, for one image at a time."""
 
     def base_weights(self) -> GraphWeights:
         """The weights of the export, which `set_weights` changes.
@@ -104,6 +104,7 @@ class StepSession(ABC):
         self._noise = torch.empty(0)  # the last output
         self._keep_indices: dict[int, Tensor] = {}  # (B, n) int32 by n
         self._last_kept: int | None = None  # n of the last step
+        self._streams: tuple[Any, Any] | None = None  # of CUDA: that its memory was allocated on, and last used on
         self._graphs = CudaGraphs()
         self._finite = FiniteCheck()
 
@@ -138,6 +139,7 @@ class StepSession(ABC):
                 raise ShapeError(f"{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
         needed = (dims, engine.device, engine.dtype)
         with ordinary_tensors(), self._memory_for(dims):
+            self._come_to_stream()
             if needed != self._allocated:
                 self._free()
                 self._allocate_all(dims)
@@ -179,6 +181,7 @@ class StepSession(ABC):
             )
         try:
             with ordinary_tensors(), self._memory_for(dims):
+                self._come_to_stream()
                 self._finite.poll()
                 if num_kept:
                     self._inputs[LATENTS].copy_(latents)
@@ -194,6 +197,21 @@ class StepSession(ABC):
         except BaseException:
             self.reset()  # the caches may be half updated
             raise
+
+    def free(self) -> None:
+        """Forget the image in progress and let go of all memory."""
+        self.reset()
+        self._free()
+
+    def has_memory_for(self, dims: StepDims) -> bool:
+        """Whether an image of these dimensions needs no new memory."""
+        return self._allocated == (dataclasses.replace(dims, num_kept=0), self.engine.device, self.engine.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it holds for images: inputs, outputs, caches."""
+        storages = (tensor.untyped_storage() for tensor in _tensors_in(list(vars(self).values())))
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def computed(self) -> Tensor:
@@ -228,9 +246,22 @@ class StepSession(ABC):
         else:
             body()
 
+    def _come_to_stream(self) -> None:
+        """Wait for what another thread launched, if that was on another stream; nothing else orders the two."""
+        if self.engine.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.engine.device)
+        if self._streams is None:
+            self._streams = stream, stream
+        elif self._streams[1] != stream:
+            self._streams[1].synchronize()
+            self._streams = self._streams[0], stream
+
     def _allocate_all(self, dims: StepDims) -> None:
         engine = self.engine
         family, device = engine.family, engine.device
+        self._streams = None
+        self._come_to_stream()
         try:
             self._noise = zeros(family.noise_shape(dims), engine.dtype, device)
             self._inputs = {
@@ -256,7 +287,12 @@ class StepSession(ABC):
             raise
 
     def _free(self) -> None:
-        """Let go of the memory, so that it is not held while other memory is allocated."""
+        """Let go of the memory, so that it is not held while other memory is allocated.
+
+        Torch gives it to the next who asks on the stream that it was allocated on, and knows of no other stream's use.
+        """
+        if self._streams is not None and self._streams[0] != self._streams[1]:
+            self._streams[1].synchronize()
         self._allocated = None
         self._graphs.clear()
         self._inputs, self._keep_indices, self._noise = {}, {}, torch.empty(0)
@@ -296,6 +332,16 @@ def enough_memory(device: torch.device, what: str, remedy: str) -> Iterator[None
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise EngineError(f"{device} has not enough memory for {what}: {reason}", remedy) from error
+
+
+def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors_in(list(value.values()))
+        elif isinstance(value, list):
+            yield from _tensors_in(value)
 
 
 def zeros(shape: Sequence[int | str], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from cat_pruning.runtime.calls import Call
 from cat_pruning.runtime.record import CallRecord
-from cat_pruning.runtime.streams import CallsOfImage
-from cat_pruning.runtime.timesteps import TimestepReader
+from cat_pruning.runtime.streams import CallsOfImage, Stream
+from cat_pruning.runtime.timesteps import NoiseLevel, TimestepReader
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.timeline import last_read, scheduled_step
+
+_MOST_IMAGES: Final = 2  # in progress on one thread: one, and another in a callback
 
 
 class CallSampling:
@@ -19,24 +21,24 @@ class CallSampling:
 
     A new image begins when the pipeline sets a new schedule, when the timestep turns back, and with the first call at
     a noise level that goes on from no call before, by its shapes, its arguments or its prompt: see `streams`. So an
-    image that was broken off leaves no trace in the next one.
+    image that was broken off leaves no trace in the next one, and an image amid another none in that.
 
     Attributes:
-        record: of the last call of the image in progress; None before the first.
+        record: of the last call; None before the first.
     """
 
     def __init__(self) -> None:
         self._timesteps = TimestepReader()
         self._settings: PruneSettings | None = None
         self._direction = 0.0  # of the timesteps of past images
-        self._image: CallsOfImage | None = None
+        self._images: list[CallsOfImage] = []  # the last one that was called first
         self.record: CallRecord | None = None
 
     def reset(self) -> None:
-        """Forget the image in progress."""
-        if self._image is not None:
-            self._direction = self._image.direction
-        self._image, self.record = None, None
+        """Forget the images in progress."""
+        for image in self._images[:1]:
+            self._direction = image.direction
+        self._images, self.record = [], None
 
     def compute(self, call: Call, settings: PruneSettings, full: Callable[[], Any]) -> Any:
         """The output of one call. Synchronises with a GPU where `TimestepReader.read` does.
@@ -55,33 +57,44 @@ class CallSampling:
         if settings is not self._settings and settings != self._settings:
             self.reset()
         self._settings = settings
-        timestep, is_new_schedule = self._timesteps.read(call.timestep)
-        image = None if is_new_schedule else self._image
-        stream = image.stream_of(call, timestep) if image is not None else None
+        level = self._timesteps.read(call.timestep)
+        image, stream = self._known(call, level) or self._begin(call, level)
         try:
-            if image is None or stream is None:
-                image = self._begin(call.precision)
-                stream = image.begin(call, timestep)
             number = self._number(image, call.precision)
             row = stream.row(scheduled_step(number, image.timesteps, settings))
-            self.record = CallRecord(step=number, row=row, timestep=timestep)
+            self.record = CallRecord(step=number, row=row, timestep=level.timestep)
             if row.kind is StepKind.FORECAST:
                 return stream.forecast(row)
             output = full()
             stream.keep(number, output, last_read(number, settings))
             return output
         except BaseException:
-            self.reset()
+            self._images.remove(image)
+            self.record = None
             raise
 
-    def _begin(self, precision: float) -> CallsOfImage:
+    def _known(self, call: Call, level: NoiseLevel) -> tuple[CallsOfImage, Stream] | None:
+        """The image and the stream that a call goes on with, the first one from now on."""
+        for image in self._images:
+            is_other = None not in (level.schedule, image.level.schedule) and level.schedule is not image.level.schedule
+            stream = None if is_other else image.stream_of(call, level.timestep)
+            if stream is not None:
+                image.level = level
+                self._images.remove(image)
+                self._images.insert(0, image)
+                return image, stream
+        return None
+
+    def _begin(self, call: Call, level: NoiseLevel) -> tuple[CallsOfImage, Stream]:
         assert self._settings is not None
-        self.reset()
-        expected = self._timesteps.schedule
         if self._settings.schedule is not None:
-            self._settings.schedule.check_timesteps(expected, precision)
-        self._image = CallsOfImage(expected[-1] - expected[0] if expected else self._direction)
-        return self._image
+            self._settings.schedule.check_timesteps(level.expected, call.precision)
+        for image in self._images[:1]:
+            self._direction = image.direction
+        expected = level.expected
+        image = CallsOfImage(level, expected[-1] - expected[0] if expected else self._direction)
+        self._images = [image, *(before for before in self._images if not before.is_over)][:_MOST_IMAGES]
+        return image, image.begin(call, level.timestep)
 
     def _number(self, image: CallsOfImage, precision: float) -> int:
         assert self._settings is not None

@@ -57,6 +57,10 @@ class Outputs(History):
         super().__init__()
         self._family = family
 
+    def take_rows(self, rows: slice) -> None:
+        """Go on with some rows of the batch."""
+        self._outputs = {number: output[rows] for number, output in self._outputs.items()}
+
     def of(self, noise: Tensor, step: ScheduledStep, keep_indices: Tensor, negative: Tensor | None = None) -> Tensor:
         """The output of a step. Does not synchronise.
 

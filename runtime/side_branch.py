@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cat_pruning.engines.step_engine import StepSession
+from cat_pruning.engines.session_pool import Lease, SessionPool
+from cat_pruning.engines.step_engine import ordinary_tensors
 from cat_pruning.runtime.image import Image, every_token
 from cat_pruning.runtime.outputs import Outputs
 from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.timesteps import NoiseLevel
 from cat_pruning.schedule import FULL_STEP
 from cat_pruning.step_io import LATENTS
 
@@ -20,57 +22,92 @@ class SideBranch:
 
     They are at the image's noise level, for its last rows, and get the tokens of its step, but caches of their own. A
     branch whose caches are not of the step before computes every token. What the image does is not changed by them.
+
+    Args:
+        pool: lends it a session.
+        is_kept: whether that is lent until it is given back.
+
+    Attributes:
+        lease: of its session; None before the first call.
+        num_levels: how many noise levels it was called at since it began.
     """
 
-    def __init__(self, session: StepSession) -> None:
-        self.session = session
-        self._outputs = Outputs(session.engine.family)
-        self.reset()
+    def __init__(self, pool: SessionPool, *, is_kept: bool = False) -> None:
+        self._pool, self._is_kept = pool, is_kept
+        self._outputs = Outputs(pool.engine.family)
+        self.lease: Lease | None = None
+        self._forget()
 
-    def reset(self) -> None:
-        """Forget the image."""
-        self.session.reset()
+    def _forget(self) -> None:
         self._outputs.reset()
         self._image: Image | None = None
         self._noise = torch.empty(0)  # every token's as it was last computed
         self._skipped: tuple[int, ...] = ()
         self._last_step: int | None = None
+        self.num_levels = 0
+
+    def holds(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> bool:
+        """Whether a call has the shapes and the conditioning of its last one: see `Image.difference`."""
+        return self._image is not None and self._image.difference(level, latents, arguments) is None
 
     def call(
         self,
+        level: NoiseLevel,
         latents: Tensor,
-        timestep: float,
         arguments: Mapping[str, Tensor],
         skip_layers: tuple[int, ...],
         step: StepRecord | None,
-        timesteps: Sequence[float],
+        expected: Sequence[float],
         last_read: float,
     ) -> Tensor:
-        """Compute one call.
+        """Compute one call. After a failure it begins anew.
 
         Args:
-            latents: as for `Sampling.call`.
-            timestep: its value.
-            arguments: as for `Sampling.call`.
+            level: as for `ImageInProgress.call`.
+            latents: as for `ImageInProgress.call`.
+            arguments: as for `ImageInProgress.call`.
             skip_layers: blocks that it leaves out.
             step: what the image computes at this timestep; None if it does not.
-            timesteps: those that are expected.
+            expected: the timesteps that will come.
             last_read: the image's last step that reads this one.
         """
-        if self._image is None or self._skipped != skip_layers or not self._image.holds(latents, arguments):
-            self._begin(latents, arguments, skip_layers, timesteps)
+        try:
+            with ordinary_tensors():
+                return self._call(level, latents, arguments, skip_layers, step, expected, last_read)
+        except BaseException:
+            self._forget()
+            raise
+        finally:
+            if self.lease is not None:
+                self.lease.rest()
+
+    def _call(
+        self,
+        level: NoiseLevel,
+        latents: Tensor,
+        arguments: Mapping[str, Tensor],
+        skip_layers: tuple[int, ...],
+        step: StepRecord | None,
+        expected: Sequence[float],
+        last_read: float,
+    ) -> Tensor:
+        if self.lease is not None and not self.lease.resume():
+            self.lease = None
+        is_going_on = self.lease is not None and self._skipped == skip_layers and self.holds(level, latents, arguments)
+        if not is_going_on:
+            self._begin(level, latents, arguments, skip_layers, expected)
         assert self._image is not None
+        assert self.lease is not None
+        self.num_levels += level.timestep != self._image.level.timestep or not self.num_levels
+        self._image.level = level
         rows = latents.shape[0]
         if step is not None and self._follows(step, rows):
             tokens, row = step.keep_indices[-rows:], step.row
         else:
             tokens, row = every_token(latents, int(self._image.dims.num_tokens)), FULL_STEP
-        try:
-            if tokens.shape[1]:
-                self._noise = self.session.step(self.session.to_engine(LATENTS, latents), timestep, tokens)
-        except BaseException:
-            self.reset()
-            raise
+        if tokens.shape[1]:
+            session = self.lease.session
+            self._noise = session.step(session.to_engine(LATENTS, latents), level.timestep, tokens)
         self._last_step = step.step if step else None
         output = self._outputs.of(self._noise, row, tokens)
         if step is not None and tokens.shape[1]:
@@ -84,15 +121,20 @@ class SideBranch:
 
     def _begin(
         self,
+        level: NoiseLevel,
         latents: Tensor,
         arguments: Mapping[str, Tensor],
         skip_layers: tuple[int, ...],
-        timesteps: Sequence[float],
+        expected: Sequence[float],
     ) -> None:
-        self.reset()
-        engine, image = self.session.engine, Image(self.session, latents, arguments)
-        conditioning = image.conditioning
+        self._forget()
+        family = self._pool.engine.family
+        image = Image(family, latents, arguments, level)
+        if self.lease is None:
+            self.lease = self._pool.take(image.dims, image.is_over, is_kept=self._is_kept)
+        self.lease.is_over = image.is_over
+        conditioning = family.conditioning(arguments, image.grid)
         if skip_layers:
-            conditioning = engine.family.without_layers(conditioning, skip_layers)
-        self.session.begin(image.dims, conditioning, timesteps)
+            conditioning = family.without_layers(conditioning, skip_layers)
+        self.lease.session.begin(image.dims, conditioning, expected)
         self._image, self._skipped = image, skip_layers

@@ -29,6 +29,7 @@ from torch import Tensor
 from cat_pruning.runtime.calls import Call
 from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.outputs import History, mapped
+from cat_pruning.runtime.timesteps import NoiseLevel
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
 
 
@@ -98,16 +99,25 @@ class CallsOfImage:
     """One image in progress: its noise levels and its streams.
 
     Args:
+        level: of its first call.
         direction: of a sign that a step from one timestep to the next has too; 0: not known.
 
     Attributes:
+        level: of its last call.
         timesteps: of its levels so far.
     """
 
-    def __init__(self, direction: float) -> None:
+    def __init__(self, level: NoiseLevel, direction: float) -> None:
+        self.level = level
         self.timesteps: list[float] = []
         self._direction = _sign(direction)
         self._streams: list[Stream] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no call of it can come, as far as its schedule tells."""
+        schedule = self.level.schedule
+        return self.level.is_last or (schedule is not None and schedule.is_gone)
 
     @property
     def direction(self) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.engines.session_pool import SessionPool
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import CheckpointError, SettingsError, ShapeError
@@ -22,6 +23,7 @@ from cat_pruning.installation import check_platform
 from cat_pruning.runtime.adapter_methods import AdapterMethods
 from cat_pruning.runtime.adapters import Adapters
 from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.handle import ImageHandle
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.whole import WholeTransformer
@@ -34,14 +36,16 @@ MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt
 class CatTransformer(AdapterMethods, nn.Module):
     """A diffusers transformer that computes only the tokens worth computing (Cheng, Chen, Jia 2025).
 
-    Put it in the place of `pipe.transformer`; the pipeline and its scheduler stay as they are. Every thread that
-    calls it has an image of its own in progress; the weights are shared. Every instance is a `ModelMixin` of diffusers.
+    Put it in the place of `pipe.transformer`; the pipeline and its scheduler stay as they are. Whose image a call is of
+    is seen from the call and its thread (`cat_pruning.runtime.sampling`), or said: see `image`. The weights are shared.
+    Every instance is a `ModelMixin` of diffusers.
 
         pipe.transformer = CatTransformer.from_model(pipe.transformer, PruneSettings(keep_ratio=0.3))
 
     Attributes:
         engine: the step engine.
         adapters: those that are loaded, of this and every copy of it.
+        sessions: the memory of images in progress, of this and every copy of it: `sessions.max_sessions = 4` bounds it.
     """
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
@@ -59,6 +63,7 @@ class CatTransformer(AdapterMethods, nn.Module):
         self.engine = engine
         self.settings = settings or PruneSettings()
         self.adapters = Adapters(engine)
+        self.sessions = SessionPool(engine)
         self.config = FrozenDict(engine.family.config)
         self._threads = threading.local()
         if isinstance(engine, TorchStepEngine):
@@ -145,10 +150,13 @@ class CatTransformer(AdapterMethods, nn.Module):
 
     @settings.setter
     def settings(self, settings: PruneSettings) -> None:
+        self._check_schedule(settings)
+        self._settings = settings
+
+    def _check_schedule(self, settings: PruneSettings) -> None:
         family = self.engine.family
         if settings.schedule is not None:
             settings.schedule.check_model(family.transformer_class, family.config)
-        self._settings = settings
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,9 +173,27 @@ class CatTransformer(AdapterMethods, nn.Module):
         """What this thread's last call computed; None before the first."""
         return self._sampling().record
 
+    def image(self, settings: PruneSettings | None = None) -> ImageHandle:
+        """Begin an image whose calls say so, for loops of your own; any number of them, on one thread or many.
+
+        Args:
+            settings: of this image; by default the transformer's.
+
+        Raises:
+            ScheduleError: the settings' schedule was fitted to another model.
+        """
+        if settings is not None:
+            self._check_schedule(settings)
+        return ImageHandle(self, self.sessions, settings or self.settings)
+
     def reset(self) -> None:
-        """Forget this thread's image in progress. Pipelines need not call it: a new image is recognised."""
+        """Forget this thread's images in progress. Pipelines need not call it: a new image is recognised."""
         self._sampling().reset()
+
+    def release(self) -> None:
+        """Forget this thread's images in progress, and free the memory that no image needs any more."""
+        self.reset()
+        self.sessions.release()
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -204,6 +230,33 @@ class CatTransformer(AdapterMethods, nn.Module):
             ShapeError: a size that the patch size does not divide, that the position table does not hold, or
                 with fewer tokens than clusters.
         """
+        sampling = self._sampling()
+        if sampling.settings is not self.settings and sampling.settings != self.settings:
+            sampling.settings = self.settings
+            sampling.reset()
+        context = getattr(self._threads, "context", MAIN_CONTEXT)
+        return self.compute(
+            sampling,
+            context,
+            hidden_states,
+            timestep=timestep,
+            skip_layers=skip_layers,
+            return_dict=return_dict,
+            **arguments,
+        )
+
+    def compute(
+        self,
+        images: Sampling | ImageHandle,
+        context: str,
+        hidden_states: Tensor,
+        *,
+        timestep: Tensor | None = None,
+        skip_layers: Sequence[int] | None = None,
+        return_dict: bool = True,
+        **arguments: Any,
+    ) -> Any:
+        """One call, of a thread's images or of one that a handle is for: see `forward`."""
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         if not isinstance(timestep, Tensor):
@@ -213,23 +266,17 @@ class CatTransformer(AdapterMethods, nn.Module):
         if skip_layers is not None and not isinstance(skip_layers, Sequence):
             raise SettingsError(f"skip_layers: expected a list of blocks, got {skip_layers!r}")
         conditioning = self._conditioning(arguments)
-        sampling = self._sampling()
-        if sampling.settings is not self.settings and sampling.settings != self.settings:
-            sampling.settings = self.settings
-            sampling.reset()
-        context = getattr(self._threads, "context", MAIN_CONTEXT)
         if context == MAIN_CONTEXT and skip_layers is None:
-            noise = sampling.call(hidden_states, timestep, conditioning)
+            noise = images.call(hidden_states, timestep, conditioning)
         else:
             branch = context if skip_layers is None else f"{context} without layers"
-            skipped = tuple(skip_layers or ())
-            noise = sampling.call_beside(branch, hidden_states, timestep, conditioning, skipped)
+            noise = images.call_beside(branch, hidden_states, timestep, conditioning, tuple(skip_layers or ()))
         noise = noise.to(hidden_states)
         return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
 
     def _sampling(self) -> Sampling:
         if not hasattr(self._threads, "sampling"):
-            self._threads.sampling = Sampling(self.engine.session(), self.settings)
+            self._threads.sampling = Sampling(self.sessions, self.settings)
         return self._threads.sampling  # type: ignore[no-any-return]
 
     def _conditioning(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -249,9 +296,9 @@ class CatTransformer(AdapterMethods, nn.Module):
         return tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CatTransformer:
-        """A transformer with an image of its own in progress, over the same weights."""
+        """A transformer with images of its own in progress, over the same weights and within the same bound."""
         copy = type(self)(self.engine, self.settings)
-        copy.adapters = self.adapters
+        copy.adapters, copy.sessions = self.adapters, self.sessions
         return copy
 
     def extra_repr(self) -> str:

@@ -37,7 +37,7 @@ class Replay:
     checked when the runs were recorded.
 
     Args:
-        pipe: a pipeline with a `CatTransformer`; its settings are changed to compute everything.
+        pipe: a pipeline with a `CatTransformer`.
         configs: the calls.
         timesteps: the transformer's, one a step.
 
@@ -57,7 +57,6 @@ class Replay:
 
         R is the number of all prompts, or of those of the first calls.
         """
-        self._pipe.transformer.settings = self._settings
         outputs, first = [], 0
         for config, call in zip(self._configs, self._calls, strict=True):
             if first == len(latents):
@@ -72,7 +71,8 @@ class Replay:
         like = call.latents
         rows = torch.cat([latents] * call.rows).to(like.device, like.dtype)
         timestep = torch.full_like(call.timestep, self._timesteps[step])
-        noise = self._pipe.transformer(hidden_states=rows, timestep=timestep, **call.arguments)[0]
+        with self._pipe.transformer.image(self._settings) as image:
+            noise = image(rows, timestep=timestep, **call.arguments)[0]
         return parts_of(noise, latents, config.guidance_scale)
 
     def _begun(self, config: GenerateConfig) -> _Call:

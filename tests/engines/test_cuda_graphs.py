@@ -68,7 +68,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def captured(pipe: Any) -> int:
-    graphs = pipe.transformer._sampling().session._graphs
+    graphs = pipe.transformer._sampling().image.session._graphs
     assert graphs._failures == 0
     return int(graphs.num_captured)
 

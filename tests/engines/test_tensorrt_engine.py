@@ -187,7 +187,7 @@ def test_a_device_that_is_out_of_memory(
 ) -> None:
     pipe = drop_in(make_tensorrt())
     expected = sample(pipe, STEPS)
-    session = pipe.transformer._sampling().session
+    session = pipe.transformer._sampling().image.session
 
     def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
@@ -249,11 +249,12 @@ def test_another_keep_ratio_is_told_at_once(make_tensorrt: Make, drop_in: Any, s
     """Not after the full steps, and what was there for the last image still is."""
     pipe = drop_in(make_tensorrt(), keep_ratio=0.3)
     expected = sample(pipe, STEPS)
+    session = pipe.transformer._sampling().image.session
     steps: list[int] = []
     pipe.transformer.settings = pipe.transformer.settings.replace(keep_ratio=0.5)
     with pytest.raises(ShapeError, match=r"keep_indices has shape \(2, 32\)"):
         sample(pipe, STEPS, on_step=steps.append)
     assert steps == []
-    assert pipe.transformer._sampling().session._noise.numel()
+    assert session._noise.numel()
     pipe.transformer.settings = pipe.transformer.settings.replace(keep_ratio=0.3)
     assert torch.equal(sample(pipe, STEPS).final, expected.final)

@@ -23,7 +23,7 @@ Make = Callable[..., CatTransformer]
 
 
 def captured(transformer: CatTransformer) -> int:
-    graphs = transformer._sampling().session._graphs
+    graphs = transformer._sampling().image.session._graphs
     assert graphs._failures == 0
     return graphs.num_captured
 
@@ -162,7 +162,7 @@ def test_an_image_that_does_not_fit(
 ) -> None:
     transformer = make(device)
     expected = sample(transformer)
-    engine, session = transformer.engine, transformer._sampling().session
+    engine, session = transformer.engine, transformer._sampling().image.session
     dims = engine.family.dims((16, 16), batch=2**20, text_length=48, num_kept=0)
     shapes = engine.family.input_shapes(dims)
     nothing = torch.zeros(())
@@ -181,6 +181,7 @@ def test_a_step_that_does_not_fit(
     """Its caches do, and what it computes between them does not."""
     transformer = make(device)
     expected = sample(transformer)
+    session = transformer._sampling().image.session
     original = TorchSession._run
 
     def run(session: TorchSession, keep_indices: torch.Tensor) -> None:
@@ -193,7 +194,7 @@ def test_a_step_that_does_not_fit(
         with pytest.raises(EngineError, match="not enough memory for an image of 12x20 latents and 2 rows"):
             sample(transformer, size=(12, 20))
     assert TorchSession._run is original
-    assert not transformer._sampling().session._caches  # type: ignore[attr-defined]
+    assert not session._caches
     assert_same_image(sample(transformer), expected, exact=device.type == "cpu")
 
 

@@ -151,7 +151,7 @@ def test_plans_are_refitted(
     with_one = final(sample, pipe)
     torch.testing.assert_close(with_one, expected["one"], rtol=0, atol=ROUNDING)
     if captures:
-        assert pipe.transformer._sampling().session._graphs.num_captured
+        assert pipe.transformer._sampling().image.session._graphs.num_captured
     pipe.load_lora_weights(two, adapter_name="two")
     assert not torch.equal(final(sample, pipe), with_one)
     pipe.set_adapters("one")

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.callbacks import SD3CFGCutoffCallback
 from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.runtime.selection import kmeans, selection
+from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import Schedule
 
 Make = Callable[..., Any]
@@ -146,3 +148,38 @@ def test_full_steps_of_a_table_are_full(engine: StepEngine, drop_in: Make, sampl
     assert run.kinds == "FFFPFPP"
     assert torch.equal(run.latents[3], by_rule.latents[3])
     assert not torch.equal(run.latents[4], by_rule.latents[4])
+
+
+def test_guidance_that_a_callback_cuts_off(engine: StepEngine, drop_in: Make, pipeline: Make) -> None:
+    """diffusers' own callback: the batch shrinks to the prompt's rows amid the image, which began anew."""
+    kinds: list[str] = []
+
+    def image(pipe: Any) -> Tensor:
+        after = SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=5)
+
+        def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            if isinstance(pipe.transformer, CatTransformer) and pipe.transformer.last_step is not None:
+                kinds.append(pipe.transformer.last_step.kind.value[0].upper())
+            changed: dict[str, Any] = after.callback_fn(pipe, step, timestep, tensors)
+            return changed
+
+        result: Tensor = pipe(
+            "a large blue star",
+            height=64,
+            width=64,
+            num_inference_steps=9,
+            generator=torch.Generator().manual_seed(0),
+            max_sequence_length=24,
+            output_type="latent",
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=["latents", *after.tensor_inputs],
+        ).images
+        return result
+
+    expected = image(pipeline())
+    whole = image(drop_in(engine, keep_ratio=1.0, full_steps=3, num_clusters=6))
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4)
+    kinds.clear()
+    pruned = image(drop_in(engine, keep_ratio=0.4, full_steps=3, num_clusters=6))
+    assert "".join(kinds) == "FFFPPP" + "FPP"
+    assert (pruned - expected).norm() < 0.5 * expected.norm()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cat_pruning.runtime.sampling import ImageInProgress
+from cat_pruning.runtime.image_in_progress import ImageInProgress
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -34,7 +34,7 @@ def draw(transformer: CatTransformer) -> Draw:
             for timestep in TIMESTEPS.clone():
                 latents = torch.randn(1, 4, side, side, generator=generator)
                 transformer(latents, timestep=timestep, encoder_hidden_states=text, pooled_projections=pooled)
-        kept = transformer._sampling()._image
+        kept = transformer._sampling().image
         assert kept is not None
         assert [kept.record and kept.record.step, len(kept.timesteps)] == [3, 4]
         return kept

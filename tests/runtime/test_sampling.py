@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cat_pruning.engines.session_pool import SessionPool
 from cat_pruning.engines.step_engine import StepEngine, StepSession
 from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.sampling import Sampling
@@ -60,14 +61,16 @@ class NoiseSession(StepSession):
 @pytest.fixture
 def sessions(engines: dict[str, StepEngine], monkeypatch: pytest.MonkeyPatch) -> list[NoiseSession]:
     """Those that the engine made: the image's first, then one for every side branch."""
-    made: list[NoiseSession] = []
+    made: list[NoiseSession] = [NoiseSession(engines["torch"])]
+    waiting = list(made)
 
     def make() -> NoiseSession:
+        if waiting:
+            return waiting.pop()
         made.append(NoiseSession(engines["torch"]))
         return made[-1]
 
     monkeypatch.setattr(engines["torch"], "session", make)
-    make()
     return made
 
 
@@ -123,7 +126,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
 def test_the_timeline(
     session: NoiseSession, conditioning: dict[str, Tensor], spied: dict[str, list[tuple[Any, ...]]]
 ) -> None:
-    sampling = Sampling(session, SETTINGS)
+    sampling = Sampling(SessionPool(session.engine), SETTINGS)
     assert run(sampling, conditioning) == "FFFFPPPPPP"
     tokens = [session.engine.family.noise_tokens(noise) for noise in session.noises]
     both = torch.tensor([1, 1])  # the conditional row is both rows' guide
@@ -153,7 +156,7 @@ def test_full_steps_of_a_table_count_for_every_token(
     session: NoiseSession, conditioning: dict[str, Tensor], spied: dict[str, list[tuple[Any, ...]]]
 ) -> None:
     table = Schedule.of(10, (0, 1, 2, 3, 4, 6), pruned=(5, 7, 8, 9))
-    sampling = Sampling(session, SETTINGS.replace(schedule=table))
+    sampling = Sampling(SessionPool(session.engine), SETTINGS.replace(schedule=table))
     assert run(sampling, conditioning) == "FFFFFPFPPP"
     assert [kept.shape[1] for kept in session.kept] == [64] * 5 + [25] + [64] + [25] * 3
     tokens = [session.engine.family.noise_tokens(noise) for noise in session.noises]
@@ -165,13 +168,13 @@ def test_full_steps_of_a_table_count_for_every_token(
 
 
 def test_a_new_image_begins(session: NoiseSession, conditioning: dict[str, Tensor]) -> None:
-    sampling = Sampling(session, SETTINGS)
+    sampling = Sampling(SessionPool(session.engine), SETTINGS)
     assert run(sampling, conditioning, TIMESTEPS[:6]) == "FFFFPP"
     assert run(sampling, conditioning, TIMESTEPS[:6]) == "FFFFPP"  # the timestep went up
     assert run(sampling, conditioning, TIMESTEPS.clone()[7:]) == "FFF"  # a new schedule, the timestep went down
     assert run(sampling, conditioning, TIMESTEPS[:6]) == "FFFFPP"
-    other = {name: tensor.clone() for name, tensor in conditioning.items()}
-    assert run(sampling, other, TIMESTEPS[6:]) == "FFFF"  # other conditioning
+    other = {name: tensor + 1 for name, tensor in conditioning.items()}
+    assert run(sampling, other, TIMESTEPS[6:9]) == "FFF"  # other conditioning
     other["pooled_projections"].add_(1)
     assert run(sampling, other, TIMESTEPS[9:]) == "F"  # written to
     assert sampling.record is not None
@@ -181,7 +184,7 @@ def test_a_new_image_begins(session: NoiseSession, conditioning: dict[str, Tenso
 def test_a_step_that_failed_to_begin_leaves_no_trace(
     session: NoiseSession, conditioning: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampling = Sampling(session, SETTINGS)
+    sampling = Sampling(SessionPool(session.engine), SETTINGS)
     run(sampling, conditioning, TIMESTEPS[:4])
     with monkeypatch.context() as patch:
         patch.setattr(selection, "first_selection", lambda *arguments: 1 / 0)
@@ -191,7 +194,7 @@ def test_a_step_that_failed_to_begin_leaves_no_trace(
 
 
 def test_the_clusters_are_recorded(session: NoiseSession, conditioning: dict[str, Tensor]) -> None:
-    sampling = Sampling(session, SETTINGS)
+    sampling = Sampling(SessionPool(session.engine), SETTINGS)
     run(sampling, conditioning, TIMESTEPS[:4])
     assert sampling.record is not None
     assert sampling.record.cluster_ids is None
@@ -202,7 +205,7 @@ def test_the_clusters_are_recorded(session: NoiseSession, conditioning: dict[str
 
 
 def test_an_image_begins_once_and_expects_its_schedule(session: NoiseSession, conditioning: dict[str, Tensor]) -> None:
-    sampling = Sampling(session, SETTINGS)
+    sampling = Sampling(SessionPool(session.engine), SETTINGS)
     run(sampling, conditioning)
     run(sampling, conditioning, TIMESTEPS[3:])
     assert session.expected == [TIMESTEPS.tolist()] * 2
@@ -213,7 +216,7 @@ def test_timesteps_that_come_one_by_one_are_expected_again(
     session: NoiseSession, conditioning: dict[str, Tensor]
 ) -> None:
     """As FluxPipeline's, which are no views of a schedule."""
-    sampling = Sampling(session, SETTINGS)
+    sampling = Sampling(SessionPool(session.engine), SETTINGS)
     for steps in (4, 4, 2, 3):
         for timestep in TIMESTEPS[:steps]:
             sampling.call(latents(), timestep.clone(), conditioning)

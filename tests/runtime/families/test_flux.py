@@ -197,3 +197,80 @@ def test_image_to_image(models: Make, engine: str, sample: Make) -> None:
     unpruned = sample(model.drop_in(engine, pipeline_class=FluxImg2ImgPipeline, **SETTINGS), 12, SIZE, **weak)
     assert unpruned.kinds == "FFFF"
     torch.testing.assert_close(unpruned.final, expected.final, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "tokens"),
+    [
+        ([1.0, 0.8, 0.8, 0.6, 0.4, 0.2], [48, 48, 48, 19, 19, 19]),  # twice the same: one step, as Heun's two calls
+        ([0.2, 0.4, 0.6, 0.8, 1.0], [48] * 5),  # rising: every one begins an image
+        ([1.0, 0.5, 0.7, 0.3, 0.1], [48, 48, 48, 48, 19]),  # turns back once
+    ],
+)
+def test_unusual_sigmas(
+    models: Make, sample: Make, computed: list[Tensor], sigmas: list[float], tokens: list[int]
+) -> None:
+    model, steps = models("flux-tiny"), len(sigmas)
+    expected = sample(model.pipeline(), steps, SIZE, sigmas=sigmas)
+    settings = SETTINGS | {"full_steps": 2}
+    whole = sample(model.drop_in("torch", **settings | {"keep_ratio": 1.0}), steps, SIZE, sigmas=sigmas)
+    assert torch.equal(whole.final, expected.final)
+    computed.clear()
+    sample(model.drop_in("torch", **settings), steps, SIZE, sigmas=sigmas)
+    assert [chosen.shape[1] for chosen in computed] == tokens
+
+
+def test_a_negative_prompt_that_is_the_prompt(models: Make, sample: Make, computed: list[Tensor]) -> None:
+    """The very same tensors: without a context the second call looks like Heun's, and is computed again."""
+    model = models("flux-tiny")
+    with torch.no_grad():
+        embeds, pooled, _ = model.pipeline().encode_prompt(PROMPTS[0], None, device="cpu", max_sequence_length=24)
+    arguments = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "true_cfg_scale": 3.0}
+    arguments |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled, "strength": 1.0}
+    arguments["image"] = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    expected = sample(model.pipeline(None, None, FluxImg2ImgPipeline), STEPS, SIZE, **arguments)
+    whole = model.drop_in("torch", None, FluxImg2ImgPipeline, **SETTINGS | {"keep_ratio": 1.0})
+    assert torch.equal(sample(whole, STEPS, SIZE, **arguments).final, expected.final)
+    computed.clear()
+    run = sample(model.drop_in("torch", None, FluxImg2ImgPipeline, **SETTINGS), STEPS, SIZE, **arguments)
+    assert run.kinds == KINDS
+    assert [chosen.shape[1] for chosen in computed] == [48] * 8 + [19] * 12
+
+
+def test_handles_in_turn(models: Make) -> None:
+    """ONNX Runtime's sessions and torch's, by handles: as if alone."""
+    model = models("flux-tiny")
+    generator = torch.Generator().manual_seed(0)
+    config = model.transformer.config
+    ids = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(3.0), indexing="ij"), -1)
+    prompts = [
+        {
+            "encoder_hidden_states": torch.randn(1, 8, config.joint_attention_dim, generator=generator),
+            "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
+            "guidance": torch.tensor([3.5]),
+            "txt_ids": torch.zeros(8, 3),
+            "img_ids": ids.view(-1, 3),
+        }
+        for _ in range(3)
+    ]
+    starts = [torch.randn(1, 12, config.in_channels, generator=generator) for _ in range(3)]
+
+    def images(transformer: Any, numbers: list[int]) -> list[Tensor]:
+        handles, latents = {number: transformer.image() for number in numbers}, dict(enumerate(starts))
+        for timestep in torch.linspace(1, 0.1, 6):
+            for number, image in handles.items():
+                with torch.no_grad():
+                    noise = image(latents[number], timestep=timestep.expand(1), **prompts[number]).sample
+                latents[number] = latents[number] - noise / 6
+        for image in handles.values():
+            assert image.last_step.num_kept == 4
+            image.close()
+        return [latents[number] for number in numbers]
+
+    for engine, tolerance in (("torch", 0.0), ("onnxruntime", 1e-5)):
+        transformer = model.drop_in(engine, keep_ratio=0.4, full_steps=2, num_clusters=3).transformer
+        together = images(transformer, [0, 1, 2])
+        alone = [images(transformer, [number])[0] for number in range(3)]
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+        assert transformer.sessions.num_sessions == 3
