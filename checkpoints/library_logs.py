@@ -31,5 +31,6 @@ def quiet_diffusers(*, errors: bool = True) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of an error's message, with the next where it ends in a colon; its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cat_pruning.bundle.schema import LoraSpec
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.errors import CheckpointError, SettingsError
 from cat_pruning.families import family_of
+from cat_pruning.finite import first_not_finite, is_finite
 from cat_pruning.imports import importing
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,9 @@ _KINDS = re.compile(
 )
 _HALVES = [("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")]
 _HALVES += [(other, one) for one, other in _HALVES]
+_FIRST, _SECOND = (".lora_A.weight", "down.weight"), (".lora_B.weight", "up.weight")
 _PEFT_PREFIX = "base_model.model."
+_PEFT_WEIGHTS = "adapter_model.safetensors"
 _NOT_OF_AN_ADAPTER = ("task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "peft_version")
 
 
@@ -57,8 +61,8 @@ def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:
     with a warning.
 
     Raises:
-        CheckpointError: PEFT is not installed, or an adapter is missing, unreadable, damaged, or of another model, be
-            it in part.
+        CheckpointError: PEFT is not installed; an adapter is missing, unreadable, damaged, or of another model, be it
+            in part; or what it makes of a weight overflows the weight's dtype.
     """
     for lora in loras:
         try:
@@ -81,12 +85,17 @@ def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
 
     path = Path(lora.path)
     if (path / "adapter_config.json").is_file():
-        check_adapter(read_peft_directory(path)[0], transformer)
-        adapted = peft.PeftModel.from_pretrained(transformer, str(path))
+        weights = read_peft_directory(path)[0]
+        check_adapter(weights, transformer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what `_check_layers` refuses
+            adapted = peft.PeftModel.from_pretrained(transformer, str(path))
+        _check_layers(weights, adapted.base_model.model)
         for module in adapted.modules():
             if isinstance(module, peft.tuners.lora.LoraLayer):
                 module.set_scale("default", lora.scale)
         merged: nn.Module = adapted.merge_and_unload()
+        _check_fused(weights, merged)
         return merged
     if not path.is_file():
         raise FileNotFoundError("no such file, and no directory with adapter_config.json")
@@ -95,10 +104,12 @@ def _fuse(transformer: Any, lora: LoraSpec) -> nn.Module:
         raise ValueError("diffusers loads no LoRA files for this class; a PEFT directory works")
     weights, alphas, metadata = _read(path, getattr(diffusers.loaders, lora_loader))
     _check(weights, transformer)
+    names = [name.removeprefix(_PREFIX) for name in weights]  # diffusers empties the dictionary
     # Its own metadata says what the alphas would, and diffusers takes one of them only.
     transformer.load_lora_adapter(weights, network_alphas=None if metadata else alphas, metadata=metadata)
     transformer.fuse_lora(lora_scale=lora.scale)
     transformer.unload_lora()
+    _check_fused(names, transformer)
     return transformer  # type: ignore[no-any-return]
 
 
@@ -129,7 +140,7 @@ def _check(weights: dict[str, Tensor], transformer: nn.Module) -> None:
 
 
 def check_adapter(weights: Mapping[str, Tensor], transformer: nn.Module) -> None:
-    """That every weight is of a module of `transformer`, finite, and has its other half; diffusers leaves out the rest.
+    """That every weight is of a module of `transformer`, finite, and fits its other half; diffusers drops the rest.
 
     Args:
         weights: by the names of their modules in `transformer`.
@@ -140,25 +151,52 @@ def check_adapter(weights: Mapping[str, Tensor], transformer: nn.Module) -> None
     """
     modules = {name.replace(".base_layer", ""): module for name, module in transformer.named_modules()}
     for name, weight in weights.items():
-        if _ADAPTED.split(name)[0] not in modules:
+        if _module_of(name) not in modules:
             raise ValueError(f"its {name} belongs to no module of the model")
-        if not torch.isfinite(weight).all():
+        if not weight.is_floating_point():
+            raise ValueError(f"its {name} is of {weight.dtype}")
+        if not is_finite(weight):
             raise ValueError(f"its {name} is not finite")
         if _KINDS.search(name) is None:
             raise ValueError(f"its {name} is of no kind that can be loaded")
         if (other := _other_half(name)) is not None and other not in weights:
-            raise ValueError(f"its {name} has no {other.rpartition(_ADAPTED.split(name)[0])[2].removeprefix('.')}")
-        _check_shape(name, weight, getattr(modules[_ADAPTED.split(name)[0]], "weight", None))
+            raise ValueError(f"its {name} has no {other.rpartition(_module_of(name))[2].removeprefix('.')}")
+        _check_shape(name, weight, getattr(modules[_module_of(name)], "weight", None))
+        if other is not None and name.endswith(_FIRST) and weight.shape[0] != weights[other].shape[1]:
+            raise ValueError(f"its {name} has rank {weight.shape[0]}, its other half {weights[other].shape[1]}")
     if not weights:
         raise ValueError("it has no weights for the transformer")
 
 
+def _module_of(name: str) -> str:
+    """The module that a weight of an adapter belongs to."""
+    return _ADAPTED.split(name)[0]
+
+
+def _check_layers(names: Iterable[str], transformer: nn.Module) -> None:
+    """That PEFT made no layer of which the weights say nothing: it would be filled in, at random if need be."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    known = {_module_of(name) for name in names}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, BaseTunerLayer) and name not in known:
+            raise ValueError(f"its configuration names {name}, for which it has no weights")
+
+
+def _check_fused(names: Iterable[str], transformer: nn.Module) -> None:
+    """That the weights which an adapter has changed are still finite."""
+    weights = transformer.state_dict()
+    changed = {f"{_module_of(name)}.weight" for name in names}
+    if name := first_not_finite((name, weights[name]) for name in sorted(changed & weights.keys())):
+        raise ValueError(f"at this scale it makes {name} overflow {weights[name].dtype}")
+
+
 def _check_shape(name: str, weight: Tensor, base: Any) -> None:
-    if not isinstance(base, Tensor) or base.dim() != 2 or weight.dim() != 2:
+    axis = next((axis for ends, axis in ((_FIRST, 1), (_SECOND, 0)) if name.endswith(ends)), None)
+    if not isinstance(base, Tensor) or axis is None:
         return
-    for ends, axis in (((".lora_A.weight", "down.weight"), 1), ((".lora_B.weight", "up.weight"), 0)):
-        if name.endswith(ends) and weight.shape[axis] != base.shape[axis]:
-            raise ValueError(f"its {name} has shape {tuple(weight.shape)}, of a weight of {tuple(base.shape)}")
+    if weight.dim() != base.dim() or weight.shape[axis] != base.shape[axis]:
+        raise ValueError(f"its {name} has shape {tuple(weight.shape)}, of a weight of {tuple(base.shape)}")
 
 
 def _other_half(name: str) -> str | None:
@@ -177,7 +215,10 @@ def read_peft_directory(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     import peft
 
-    weights = peft.load_peft_weights(str(path), device="cpu")
+    if not (path / _PEFT_WEIGHTS).is_file():  # or PEFT would read pickled ones, or look on the hub
+        pickled = "; it has pickled weights, which can run code" if any(path.glob("adapter_model.bin")) else ""
+        raise ValueError(f"it has no {_PEFT_WEIGHTS}{pickled}")
+    weights = load_file(path / _PEFT_WEIGHTS)
     config = peft.PeftConfig.from_pretrained(str(path))
     if not isinstance(config, peft.LoraConfig):
         raise ValueError(f"it is a {type(config).__name__}, not a LoraConfig")

@@ -25,6 +25,7 @@ from cat_pruning.engines.graph_weights import GraphWeights
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import CatError, CheckpointError, EngineError, SettingsError
+from cat_pruning.finite import is_finite
 from cat_pruning.imports import diffusers_class
 from cat_pruning.installation import require
 
@@ -161,14 +162,23 @@ class Adapters:
 
         Raises:
             EngineError: the engine's weights cannot be changed, or not to these.
+            CheckpointError: a weight would overflow its dtype; nothing is changed then.
         """
         with self._lock:
             if method == "unload_lora":
                 self._has_others = False
             if self._module is None:  # nothing was ever loaded
                 return
+            scales = [(layer, dict(layer.scaling), list(layer.active_adapters)) for layer in self.layers]
             getattr(self._module, method)(*arguments, **options)
-            self._apply()
+            try:
+                self._apply()
+            except CheckpointError:
+                for layer, scaling, active in scales:
+                    layer.scaling.update(scaling)
+                    layer.set_adapter(active)
+                self._apply()
+                raise
 
     def set_active(self, names: list[str], scales: Any) -> None:
         """Make these adapters the active ones: see diffusers' `set_adapters`.
@@ -202,6 +212,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
 
     Raises:
         EngineError: an adapted parameter is in no graph.
+        CheckpointError: when it is asked for, an initializer that overflows its dtype.
     """
 
     def __init__(self, base: GraphWeights, module: nn.Module) -> None:
@@ -221,7 +232,11 @@ class AdaptedWeights(Mapping[str, Tensor]):
         layer = self._layers[name]
         with torch.inference_mode(False), torch.no_grad():
             changes = (layer.get_delta_weight(adapter).float() for adapter in _active(layer))
-            return self._base.changed(name, functools.reduce(torch.add, changes))
+            changed = self._base.changed(name, functools.reduce(torch.add, changes))
+        if not is_finite(changed):
+            scales = ", ".join(f"{adapter} at {layer.scaling[adapter]:g}" for adapter in _active(layer))
+            raise CheckpointError(f"with the adapters {scales}, {name} overflows {changed.dtype}", "scale them down")
+        return changed
 
     def __iter__(self) -> Iterator[str]:
         """The names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,70 @@ def test_half_an_adapter_is_refused(
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"--lora {path} cannot be fused .*{message}"):
         fuse_loras(base(), (parse_lora(str(path)),))
+
+
+@pytest.mark.parametrize(("scale", "alpha"), [("1e38", ALPHA), ("1", 1e38), ("1", float("nan"))])
+@pytest.mark.parametrize("kind", ["file", "directory"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_scale_that_overflows_is_refused(
+    base: Any, request: pytest.FixtureRequest, kind: str, dtype: torch.dtype, scale: str, alpha: float
+) -> None:
+    path = request.getfixturevalue(f"lora_{kind}")
+    if kind == "directory":
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+    else:
+        weights = load_file(path)
+        alphas = {f"{name.partition('.lora_')[0]}.alpha": torch.tensor(alpha) for name in weights}
+        save_file(weights | alphas, path, metadata={"format": "pt"})
+    message = rf"--lora {path} cannot be fused .*at this scale it makes transformer_blocks\S*weight overflow {dtype}"
+    with pytest.raises(CheckpointError, match=message):
+        fuse_loras(base().to(dtype), (parse_lora(f"{path}:{scale}"),))
+
+
+@pytest.mark.parametrize("init", [True, False])  # of what PEFT fills in: no change, or a random one
+def test_a_layer_that_is_configured_and_has_no_weights_is_refused(base: Any, lora_directory: Path, init: bool) -> None:
+    config = json.loads((lora_directory / "adapter_config.json").read_text())
+    changed = {"target_modules": [*TARGETS, "proj_out"], "init_lora_weights": init}
+    (lora_directory / "adapter_config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(CheckpointError, match=r"its configuration names proj_out, for which it has no weights"):
+        fuse_loras(base(), (parse_lora(str(lora_directory)),))
+
+
+def test_pickled_weights_are_refused_in_words(base: Any, lora_directory: Path) -> None:
+    torch.save(load_file(lora_directory / "adapter_model.safetensors"), lora_directory / "adapter_model.bin")
+    (lora_directory / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors; it has pickled weights, which can"):
+        fuse_loras(base(), (parse_lora(str(lora_directory)),))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((3, 32), r"has rank 3, its other half 2"), ((2,), r"has shape \(2,\), of a weight of \(32, 32\)")],
+)
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_halves_that_do_not_fit_each_other_are_told(
+    base: Any, request: pytest.FixtureRequest, kind: str, shape: tuple[int, ...], message: str
+) -> None:
+    path = request.getfixturevalue(f"lora_{kind}")
+    file = path if kind == "file" else path / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[next(name for name in weights if "to_q.lora_A" in name)] = torch.ones(shape)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"--lora {path} cannot be fused .*{message}"):
+        fuse_loras(base(), (parse_lora(str(path)),))
+
+
+def test_what_a_conversion_cannot_place_is_named(make_tiny: Any, tmp_path: Path) -> None:
+    path, block = tmp_path / "kohya.safetensors", "lora_unet_double_blocks_0"
+    weights = {
+        f"{block}_img_mlp_2.lora_down.weight": torch.ones(2, 128),
+        f"{block}_img_mlp_2.lora_up.weight": torch.ones(32, 2),
+        f"{block}_of_the_future.lora_down.weight": torch.ones(2, 32),
+    }
+    save_file(weights, path)
+    with pytest.raises(CheckpointError, match=r"Incompatible keys detected: lora_unet_double_blocks_0_of_the_future"):
+        fuse_loras(make_tiny("flux-dev"), (parse_lora(str(path)),))
 
 
 def test_a_directory_for_another_model_is_refused(make_tiny_sd3: Any, lora_directory: Path) -> None:

@@ -238,6 +238,8 @@ def spoiled(weights: dict[str, Tensor], change: str) -> dict[str, Tensor]:
         weights[a.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(weights[b].shape[0])
     elif change == "shape":
         weights[a], weights[b] = torch.ones(2, 7), torch.ones(7, 2)
+    elif change == "rank":
+        weights[a] = torch.ones(3, weights[a].shape[1])
     elif change == "kind":
         weights[a.replace("lora_A", "lora_C")] = weights[a]
     return weights
@@ -246,6 +248,7 @@ def spoiled(weights: dict[str, Tensor], change: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("rank", r"lora_A\.weight has rank 3, its other half 2"),
         ("nan", r"lora_B\.weight is not finite"),
         ("no A", r"lora_B\.weight has no lora_A\.weight"),
         ("no B", r"lora_A\.weight has no lora_B\.weight"),
@@ -275,6 +278,24 @@ def test_an_adapter_that_does_not_fit_leaves_what_was_there(
     assert pipe.get_active_adapters() == ["good"]
     assert torch.equal(latents(sample, pipe), expected)
     pipe.load_lora_weights(adapter(model.transformer, 2), adapter_name="bad")  # the name is free
+
+
+def test_a_scale_that_overflows_changes_nothing(model: Any, drop_in: Make, sample: Make) -> None:
+    pipe = drop_in(**PRUNED)
+    pipe.load_lora_weights(adapter(model.transformer, 1), adapter_name="one")
+    expected = latents(sample, pipe)
+    with pytest.raises(
+        CheckpointError, match=r"with the adapters one at 1e\+39, transformer\.\S+ overflows .*float32; "
+    ):
+        pipe.set_adapters("one", 1e39)
+    assert torch.equal(latents(sample, pipe), expected)
+    big = {name: 1e20 * weight for name, weight in adapter(model.transformer, 2).items()}
+    with pytest.raises(CheckpointError, match=r"the adapters two at 1, transformer\.\S+ overflows torch\.float32; "):
+        pipe.load_lora_weights(big, adapter_name="two")
+    assert pipe.get_list_adapters() == {"transformer": ["one"]}
+    assert torch.equal(latents(sample, pipe), expected)
+    pipe.set_adapters("one", 0.5)
+    assert not torch.equal(latents(sample, pipe), expected)
 
 
 def test_what_is_refused(model: Any, drop_in: Make, sample: Make, models: Make) -> None:
