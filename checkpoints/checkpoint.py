@@ -7,26 +7,25 @@ load_transformer   its weights, as a diffusers module
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from cat_pruning.bundle.schema import LoraSpec, Source
 from cat_pruning.checkpoints.hub import download_checkpoint, is_hub_id
-from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.checkpoints.library_logs import first_line
 from cat_pruning.checkpoints.lora import fuse_loras
+from cat_pruning.checkpoints.parts import load_module, read_json
 from cat_pruning.checkpoints.published import Published, published_models
 from cat_pruning.checkpoints.random_weights import random_transformer
-from cat_pruning.checkpoints.variants import chosen_variant
 from cat_pruning.dtype import DType
 from cat_pruning.errors import CheckpointError
 from cat_pruning.families import FAMILIES, family_of_class
 from cat_pruning.families.family import Family
+from cat_pruning.finite import first_not_finite
 from cat_pruning.imports import diffusers_class
 from cat_pruning.models import miniatures
 
@@ -134,22 +133,21 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
     checkpoint = _local(directory, source)
     transformer_class = diffusers_class(checkpoint.family.transformer_class)
     folder = _transformer_directory(directory)
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has no *.safetensors weights", "download or convert them")
-    try:
-        with quiet_diffusers():
-            module = transformer_class.from_pretrained(
-                folder,
-                variant=chosen_variant(path.name for path in folder.iterdir()),
-                dtype=dtype.torch,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded ({first_line(error)})", "download or convert it again"
-        ) from error
-    return fuse_loras(module, source.loras).eval()
+    module = fuse_loras(load_module(transformer_class, folder, dtype.torch), source.loras)
+    check_weights(module, folder, dtype)
+    return module.eval()
+
+
+def check_weights(transformer: nn.Module, where: object, dtype: DType) -> None:
+    """Check that a transformer's weights are finite in the dtype that they have now.
+
+    Raises:
+        CheckpointError: one is not, by name.
+    """
+    if name := first_not_finite(transformer.state_dict().items()):
+        wider = ", or give --dtype bf16, whose range is fp32's" if dtype is DType.FP16 else ""
+        problem = f"{where}: {name} has values that are not finite in {dtype}"
+        raise CheckpointError(problem, f"download or convert it again{wider}")
 
 
 def check_source(source: Source) -> None:
@@ -183,18 +181,18 @@ def _random(name: str, published: Published) -> Checkpoint:
 def _local(directory: Path, source: Source) -> Checkpoint:
     if not (directory / "model_index.json").exists() and (directory / "config.json").exists():
         return _transformer_alone(directory, source)
-    index = _read_json(directory, "model_index.json", f"{directory} is no diffusers pipeline")
+    index = read_json(directory, "model_index.json", f"{directory} is no diffusers pipeline")
     named = index.get("transformer")
     if not isinstance(named, list) or len(named) != 2 or not named[1]:
         raise CheckpointError(
             f"{directory} is a {index.get('_class_name')} without a transformer; supported are pipelines with a "
             + ", ".join(family.transformer_class for family in FAMILIES)
         )
-    transformer_config = _read_json(directory, "transformer/config.json", f"{directory} has no transformer")
+    transformer_config = read_json(directory, "transformer/config.json", f"{directory} has no transformer")
     family = family_of_class(_class_of(named[1], transformer_config))
     transformer = _without_weights(family, transformer_config)
     bound = family(config_of(transformer))
-    vae = _read_json(directory, "vae/config.json", f"{directory} has no VAE")
+    vae = read_json(directory, "vae/config.json", f"{directory} has no VAE")
     try:
         pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
         text_length = bound.pipeline_text_length(directory)
@@ -217,7 +215,7 @@ def _local(directory: Path, source: Source) -> Checkpoint:
 
 def _transformer_alone(directory: Path, source: Source) -> Checkpoint:
     """A directory that `transformer.save_pretrained` wrote; the rest is as in its family's first published one."""
-    config = _read_json(directory, "config.json", f"{directory} is no diffusers model")
+    config = read_json(directory, "config.json", f"{directory} is no diffusers model")
     family = family_of_class(_class_of(str(config.get("_class_name")), config))
     published = next((each for each in published_models().values() if each.family is family), None)
     if published is None:
@@ -269,16 +267,3 @@ def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         problem = f"is not a {family.transformer_class}'s ({first_line(error)})"
         raise CheckpointError(f"transformer/config.json {problem}", "download the checkpoint again") from error
-
-
-def _read_json(directory: Path, name: str, problem: str) -> dict[str, Any]:
-    path = directory / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{problem}: {name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content

@@ -1,9 +1,10 @@
-"""Whether a model overflows in fp16, told in words and not by a black picture.
+"""Whether a model computes numbers, told in words and not by a black picture.
 
-SD3 does, at some prompts: an activation beyond 65504 becomes an infinity, and every later step is NaN. The first step
-of an image is a full one and sees every token, so its output is looked at, once per image: a reduction that a GPU does
-in microseconds, whose answer is copied to the host while the next steps are launched, and read when it is there.
-Nothing waits for it; a loop that launches without end is told a few steps later than it happened.
+SD3 overflows in fp16 at some prompts: an activation beyond 65504 becomes an infinity, and every later step is NaN. In
+any dtype, so does a damaged weight or prompt embedding. The first step of an image is a full one and sees every token,
+so its output is looked at, once per image: a reduction that a GPU does in microseconds, whose answer is copied to the
+host while the next steps are launched, and read when it is there. Nothing waits for it; a loop that launches without
+end is told a few steps later than it happened.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning.errors import EngineError
+from cat_pruning.finite import is_finite
 
 
 class FiniteCheck:
@@ -22,6 +24,7 @@ class FiniteCheck:
     def __init__(self) -> None:
         self._flag: Tensor | None = None  # on the host
         self._event: Any = None  # when the flag is there
+        self._dtype = torch.float32  # of the output that it is about
 
     def forget(self) -> None:
         """The image is another one; nobody needs the answer about the last one."""
@@ -33,11 +36,11 @@ class FiniteCheck:
         Raises:
             EngineError: it is on the host and not finite.
         """
-        if output.dtype is not torch.float16 or output.device.type not in ("cpu", "cuda"):
+        if output.device.type not in ("cpu", "cuda"):
             return
-        finite = output.isfinite().all()
+        finite, self._dtype = is_finite(output), output.dtype
         if output.device.type == "cpu":
-            _check(finite)
+            _check(finite, self._dtype)
             return
         if self._flag is None:
             self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -54,12 +57,19 @@ class FiniteCheck:
         if self._event is not None and self._event.query():
             self._event = None
             assert self._flag is not None
-            _check(self._flag)
+            _check(self._flag, self._dtype)
 
 
-def _check(finite: Tensor) -> None:
-    if not finite:
+def _check(finite: Tensor, dtype: torch.dtype) -> None:
+    if finite:
+        return
+    if dtype is torch.float16:
         raise EngineError(
             "the first step of this image has values that are not finite: the model overflows in fp16",
             "export it with --dtype bf16, whose range is fp32's",
         )
+    raise EngineError(
+        "the first step of this image has values that are not finite: the latents, the prompt's embeddings, the "
+        "weights or a scale of an adapter are not",
+        "look at what the pipeline was given; adapters: pipe.unload_lora_weights",
+    )

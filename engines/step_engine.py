@@ -165,7 +165,7 @@ class StepSession(ABC):
         Raises:
             ShapeError: the latents do not fit the image that was begun, or the engine was not built for n tokens.
             EngineError: no image was begun, a pruned step before any full one, the engine failed, its device has not
-                enough memory, or the image's first output was not finite in fp16: on a GPU a few steps later.
+                enough memory, or the image's first output was not finite: on a GPU a few steps later.
         """
         dims = self._dims
         if dims is None:

@@ -22,21 +22,26 @@ from cat_pruning.bundle.schema import (
     GraphSpec,
     LoraSpec,
     MacsSpec,
-    PipelineSpec,
     PlanSpec,
     ProfileSpec,
     TensorSpec,
     TokenOps,
 )
-from cat_pruning.checkpoints.checkpoint import Checkpoint, config_of, find_checkpoint, load_transformer
+from cat_pruning.checkpoints.checkpoint import (
+    Checkpoint,
+    check_weights,
+    config_of,
+    find_checkpoint,
+    load_transformer,
+)
 from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer
-from cat_pruning.checkpoints.variants import variant_of, without_other_variants
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import can_build, can_build_refittable, plan_specs
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter import data_loader
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes
+from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, pipeline_files
 from cat_pruning.exporter.plans import build_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
 from cat_pruning.exporter.split import Graph
@@ -54,8 +59,6 @@ logger = logging.getLogger(__name__)
 PIPELINE = "pipeline"
 DATA_LOADER = "data_loader.py"
 _SLACK_BYTES = 64 << 20  # graphs, manifest, what a file system needs itself
-# What a pipeline loads; single-file checkpoints, pickles and pictures beside it stay behind.
-_PIPELINE_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}
 _VERSIONED = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "cat-pruning")
 
 
@@ -132,6 +135,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     )
     if transformer is not None:
         checkpoint = _with_weights_of(checkpoint, transformer, config)
+    check_pipeline(checkpoint)
     geometry = _geometry(checkpoint, config.text_length)
     guidance = config.guidance and checkpoint.family.batched_guidance
     side = checkpoint.default_resolution
@@ -146,6 +150,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         builds_plans=bool(plans),
     )
     with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint, plans)) as writer:
+        with stage("Copy the pipeline's other parts"):
+            pipeline = add_pipeline(checkpoint, writer.path / PIPELINE)
         graphs, samples = _write_graphs(config, checkpoint, transformer, writer.path, profiles[0], verification, stage)
         shutil.copyfile(data_loader.__file__, writer.path / DATA_LOADER)
         with stage("Count MACs"):
@@ -155,8 +161,6 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
             verification.check_plans(plans, samples, writer.path, graphs, stage)
 
         built, failure = build_plans(plans, graphs, profiles, geometry.patch_size, writer, stage, verify)
-        with stage("Copy the pipeline's other parts"):
-            pipeline = _add_pipeline(checkpoint, writer.path / PIPELINE)
         with stage("Hash and move into place"):
             bundle = writer.commit(
                 Manifest(
@@ -210,6 +214,7 @@ def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportCon
         raise SettingsError(f"the transformer is on {device}", "an export traces it on the CPU: transformer.to('cpu')")
     if (dtype := next(transformer.parameters()).dtype) != config.dtype.torch:
         raise SettingsError(f"the transformer's weights are {dtype}, the export's dtype is {config.dtype}")
+    check_weights(transformer, "the transformer", config.dtype)
     return dataclasses.replace(
         checkpoint,
         source=checkpoint.source.model_copy(update={"in_memory": True}),
@@ -253,7 +258,7 @@ def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
 def _needed_bytes(config: ExportConfig, checkpoint: Checkpoint, plans: tuple[PlanSpec, ...]) -> int:
     weights = checkpoint.num_parameters * config.dtype.num_bytes
     copies = 1 + len({plan.flavour for plan in plans})  # the plans hold the weights again
-    parts = sum(path.stat().st_size for path in _pipeline_files(checkpoint))
+    parts = sum(path.stat().st_size for path in pipeline_files(checkpoint))
     return weights * copies + parts + _SLACK_BYTES
 
 
@@ -290,37 +295,6 @@ def graph_spec(part: Part, graph: Graph) -> GraphSpec:
         for tensors in (graph.inputs, graph.outputs)
     )
     return GraphSpec(part=part, file=part.onnx, inputs=inputs, outputs=outputs)
-
-
-def _pipeline_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files of a local checkpoint that make its pipeline, but for the transformer's weights."""
-    if checkpoint.directory is None or checkpoint.source.kind == "hub" or not checkpoint.components:
-        return []
-    root = checkpoint.directory
-    parts = [root / "model_index.json"]
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name in checkpoint.components):
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix in _PIPELINE_SUFFIXES and path.is_file()]
-        parts += without_other_variants(files)
-    return [path for path in parts if path.parent.name != "transformer" or path.name == "config.json"]
-
-
-def _add_pipeline(checkpoint: Checkpoint, folder: Path) -> PipelineSpec | None:
-    if checkpoint.source.kind == "hub":
-        return PipelineSpec(kind="hub", hub_id=checkpoint.source.location, revision=checkpoint.source.revision)
-    if checkpoint.directory is None or not checkpoint.components:
-        return None
-    files = _pipeline_files(checkpoint)
-    for path in files:
-        target = folder / path.relative_to(checkpoint.directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    variants = {variant for path in files if (variant := variant_of(path.name))}
-    if len(variants) > 1:
-        raise CheckpointError(
-            f"{checkpoint.directory} has some parts as {' and others as '.join(sorted(variants))} only",
-            "no pipeline loads them together: save them all in one precision",
-        )
-    return PipelineSpec(kind="copied", path=folder.name, variant=variants.pop() if variants else None)
 
 
 def _versions(plans: tuple[PlanSpec, ...]) -> dict[str, str]:

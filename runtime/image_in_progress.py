@@ -121,7 +121,7 @@ class ImageInProgress:
         """Whether a call is the other one of guidance in a pipeline that does not say so by a `cache_context`.
 
         Such pipelines (FLUX's, but for text-to-image) call the model with the prompt, then with the negative one and
-        the same latents. Two images that are stepped in turn have other latents, at their second step at the latest, and
+        the same latents. Two images stepped in turn have other latents, at their second step at the latest, and
         an image that begins with another's latents and its prompt is no guidance. Synchronises at the first two levels.
         """
         if self.image is None or level.timestep != self.timestep or self.has_other_schedule(level):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import choose_schedule, read_schedules
 from cat_pruning.checkpoints.hub import pipeline_snapshot
-from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.checkpoints.library_logs import quiet_diffusers
+from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, read_json
 from cat_pruning.engines.step_engine import enough_memory
-from cat_pruning.errors import BundleError, SettingsError
+from cat_pruning.errors import BundleError, CheckpointError, SettingsError
 from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
 from cat_pruning.runtime.engine_choice import engine_from_bundle
@@ -68,20 +68,8 @@ def load_pipeline(
     schedules = read_schedules(bundle) if speedup is not None else {}
     parts = pipeline_directory(bundle)
     step_engine = _engine_beside_imports(bundle, parts, engine, cuda_graphs, compiled)
-    import diffusers
-
     transformer = CatTransformer(step_engine, settings or bundle.manifest.settings)
-    variant = bundle.manifest.pipeline.variant if bundle.manifest.pipeline else None
-    try:
-        with quiet_diffusers():
-            loaded = diffusers.DiffusionPipeline.from_pretrained(
-                parts, **_absent(parts), variant=variant, dtype=dtype or transformer.dtype, use_safetensors=True
-            )
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{parts}: the pipeline's other parts cannot be loaded ({first_line(error)})",
-            "export again from a checkpoint that diffusers itself loads",
-        ) from error
+    loaded = pipeline_parts(bundle, parts, dtype or transformer.dtype)
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
     pipe = type(loaded)(**{**loaded.components, "transformer": transformer})
     if speedup is not None:
@@ -111,30 +99,45 @@ def _engine_beside_imports(bundle: Bundle, parts: Path, engine: str, cuda_graphs
 def import_pipeline(parts: Path) -> None:
     """Import the pipeline's class and its parts' own: what diffusers would import to load them, no more.
 
-    What is wrong with the index is left to diffusers, which says it when it loads the parts.
+    What is wrong with the index is told when the parts are loaded.
     """
     with importing:
         import diffusers.pipelines.pipeline_utils
 
     try:
-        index = _index(parts)
-    except (OSError, ValueError):
+        index = read_json(parts, INDEX, f"{parts} is no diffusers pipeline")
+    except CheckpointError:
         return
     with importing, quiet_diffusers():
         getattr(diffusers, str(index.get("_class_name")), None)
         for name, value in index.items():
-            if isinstance(value, list) and name != "transformer" and value[0] in ("diffusers", "transformers"):
-                getattr(importlib.import_module(value[0]), value[1], None)
+            if isinstance(value, list) and name != "transformer" and value[:1] in (["diffusers"], ["transformers"]):
+                getattr(importlib.import_module(value[0]), str(value[-1]), None)
 
 
-def _absent(parts: Path) -> dict[str, None]:
-    """The transformer, and the parts that the checkpoint itself leaves out (SD3 without T5, say)."""
-    return {name: None for name, value in _index(parts).items() if value == [None, None]} | {"transformer": None}
+def pipeline_parts(bundle: Bundle, directory: Path, dtype: torch.dtype | None = None) -> Any:
+    """The pipeline without its transformer, every weight of it one of the files'.
 
+    Args:
+        bundle: whose pipeline it is. Weights that an export copied, it has checked to be finite; those of the hub are
+            checked here.
+        directory: see `pipeline_directory`.
+        dtype: of its modules; None for that of the files.
 
-def _index(parts: Path) -> dict[str, Any]:
-    index: dict[str, Any] = json.loads((parts / "model_index.json").read_text(encoding="utf-8"))
-    return index
+    Raises:
+        BundleError: it cannot be loaded.
+    """
+    try:
+        loaded = load_parts(directory, dtype)
+        if bundle.manifest.pipeline is not None and bundle.manifest.pipeline.kind == "hub":
+            for part in {path.parent for path in directory.glob("*/*.safetensors")}:
+                check_finite(part)
+    except CheckpointError as error:
+        raise BundleError(
+            f"the pipeline's other parts cannot be loaded: {error.problem}",
+            "export again from a checkpoint that diffusers itself loads",
+        ) from error
+    return loaded
 
 
 def pipeline_directory(bundle: Bundle) -> Path:

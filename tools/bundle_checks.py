@@ -11,14 +11,15 @@ from cat_pruning.tools.machine_checks import started
 
 
 def check_pipeline(bundle: Bundle) -> Finding:
-    """Text encoders, VAE and scheduler, without which a bundle is only a transformer; their classes are imported."""
-    from cat_pruning.runtime.pipeline import import_pipeline, pipeline_directory
+    """Text encoders, VAE and scheduler, without which a bundle is only a transformer; they are loaded."""
+    from cat_pruning.runtime.pipeline import import_pipeline, pipeline_directory, pipeline_parts
 
     spec = bundle.manifest.pipeline
     if spec is not None and spec.kind == "hub":
         return Finding("pipeline", "warning", f"{spec.hub_id} on the hub: downloaded at the first use, if not before")
     directory = pipeline_directory(bundle)
     import_pipeline(directory)
+    pipeline_parts(bundle, directory)
     files = [path for path in directory.rglob("*") if path.is_file()]
     return Finding("pipeline", "ok", f"all {len(files)} files as they were exported")
 

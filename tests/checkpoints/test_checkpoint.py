@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cat_pruning import families
 from cat_pruning.bundle.schema import Source
@@ -35,7 +38,6 @@ def test_a_packaged_name() -> None:
     assert checkpoint.family.name == "sd3"
     assert checkpoint.directory == miniatures()["sd3-mini"]
     assert "vae" in checkpoint.components
-    assert "text_encoder_3" not in checkpoint.components  # null in its model_index.json
     transformer = load_transformer(checkpoint.source, DType.FP32)
     assert sum(parameter.numel() for parameter in transformer.parameters()) == checkpoint.num_parameters
 
@@ -46,7 +48,8 @@ def test_a_local_directory(tiny_checkpoint: Path, make_tiny_sd3: Any, monkeypatc
     assert checkpoint.source == Source(kind="directory", location=str(tiny_checkpoint))  # absolute: others load it
     assert (checkpoint.pixels_per_latent, checkpoint.default_resolution) == (4, 64)
     assert checkpoint.text_length == 13 + 256
-    assert set(checkpoint.components) == {"transformer", "vae"}
+    assert {"transformer", "vae", "text_encoder", "scheduler"} < set(checkpoint.components)
+    assert "text_encoder_3" not in checkpoint.components  # null in its model_index.json
     transformer = load_transformer(checkpoint.source, DType.FP32)
     assert not transformer.training
     assert same_weights(transformer, make_tiny_sd3())
@@ -140,6 +143,44 @@ def test_weights_are_loaded_in_the_dtype(tiny_checkpoint: Path, make_tiny_sd3: A
     transformer = load_transformer(Source(kind="directory", location=str(tiny_checkpoint)), dtype)
     assert {parameter.dtype for parameter in transformer.parameters()} == {dtype.torch}
     assert same_weights(transformer, make_tiny_sd3().to(dtype.torch))
+
+
+def damaged(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> Source:
+    """A transformer's checkpoint with other weights."""
+    path = directory / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    return find_checkpoint(str(directory)).source
+
+
+QUERY = "transformer_blocks.0.attn.to_q.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        (lambda weights: weights.pop(QUERY), DType.FP32, rf"/transformer lacks {QUERY}; download"),
+        (lambda weights: weights.update({QUERY: torch.ones(3)}), DType.FP32, rf"{QUERY} expected shape"),
+        (lambda weights: weights.update({QUERY.replace("0", "7"): torch.ones(3)}), DType.FP32,
+         r"/transformer has, beyond the layers of its config, transformer_blocks\.7\."),
+        (lambda weights: weights[QUERY].view(-1)[5:6].fill_(torch.nan), DType.FP32,
+         rf"/transformer: {QUERY} has values that are not finite in fp32; download or convert it again$"),
+        (lambda weights: weights[QUERY].view(-1)[5:6].fill_(1e5), DType.FP16,
+         rf"/transformer: {QUERY} has values that are not finite in fp16; .*, or give --dtype bf16, whose range is"),
+    ],
+)  # fmt: skip
+def test_weights_of_a_transformer_are_checked(
+    tiny_checkpoint: Path, change: Callable[[dict[str, Tensor]], object], dtype: DType, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_transformer(damaged(tiny_checkpoint, change), dtype)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_only_an_older_class_has_is_let_be(tiny_checkpoint: Path, make_tiny_sd3: Any) -> None:
+    source = damaged(tiny_checkpoint, lambda weights: weights.update({"caption.y_embedding": torch.ones(3)}))
+    assert same_weights(load_transformer(source, DType.FP32), make_tiny_sd3())
 
 
 @pytest.mark.parametrize(("model", "hub_id"), [("some/sd3", "some/sd3"), ("sd3", None)])

@@ -238,6 +238,10 @@ def test_a_module_must_be_of_the_checkpoint(base: Any, tiny_checkpoint: Path, tm
         export(config, transformer=base().to("meta"))
     with pytest.raises(SettingsError, match="bfloat16"):
         export(config, transformer=base().bfloat16())
+    damaged = base()
+    damaged.proj_out.bias.data[1] = torch.nan
+    with pytest.raises(CheckpointError, match=r"the transformer: proj_out\.bias has values that are not finite"):
+        export(config, transformer=damaged)
     with pytest.raises(CatError, match="says nothing about random weights"):
         export(
             ExportConfig(model="sd3", out=tmp_path / "out", random_weights=True, loras=(parse_lora("a"),)),

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
 
 from cat_pruning.checkpoints.checkpoint import model_names
 from cat_pruning.engines.tensorrt_library import tensorrt_library
@@ -200,6 +201,10 @@ def test_a_directory_that_is_no_pipeline(refused: Callable[..., None], tmp_path:
         ("tokenizer/tokenizer_config.json", None, r"tokenizer_config\.json"),
         ("tokenizer/tokenizer_config.json", "{}", r"tokenizer_config\.json"),
         ("transformer/diffusion_pytorch_model.safetensors", None, r"has no \*\.safetensors weights; download or"),
+        ("text_encoder/model.safetensors", None, r"/text_encoder has no \*\.safetensors weights; download or"),
+        ("text_encoder/config.json", "{", r"/text_encoder/config\.json cannot be read"),
+        ("tokenizer_2/tokenizer.json", "{", "the pipeline cannot be loaded"),
+        ("scheduler/scheduler_config.json", None, r"/scheduler is incomplete: scheduler_config\.json is missing"),
     ],
 )  # fmt: skip
 def test_a_broken_pipeline(
@@ -208,6 +213,15 @@ def test_a_broken_pipeline(
     (tiny_checkpoint / name).unlink()
     if content is not None:
         (tiny_checkpoint / name).write_text(content)
+    refused(message, "--model", tiny_checkpoint, "--target", "onnx")
+
+
+def test_a_part_that_is_not_finite(refused: Callable[..., None], tiny_checkpoint: Path) -> None:
+    path = tiny_checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.weight"].view(-1)[5:6].fill_(torch.nan)
+    save_file(weights, path, metadata={"format": "pt"})
+    message = r"vae/diffusion_pytorch_model\.safetensors: decoder\.conv_in\.weight has values that are not finite; down"
     refused(message, "--model", tiny_checkpoint, "--target", "onnx")
 
 

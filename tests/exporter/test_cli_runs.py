@@ -109,7 +109,7 @@ def test_out_exists(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
 def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "outs" / "bundle"
     traced(tiny_checkpoint)
-    result = with_stored_traces(SMALL_DISK, tiny_checkpoint, out)
+    result = with_stored_traces(SMALL_DISK, tiny_checkpoint / "transformer", out)  # nothing else to copy
     errors = [line for line in result.stderr.splitlines() if line and not line.startswith("✓")]
     assert result.returncode == 2, result.stderr
     assert len(errors) == 1, errors

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from cat_pruning.errors import BundleError, CheckpointError, EngineError
 from cat_pruning.exporter.export import ExportConfig, export
+from cat_pruning.files import sha256
 from cat_pruning.names import Target
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.transformer import CatTransformer
@@ -133,12 +135,16 @@ def test_parts_that_are_there_as_a_variant_only(
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in pipe.components[part].state_dict().items())
 
 
-def test_parts_that_diffusers_cannot_load(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_is_missing_is_not_made_up(copied_bundle: Path) -> None:
+    """Nor in a bundle of a version that did not check what it copied."""
+    name = "pipeline/text_encoder/model.safetensors"
+    path = copied_bundle / name
+    weights = load_file(path)
+    del weights["text_model.encoder.layers.0.mlp.fc1.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    files = json.loads((copied_bundle / "manifest.json").read_text())["files"]
+    files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    edit_manifest(copied_bundle, files=files)
     edit_manifest(copied_bundle)
-
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise OSError("no file named model.safetensors")
-
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", fail)
-    with pytest.raises(BundleError, match=r"other parts cannot be loaded \(no file named .*export again"):
+    with pytest.raises(BundleError, match=r"other parts cannot be loaded: .*/text_encoder lacks \S*fc1.*export again"):
         load_pipeline(copied_bundle)
