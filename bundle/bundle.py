@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import logging
 import os
 import re
@@ -24,12 +23,14 @@ from typing import Final, Self
 from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 from cat_pruning.bundle.schema import FileSpec
 from cat_pruning.errors import BundleError, CatError, OutputError
-from cat_pruning.files import sha256
+from cat_pruning.files import read_json, sha256
 from cat_pruning.names import Flavour
+from cat_pruning.ours import check_ours
 
 _log = logging.getLogger(__name__)
 
 _PARTIAL: Final = re.compile(r"\..+\.partial-\d+")
+_SCHEDULE: Final = re.compile(r"\d+-\d+\.[0-9a-f]{12}\.json")  # as `write_schedules` names them
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # shutil.copytree, safetensors and numpy's tofile lose the errno and keep the words.
 _DISK_FULL_WORDS: Final = re.compile("|".join([*map(os.strerror, _DISK_FULL), r"\d+ requested and \d+ written"]))
@@ -210,22 +211,25 @@ def _check_replaceable(out: Path, force: bool) -> None:
         raise OutputError(f"{out} is a mount point, which cannot be replaced", f"give --out {out / 'bundle'}")
     if not force:
         raise OutputError(f"{out} exists", "pass --force to replace it or give another --out")
-    if not _may_be_deleted(out):
-        raise OutputError(
-            f"{out} is not a bundle (it has no {MANIFEST_NAME} with a format_version), and --force replaces only "
-            "bundles and empty directories",
-            "remove it yourself or give another --out",
-        )
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file, and --force replaces only bundles", "give another --out")
+    check_ours(out, _listed_files(out), ("*",), f"a bundle's {MANIFEST_NAME}", "give another --out")
 
 
-def _may_be_deleted(out: Path) -> bool:
+def _listed_files(out: Path) -> set[str]:
+    """The files of the bundle in a directory: its manifest, what that lists, and schedules that it no longer lists.
+
+    Manifests of other format versions list their files in the same way. Of what is no bundle nothing is listed.
+    """
     try:
-        fields = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return not any(out.iterdir())
-    except (NotADirectoryError, ValueError):
-        return False
-    return isinstance(fields, dict) and "format_version" in fields
+        fields = read_json(out / MANIFEST_NAME)
+    except (OSError, ValueError):
+        return set()
+    files = fields.get("files") if isinstance(fields, dict) and "format_version" in fields else None
+    if not isinstance(files, dict):
+        return set()
+    schedules = {f"schedules/{path.name}" for path in (out / "schedules").glob("*") if _SCHEDULE.fullmatch(path.name)}
+    return {MANIFEST_NAME, *files, *schedules}
 
 
 def _swap_in(partial: Path, out: Path) -> None:

@@ -40,6 +40,7 @@ from cat_pruning.bundle.schema import (
 )
 from cat_pruning.dtype import DType
 from cat_pruning.errors import BundleError
+from cat_pruning.files import parse_json, read_text
 from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
@@ -189,7 +190,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path, fields = directory / MANIFEST_NAME, None
     try:
-        fields = json.loads(text := path.read_text(encoding="utf-8"))
+        fields = parse_json(text := read_text(path))
         # Before the schema, which is this version's and would only complain about fields.
         if (version := fields.get("format_version") if isinstance(fields, dict) else None) != FORMAT_VERSION:
             raise BundleError(f"has format version {version!r}, this cat-pruning reads version {FORMAT_VERSION}")
@@ -207,13 +208,18 @@ def read_manifest(directory: Path) -> Manifest:
             for fault in error.errors(include_url=False)
         )
         problem = f"was edited or is damaged: {'; '.join(itertools.islice(faults, 3))}"
-    except ValueError as error:  # also a UnicodeDecodeError
+    except ValueError as error:  # also a UnicodeDecodeError, and JSON that is nested too deeply
         problem = f"is not JSON ({error}): damaged or edited"
-    raise BundleError(f"{path} {problem}", f"run cat-export again: {_salvaged_command(directory, fields)}")
+    raise BundleError(f"{path} {problem}", _remedy(directory, fields))
 
 
-def _salvaged_command(out: Path, fields: object) -> str:
+def _remedy(out: Path, fields: object) -> str:
     """What can be said of the command when the manifest cannot be trusted to follow the schema."""
-    source = fields.get("source") if isinstance(fields, dict) else None
+    held: dict[str, Any] = fields if isinstance(fields, dict) else {}
+    source = held.get("source")
     location = source.get("location") if isinstance(source, dict) else None
-    return shlex.join(["cat-export", "--model", str(location or "MODEL"), "--out", str(out), "--force"])
+    command = ["cat-export", "--model", str(location or "MODEL"), "--out"]
+    if isinstance(held.get("files"), dict):
+        return f"run cat-export again: {shlex.join([*command, str(out), '--force'])}"
+    # Nothing says which files are a bundle's, so --force would be refused.
+    return f"give the directory of a bundle, or make one: {shlex.join([*command, 'DIR'])}"

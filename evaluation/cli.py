@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cat_pruning import console
@@ -36,12 +34,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cat_pruning.evaluation.clip_score import DEFAULT_CLIP_MODEL
     from cat_pruning.evaluation.evaluate import evaluate
     from cat_pruning.evaluation.metrics import Metrics
+    from cat_pruning.evaluation.place import alone
     from cat_pruning.evaluation.prompts import load_prompts
     from cat_pruning.evaluation.report import write_report
-    from cat_pruning.evaluation.results import ResultStore, alone
+    from cat_pruning.evaluation.results import ResultStore, clear, existing_spec
 
     console.quiet_libraries()
     terminal = Console(stderr=True)
+    existing_spec(arguments.out, force=arguments.force)  # before the bundle is loaded
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = Bundle.open(arguments.bundle)
     metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))
@@ -52,7 +52,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     spec = _spec(arguments, bundle, generator, [prompt.text for prompt in prompts], metrics)
     with alone(arguments.out):
         if arguments.force:
-            _clear(arguments.out)
+            clear(arguments.out)
         store = ResultStore(arguments.out, spec)
         if store.added:
             terminal.print(f"{arguments.out} grows: {', '.join(store.added)}", highlight=False)
@@ -177,16 +177,6 @@ def _spec(
         candidates=sweep.candidates(),
         machine=machine(),
     )
-
-
-def _clear(directory: Path) -> None:
-    """Remove an evaluation, and nothing else."""
-    from cat_pruning.evaluation.results import IMAGES, REPORT, RESULTS, RUN, TOKENS
-
-    for name in (RUN, RESULTS, REPORT):
-        (directory / name).unlink(missing_ok=True)
-    for name in (IMAGES, TOKENS):
-        shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def _progress(terminal: Any, store: ResultStore) -> Any:

@@ -15,8 +15,9 @@ from cat_pruning.errors import OutputError
 from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.methods import AT_EDM
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
+from cat_pruning.evaluation.place import IMAGES, TOKENS, picture_name
 from cat_pruning.evaluation.prompts import Prompt
-from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore, RunSpec
+from cat_pruning.evaluation.results import ImageResult, ResultStore, RunSpec
 from cat_pruning.evaluation.solvers import SOLVERS, solver_in
 from cat_pruning.evaluation.truth import truth_candidate
 from cat_pruning.files import replacing
@@ -163,11 +164,12 @@ def _keep_pictures(store: ResultStore, candidate: Candidate, run: Run, seed: int
     """Write the images of the first prompts, and a map of the first prompt's tokens."""
     if seed or batch.start >= store.spec.sheet:
         return
+    store.list_added()
     folder = store.directory / IMAGES / candidate.key
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in zip(batch, run.images, strict=True):
         if index < store.spec.sheet:
-            with replacing(folder / f"{index:05d}-{seed}.png") as part:  # an image that has results is never made again
+            with replacing(folder / picture_name(index)) as part:  # an image that has results is never made again
                 image.save(part, format="PNG")
     if batch.start == 0 and any(record.kind is StepKind.PRUNED for record in run.records):
         rows = run.records[0].keep_indices.shape[0]

@@ -11,7 +11,8 @@ from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.charts import Picture, inline_picture, quality_curves
 from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.outcome import Outcome
-from cat_pruning.evaluation.results import IMAGES, REPORT, TOKENS, RunSpec
+from cat_pruning.evaluation.place import IMAGES, REPORT, TOKENS, picture_name
+from cat_pruning.evaluation.results import RunSpec
 from cat_pruning.evaluation.tables import columns, groups
 from cat_pruning.evaluation.wording import summary
 from cat_pruning.files import write_whole
@@ -98,7 +99,7 @@ def _sheet_picture(found: Outcome, candidate: Candidate, prompt: int) -> Picture
         for metric, value in values
         if value is not None
     )
-    return inline_picture(found.directory / IMAGES / candidate.key / f"{prompt:05d}-0.png", caption, _SHEET_PIXELS)
+    return inline_picture(found.directory / IMAGES / candidate.key / picture_name(prompt), caption, _SHEET_PIXELS)
 
 
 def _token_maps(found: Outcome) -> list[Picture]:

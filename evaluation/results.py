@@ -1,11 +1,4 @@
-"""An evaluation on disk: the spec of its run, and one line of results for each image.
-
-OUT/run.json        RunSpec: all that the results depend on; a run goes on only under the same, or grows by candidates
-OUT/results.jsonl   ImageResult, one a line, appended as they come
-OUT/images/{candidate}/{prompt}-{seed}.png        of the first prompts
-OUT/tokens/{candidate}.png                        which tokens were computed, of the first prompt
-OUT/report.html
-"""
+"""An evaluation on disk: the spec of its run, and one line of results for each image; its files are in `place`."""
 
 from __future__ import annotations
 
@@ -13,22 +6,34 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+import pydantic
 
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.former import current_result, current_spec
-from cat_pruning.files import write_whole
+from cat_pruning.evaluation.place import (
+    IMAGES,
+    PLACES,
+    REMEDY,
+    REPORT,
+    RESULTS,
+    RUN,
+    TOKENS,
+    check_listed,
+    check_writable_place,
+    picture_name,
+)
+from cat_pruning.files import parse_json, read_json, read_text, write_whole
+from cat_pruning.ours import remove_ours
 from cat_pruning.versions import versions_of
 
-RUN, RESULTS, REPORT, IMAGES, TOKENS = "run.json", "results.jsonl", "report.html", "images", "tokens"
 FORMAT = 3
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,13 @@ class RunSpec:
     machine: dict[str, str]
     format: int = FORMAT
 
+    def files(self) -> set[str]:
+        """The files of the evaluation, relative to its directory: what may be deleted and written over."""
+        keys = [candidate.key for candidate in self.candidates]
+        sheet = range(min(self.sheet, len(self.prompts)))
+        pictures = {f"{IMAGES}/{key}/{picture_name(prompt)}" for key in keys for prompt in sheet}
+        return {RUN, RESULTS, REPORT, *pictures, *(f"{TOKENS}/{key}.png" for key in keys)}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
@@ -81,7 +93,8 @@ class RunSpec:
             raise ValueError(f"format {fields['format']}, expected {FORMAT}")
         candidates = tuple(Candidate(**candidate) for candidate in fields["candidates"])
         tuples = {name: tuple(fields[name]) for name in ("prompts", "metrics")}
-        return cls(**{**fields, **tuples, "candidates": candidates})
+        spec = cls(**{**fields, **tuples, "candidates": candidates})
+        return _checked(_SPEC, dataclasses.asdict(spec))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +114,9 @@ class ImageResult:
     scores: dict[str, float | None]
 
 
+_SPEC, _RESULT = pydantic.TypeAdapter(RunSpec), pydantic.TypeAdapter(ImageResult)
+
+
 class ResultStore:
     """The directory of one evaluation.
 
@@ -108,34 +124,33 @@ class ResultStore:
         directory: made if it is not there.
         spec: of the run. If the directory holds an evaluation that differs only in its candidates, that one grows: its
             own candidates come first, then those that it did not have; a candidate of both is run on the greater
-            number of prompts. run.json is written anew with the first new result.
+            number of prompts. run.json is written anew before the first new picture or result.
 
     Attributes:
         spec: of the run and of what the directory held before, together.
         added: the candidates that it grows by, each with its number of prompts.
 
     Raises:
-        SettingsError: it holds the results of other settings, or something else.
-        OutputError: it cannot be written.
+        SettingsError: it holds the results of other settings, or a run.json of another version.
+        OutputError: it cannot be written, or holds files that no evaluation lists where its own would be.
     """
 
     def __init__(self, directory: Path, spec: RunSpec) -> None:
         self.directory = directory
         self.added: tuple[str, ...] = ()
+        before = existing_spec(directory)
+        self.spec = spec if before is None else self._grown(before, spec)
+        if before is not None:
+            added = [candidate for candidate in self.spec.candidates if candidate not in before.candidates]
+            self.added = tuple(f"{candidate.key} ({candidate.prompts} prompts)" for candidate in added)
+            check_listed(directory, before.files(), among=self.spec.files())
         try:
             for folder in (directory, directory / IMAGES, directory / TOKENS):
                 folder.mkdir(parents=True, exist_ok=True)
-            before = load_spec(directory) if (directory / RUN).exists() else None
             if before is None:
-                self.spec = spec
-                (directory / RESULTS).write_text("", encoding="utf-8")
                 self._save_spec()
-            else:
-                self.spec = self._grown(before, spec)
-                added = [candidate for candidate in self.spec.candidates if candidate not in before.candidates]
-                self.added = tuple(f"{candidate.key} ({candidate.prompts} prompts)" for candidate in added)
         except OSError as error:
-            raise OutputError(f"{directory} cannot be written ({error.strerror})", "give another --out") from error
+            raise OutputError(f"{directory} cannot be written ({error.strerror})", REMEDY) from error
         self.results = load_results(directory)
 
     def _grown(self, before: RunSpec, now: RunSpec) -> RunSpec:
@@ -167,14 +182,22 @@ class ResultStore:
         """The prompts that a candidate has results of."""
         return {result.prompt for result in self.results if (result.candidate, result.seed) == (candidate.key, seed)}
 
+    def list_added(self) -> None:
+        """Write down what the evaluation grows by: a file that run.json does not list would be somebody's.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.added:
+            self._save_spec()
+            self.added = ()
+
     def append(self, results: Iterable[ImageResult]) -> None:
         """Add results, as whole lines."""
         new = list(results)
         lines = "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in new)
         try:
-            if self.added:
-                self._save_spec()
-                self.added = ()
+            self.list_added()
             with (self.directory / RESULTS).open("a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
@@ -182,31 +205,37 @@ class ResultStore:
         self.results.extend(new)
 
 
-@contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Keep other evaluations out of `directory` meanwhile. The directory is made if it is not there.
+def existing_spec(directory: Path, *, force: bool = False) -> RunSpec | None:
+    """The spec of the evaluation in a directory, which need not exist; None where there is none.
+
+    Args:
+        directory: of the evaluation.
+        force: whether what is there is to be deleted.
 
     Raises:
-        SettingsError: another one is at work in it.
-        OutputError: it cannot be written.
+        SettingsError: there is a run.json of another version.
+        OutputError: it cannot be written, or has files that no evaluation lists where an evaluation's would be.
     """
+    check_writable_place(directory)
+    before = load_spec(directory) if (directory / RUN).exists() else None
+    if before is None or force:
+        check_listed(directory, before.files() if before else set())
+    return before
+
+
+def clear(directory: Path) -> None:
+    """Delete the evaluation in a directory, and nothing else.
+
+    Raises:
+        SettingsError, OutputError: as `existing_spec`; nothing was deleted.
+    """
+    spec = existing_spec(directory, force=True)
+    if spec is None:
+        return
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        remove_ours(directory, spec.files(), PLACES, RUN)
     except OSError as error:
-        raise OutputError(f"{directory} cannot be written ({error.strerror})", "give another --out") from error
-    lock = FileLock(directory / ".lock")  # the system lets go of it when the process ends, however it ends
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise SettingsError(
-            f"{directory}: another cat-eval is at work there", "wait for it, or give another --out"
-        ) from error
-    except OSError as error:
-        raise OutputError(f"{directory} cannot be locked ({error.strerror})", "give another --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
+        raise OutputError(f"{directory} cannot be cleared ({error.strerror or error})", REMEDY) from error
 
 
 def machine() -> dict[str, str]:
@@ -227,35 +256,46 @@ def load_spec(directory: Path) -> RunSpec:
         SettingsError: nothing, or what another version wrote.
     """
     try:
-        return RunSpec.from_dict(json.loads((directory / RUN).read_text(encoding="utf-8")))
+        return RunSpec.from_dict(read_json(directory / RUN))
     except OSError as error:
         raise SettingsError(f"{directory} holds no evaluation ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(
-            f"{directory / RUN} is not this version's ({error})", "give another --out, or --force to begin anew"
-        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise SettingsError(f"{directory / RUN} is not this version's ({error})", REMEDY) from error
 
 
 def load_results(directory: Path) -> list[ImageResult]:
     """The results of a directory. A last line that an interruption cut off is removed from the file.
 
     Raises:
-        SettingsError: a line in the middle is no result.
+        SettingsError: the file is no text, or a line in the middle is no result.
     """
     file = directory / RESULTS
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_whole(file, whole)
+    try:
+        text = read_text(file) if file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_whole(file, whole)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{file} cannot be read ({reason})", f"remove it, or {REMEDY}") from error
     results = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            results.append(ImageResult(**current_result(json.loads(line))))
-        except (ValueError, TypeError, AttributeError) as error:
+            results.append(_checked(_RESULT, dataclasses.asdict(ImageResult(**current_result(parse_json(line))))))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SettingsError(
                 f"{file}, line {number} is no result ({error})", "remove it or give another --out"
             ) from error
     return results
+
+
+def _checked(adapter: pydantic.TypeAdapter[_T], fields: dict[str, Any]) -> _T:
+    """What the fields make; ValueError where one is of another type."""
+    try:
+        return adapter.validate_json(json.dumps(fields), strict=True)
+    except pydantic.ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
 def _change(name: str, before: Any, now: Any) -> str:

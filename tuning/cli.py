@@ -41,7 +41,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.bundle.schedules import write_schedules
     from cat_pruning.evaluation.prompts import load_prompts, tuning_prompts
-    from cat_pruning.tuning.recorder import forget
+    from cat_pruning.tuning.recorder import NUMBERS, PICTURE, existing_run, forget
     from cat_pruning.tuning.report import draw, table, to_json, write_json
 
     console.quiet_libraries()
@@ -50,6 +50,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     _check_prompts(arguments, prompts, others)
     bundle = Bundle.open(arguments.bundle)
     directory = arguments.recordings or bundle.path.with_name(f"{bundle.path.name}.tune")
+    existing_run(directory, force=arguments.force)  # before the bundle is loaded
     with terminal.status("Load the bundle …"):
         job = _job(arguments, bundle, directory)
         console.quiet_libraries()  # diffusers sets its own level when it is imported
@@ -72,9 +73,9 @@ def _tune(arguments: argparse.Namespace) -> None:
             "outcomes": to_json(outcomes),
             "machine": job.machine(),
         },
-        directory / "tune.json",
+        directory / NUMBERS,
     )
-    draw(compared, full.contender.macs, directory / "tune.png")
+    draw(compared, full.contender.macs, directory / PICTURE)
     write_schedules(bundle.path, measured)
     output = Console()
     output.print(table(compared, full))

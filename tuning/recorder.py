@@ -2,31 +2,40 @@
 
 DIR/run.json                 all that the recordings depend on; a run goes on only under the same
 DIR/batch-0000.safetensors   start, parts, final (float32) and the transformer's timesteps, of a batch of prompts
+DIR/tune.json, tune.png      what `report` writes when all is done
+
+Only these are ever deleted or written over, and only where run.json is a run's: it is written first and deleted last.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import pydantic
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cat_pruning.errors import OutputError, SettingsError
-from cat_pruning.files import replacing, write_whole
+from cat_pruning.files import check_writable_directory, read_json, replacing, write_whole
+from cat_pruning.ours import check_ours, remove_ours
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 from cat_pruning.tuning.guidance import check_parts, parts_of
 from cat_pruning.tuning.recordings import Recordings
 
-RUN: Final = "run.json"
+RUN, NUMBERS, PICTURE = "run.json", "tune.json", "tune.png"
+_PLACES: Final = (RUN, NUMBERS, PICTURE, "batch-*.safetensors")
+_REMEDY: Final = "give another --recordings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +54,7 @@ class RecordedRun:
     scheduler: dict[str, Any]
     steps: int
     prompts: tuple[str, ...]
-    batch: int
+    batch: Annotated[int, Field(ge=1)]
     seed: int
     height: int
     width: int
@@ -66,9 +75,16 @@ class RecordedRun:
             for first in range(0, len(self.prompts), self.batch)
         ]
 
+    def files(self) -> set[str]:
+        """The files in its directory: what may be deleted and written over."""
+        return {RUN, NUMBERS, PICTURE, *(batch_name(n) for n in range(math.ceil(len(self.prompts) / self.batch)))}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))  # type: ignore[no-any-return]
+
+
+_RUN = pydantic.TypeAdapter(RecordedRun)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,13 +110,13 @@ def record(
     Raises:
         SettingsError: the directory holds the recordings of another run; the scheduler calls the model more than once
             a step; the pipeline has other guidance than the plain one.
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or holds files that no run lists where the recordings would be.
     """
     _begin(directory, run)
     settings = never_pruned(pipe.transformer.settings, run.steps)
     batches = []
     for number, config in enumerate(run.configs(text_arguments)):
-        path = directory / f"batch-{number:04d}.safetensors"
+        path = directory / batch_name(number)
         tensors = _stored(path)
         if tensors is None:
             tensors = _recorded(pipe, settings, config)
@@ -122,37 +138,63 @@ def _as_recordings(number: int, batch: dict[str, Tensor]) -> Recordings:
         raise SettingsError(f"batch {number} of the prompts: {error.problem}", error.remedy) from error
 
 
-def _begin(directory: Path, run: RecordedRun) -> None:
-    file, fields = directory / RUN, run.to_dict()
+def batch_name(number: int) -> str:
+    """The file of a batch of recordings."""
+    return f"batch-{number:04d}.safetensors"
+
+
+def existing_run(directory: Path, *, force: bool = False) -> RecordedRun | None:
+    """The run whose recordings are in a directory, which need not exist; None where there are none.
+
+    Args:
+        directory: of the recordings.
+        force: whether what is there is to be deleted.
+
+    Raises:
+        OutputError: it cannot be written, or has files that no run lists where recordings would be.
+    """
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{file} cannot be read ({error})", "remove it, or give another --recordings") from error
-    if found is not None and found != fields:
-        held = found if isinstance(found, dict) else {}
-        other = ", ".join(sorted(name for name in fields if held.get(name) != fields[name]))
-        raise SettingsError(
-            f"{directory} holds the recordings of a run with other {other}",
-            "give another --recordings, or --force to record anew",
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(fields, indent=2) + "\n")
+        check_writable_directory(directory)
+        run = _RUN.validate_json(json.dumps(read_json(directory / RUN)), strict=True)
+    except FileNotFoundError:
+        run = None
     except OSError as error:
-        raise OutputError(f"{directory} cannot be written ({error.strerror or error})", "give another") from error
+        raise OutputError(f"{directory} cannot be written ({error.strerror or error})", _REMEDY) from error
+    except ValueError:  # it is no run's
+        run = None
+    if run is None or force:
+        check_ours(directory, run.files() if run else set(), _PLACES, f"the {RUN} of recordings", _REMEDY)
+    return run
 
 
 def forget(directory: Path) -> None:
-    """Remove the recordings in a directory, and nothing else.
+    """Delete the recordings in a directory and what was found with them, and nothing else.
 
     Raises:
-        OutputError: they cannot be removed.
+        OutputError: they cannot be deleted, or there are files that no run lists; of these nothing was deleted.
     """
+    run = existing_run(directory, force=True)
+    if run is None:
+        return
     try:
-        for path in (directory / RUN, *directory.glob("batch-[0-9][0-9][0-9][0-9].safetensors")):
-            path.unlink(missing_ok=True)
+        remove_ours(directory, run.files(), _PLACES, RUN)
     except OSError as error:
-        raise OutputError(f"{directory} cannot be cleared ({error.strerror or error})", "give another") from error
+        raise OutputError(f"{directory} cannot be cleared ({error.strerror or error})", _REMEDY) from error
+
+
+def _begin(directory: Path, run: RecordedRun) -> None:
+    found, fields = existing_run(directory), run.to_dict()
+    held = found.to_dict() if found else fields
+    if other := ", ".join(sorted(name for name in fields if held[name] != fields[name])):
+        raise SettingsError(
+            f"{directory} holds the recordings of a run with other {other}",
+            f"{_REMEDY}, or --force to record anew",
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / RUN, json.dumps(fields, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be written ({error.strerror or error})", _REMEDY) from error
 
 
 def _stored(path: Path) -> dict[str, Tensor] | None:

@@ -1,14 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and text that is read of real files only."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Final
+
+_MOST_BYTES: Final = 1 << 30  # of a text; what is larger was not written by us, and would fill the memory
 
 
 @contextmanager
@@ -21,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be put in place.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
+    part = _beside(path)
     try:
         yield part
         part.replace(path)
@@ -32,20 +38,120 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, in UTF-8 if it is text: see `replacing`. Links, pipes and devices are written to, not replaced.
+    """Write a file, in UTF-8 if it is text: see `replacing`. What a link leads to is replaced, and the link stays.
+
+    Pipes and devices are written to.
 
     Raises:
         OSError: it cannot be written; what was there is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_bytes(data)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if _is_stream(target):
+        target.write_bytes(data)
         return
-    with replacing(path) as part:
+    with replacing(target) as part:
         part.write_bytes(data)
+
+
+def check_writable(path: Path) -> None:
+    """Check that `write_whole` can write a file, by beginning to. Nothing is changed.
+
+    Raises:
+        OSError: it cannot, and why.
+    """
+    if not path.name or "\0" in str(path):
+        raise OSError(errno.EINVAL, "this is no name of a file")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if _exists(target) and not os.access(target, os.W_OK):  # a rename would not ask
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if not _is_stream(target):
+        part = _beside(target)
+        part.touch()
+        part.unlink()
+
+
+def check_writable_directory(directory: Path) -> None:
+    """Check that files can be written into a directory that is there, or that can be made. Nothing is changed.
+
+    Raises:
+        OSError: they cannot, and why.
+    """
+    if "\0" in str(directory) or not directory.absolute().name:
+        raise OSError(errno.EINVAL, "this is no name of a directory of yours")
+    place = directory.absolute()
+    while not _exists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{place} is no directory")
+    check_writable(place / "a")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, which is UTF-8 and may begin with a mark that says so.
+
+    A pipe that has a name is refused: nobody may ever write to it. One that a shell has made, as `<(…)` does, is read.
+
+    Raises:
+        OSError: there is no such file, or it is a directory, a named pipe, a device or larger than 1 GiB.
+        ValueError: it is not UTF-8, or the path has a null character.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) and not (stat.S_ISFIFO(found.st_mode) and _is_nameless(path)):
+            raise OSError(errno.EINVAL, "this is no file")
+        if found.st_size > _MOST_BYTES:
+            raise OSError(errno.EFBIG, f"{found.st_size} bytes, expected {_MOST_BYTES} at most")
+        os.set_blocking(file.fileno(), True)
+        return file.read().decode("utf-8-sig")
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON of a file says; see `read_text`.
+
+    Raises:
+        OSError: as `read_text`.
+        ValueError: it is not JSON or not UTF-8, or is nested more deeply than anything of ours.
+    """
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is not JSON, or is nested more deeply than anything of ours.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether there is something that cannot be replaced, but for a directory."""
+    return _exists(path) and not path.is_file() and not path.is_dir()
+
+
+def _is_nameless(path: Path) -> bool:
+    return not _exists(Path(os.path.realpath(path)))

@@ -59,7 +59,7 @@ def test_a_file_instead_of_a_directory(tmp_path: Path) -> None:
 
 def test_no_manifest(bundle: Bundle) -> None:
     (bundle.path / MANIFEST_NAME).unlink()
-    with pytest.raises(BundleError, match=r"not a bundle, or an export that was interrupted; run cat-export again"):
+    with pytest.raises(BundleError, match=r"not a bundle, or an export that was interrupted; give the directory"):
         Bundle.open(bundle.path)
 
 

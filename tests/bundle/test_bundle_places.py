@@ -38,26 +38,53 @@ def test_force_replaces_a_bundle_also_through_a_link(tmp_path: Path, bundle: Bun
 def test_force_replaces_a_bundle_of_another_version_and_an_empty_directory(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / MANIFEST_NAME).write_text('{"format_version": 0}')
+    (tmp_path / "old" / MANIFEST_NAME).write_text('{"format_version": 0, "files": {"gone.onnx": {}}}')
     for name in ("empty", "old"):
         export(tmp_path / name, manifest, force=True)
         Bundle.open(tmp_path / name).verified_tree("pipeline")
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"manifest_version": 3}', "file"])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", '{"format_version": 6}', "[" * 9999, '{"files": {"holiday.jpg": 1}}']
+)
 def test_force_never_deletes_what_is_not_a_bundle(tmp_path: Path, manifest: Manifest, content: str | None) -> None:
     out = tmp_path / "photos"
-    if content == "file":
-        out.write_text("mine")
-    else:
-        out.mkdir()
-        (out / "holiday.jpg").touch()
-        if content is not None:
-            (out / MANIFEST_NAME).write_text(content)
+    out.mkdir()
+    (out / "holiday.jpg").touch()
+    if content is not None:
+        (out / MANIFEST_NAME).write_text(content)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OutputError, match=rf"{out} is not a bundle .*remove it yourself or give another --out"):
+    with pytest.raises(OutputError, match=rf"{out} has holiday.jpg.*, not listed by a bundle's manifest.json: .*move"):
         export(out, manifest, force=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_force_never_deletes_a_file(tmp_path: Path, manifest: Manifest) -> None:
+    (tmp_path / "photos").write_text("mine")
+    with pytest.raises(OutputError, match=r"photos is a file, and --force replaces only bundles; give another --out"):
+        export(tmp_path / "photos", manifest, force=True)
+    assert (tmp_path / "photos").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["out.png", "pipeline/notes.txt", "schedules/mine.json", "images/a.png"])
+def test_force_never_deletes_what_a_bundle_does_not_list(bundle: Bundle, manifest: Manifest, name: str) -> None:
+    """A picture that cat-generate wrote there, say."""
+    (bundle.path / name).parent.mkdir(exist_ok=True)
+    (bundle.path / name).write_text("mine")
+    with pytest.raises(OutputError, match=rf"{bundle.path} has {name}, not listed by a bundle's manifest.json"):
+        export(bundle.path, manifest, force=True, step=b"second")
+    assert (bundle.path / name).read_text() == "mine"
+    assert Bundle.open(bundle.path) == bundle
+
+
+def test_force_deletes_what_our_tools_leave_in_a_bundle(bundle: Bundle, manifest: Manifest) -> None:
+    """Schedules that the manifest no longer lists, and what was being written when a process died."""
+    (bundle.path / "schedules").mkdir()
+    (bundle.path / "schedules" / "28-9.0123456789ab.json").touch()
+    (bundle.path / "schedules" / ".28-9.0123456789ab.json.17-17.part").touch()
+    (bundle.path / ".manifest.json.17-17.part").touch()
+    export(bundle.path, manifest, force=True)
+    assert not (bundle.path / "schedules").exists()
 
 
 def test_what_appears_during_the_export_is_not_replaced(tmp_path: Path, manifest: Manifest) -> None:

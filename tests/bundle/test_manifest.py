@@ -310,7 +310,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("version", [0, 1, 2, 3, 4, 5, FORMAT_VERSION + 1, "6", None])
 def test_another_format_version_is_told_before_the_schema(tmp_path: Path, version: object) -> None:
-    fields = {"format_version": version, "source": {"location": "my models/sd3"}, "something": "new"}
+    fields = {"format_version": version, "source": {"location": "my models/sd3"}, "something": "new", "files": {}}
     with pytest.raises(BundleError) as caught:
         read_manifest(write(tmp_path, fields))
     message = str(caught.value)
@@ -325,17 +325,18 @@ def test_json_that_is_no_manifest(tmp_path: Path, fields: object) -> None:
         read_manifest(write(tmp_path, fields))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"not json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"not json", b"[" * 9999, b"9" * 9999])
 def test_not_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(
-        BundleError, match=r"manifest\.json is not JSON.*run cat-export again: cat-export --model MODEL"
+        BundleError,
+        match=r"manifest\.json is not JSON.*or make one: cat-export --model MODEL --out DIR",
     ):
         read_manifest(tmp_path)
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"manifest\.json is missing: not a bundle, or an export.*cat-export again"):
+    with pytest.raises(BundleError, match=r"manifest\.json is missing: not a bundle, or an export.*give the directory"):
         read_manifest(tmp_path)
 
 

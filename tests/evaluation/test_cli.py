@@ -12,7 +12,7 @@ import pytest
 from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.arguments import parse
 from cat_pruning.evaluation.methods import METHODS
-from cat_pruning.evaluation.results import RESULTS, RUN
+from cat_pruning.evaluation.place import RESULTS, RUN
 
 # What tells the methods apart, of few steps and scenes; `test_an_interruption_says_that_it_goes_on` has its own.
 QUICK = ["--quick", "--prompts", "scenes:2", "--steps", "10", "--full-steps", "4", "--guidance-scale", "3"]
@@ -210,6 +210,18 @@ def test_a_file_that_is_no_evaluation_is_left_alone(
     assert run(mini_bundle, "--out", tmp_path / "notes.txt", "--quick") == 2
     assert "is no directory" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_files_of_others_are_told_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], force: list[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "holiday.jpg").write_text("mine")
+    assert run(tmp_path / "no-bundle", "--out", tmp_path, "--quick", *force) == 2
+    assert f"{tmp_path} has images/holiday.jpg, not listed by an evaluation's run.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert (tmp_path / "images" / "holiday.jpg").read_text() == "mine"
 
 
 @pytest.mark.long

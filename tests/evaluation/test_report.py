@@ -11,8 +11,9 @@ from PIL import Image
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
 from cat_pruning.evaluation.charts import inline_picture, quality_curves
+from cat_pruning.evaluation.place import IMAGES, TOKENS
 from cat_pruning.evaluation.report import write_report
-from cat_pruning.evaluation.results import IMAGES, TOKENS, ImageResult, ResultStore, RunSpec
+from cat_pruning.evaluation.results import ImageResult, ResultStore, RunSpec
 from cat_pruning.settings import PruneSettings
 
 PROMPTS = ("a <script>alert('x')</script> ring", "a red circle", "see https://example.org & more", "a blue star")

@@ -11,16 +11,8 @@ import pytest
 
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.evaluation.candidates import Candidate
-from cat_pruning.evaluation.results import (
-    RESULTS,
-    RUN,
-    ImageResult,
-    ResultStore,
-    RunSpec,
-    alone,
-    load_results,
-    load_spec,
-)
+from cat_pruning.evaluation.place import RESULTS, RUN, alone
+from cat_pruning.evaluation.results import ImageResult, ResultStore, RunSpec, clear, load_results, load_spec
 from cat_pruning.settings import PruneSettings
 
 CANDIDATE = Candidate(
@@ -102,6 +94,72 @@ def test_it_grows_by_prompts_and_by_candidates(tmp_path: Path) -> None:
         assert load_spec(tmp_path).candidates == together
 
 
+def files_in(directory: Path) -> dict[str, str]:
+    return {path.relative_to(directory).as_posix(): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", [RESULTS, "report.html", "images/holiday.jpg", "tokens/secret.txt", ".lock"])
+@pytest.mark.parametrize("record", ["none", "damaged"])
+def test_files_of_others_are_named_and_kept(tmp_path: Path, name: str, record: str) -> None:
+    """Where run.json is lost too: nothing says that the results are an evaluation's."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    if record == "damaged":
+        (tmp_path / RUN).write_text("{}")
+    before = files_in(tmp_path)
+    for begun in (lambda: ResultStore(tmp_path, SPEC), lambda: clear(tmp_path)):
+        with pytest.raises((OutputError, SettingsError), match=rf"{name}|{RUN} is not this version's") as error:
+            begun()
+        assert "--force" not in str(error.value)
+        assert files_in(tmp_path) == before
+
+
+def test_an_evaluation_is_cleared_of_what_it_lists(tmp_path: Path) -> None:
+    """Pictures of the sheet, of its candidates; and a file beside them that is none of its places."""
+    store = ResultStore(tmp_path, SPEC)
+    store.append([RESULT])
+    (tmp_path / "images" / CANDIDATE.key).mkdir()
+    for name in ("report.html", "notes.txt", f"images/{CANDIDATE.key}/00000-0.png", f"tokens/{CANDIDATE.key}.png"):
+        (tmp_path / name).write_text("")
+    foreign = tmp_path / "images" / CANDIDATE.key / "00001-0.png"  # the sheet has one prompt
+    foreign.write_text("mine")
+    before = files_in(tmp_path)
+    with pytest.raises(OutputError, match=f"has images/{CANDIDATE.key}/00001-0.png, not listed"):
+        clear(tmp_path)
+    assert files_in(tmp_path) == before
+    foreign.unlink()
+    clear(tmp_path)
+    assert [*files_in(tmp_path)] == ["notes.txt"]
+    assert ResultStore(tmp_path, SPEC).results == []
+
+
+def test_it_does_not_grow_over_files_of_others(tmp_path: Path) -> None:
+    ResultStore(tmp_path, SPEC).append([RESULT])
+    half = dataclasses.replace(CANDIDATE, keep_ratio=0.5)
+    picture = tmp_path / "tokens" / f"{half.key}.png"
+    picture.write_text("mine")
+    before = files_in(tmp_path)
+    assert ResultStore(tmp_path, SPEC).results == [RESULT]  # in its way only when that candidate comes
+    with pytest.raises(OutputError, match=f"has tokens/{half.key}.png, not listed by an evaluation's run.json"):
+        ResultStore(tmp_path, dataclasses.replace(SPEC, candidates=(half,)))
+    assert files_in(tmp_path) == before
+
+
+def test_pictures_are_listed_before_they_are_written(tmp_path: Path) -> None:
+    ResultStore(tmp_path, SPEC)
+    half = dataclasses.replace(CANDIDATE, keep_ratio=0.5)
+    store = ResultStore(tmp_path, dataclasses.replace(SPEC, candidates=(half,)))
+    store.list_added()
+    assert load_spec(tmp_path).candidates == (CANDIDATE, half)
+
+
+@pytest.mark.parametrize("change", [{"height": "128"}, {"guidance_scale": None}, {"prompts": [1]}, {"seeds": 1.5}])
+def test_fields_of_other_types_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / RUN).write_text(json.dumps(SPEC.to_dict() | change))
+    with pytest.raises(SettingsError, match=rf"is not this version's \({next(iter(change))}.*: Input should be"):
+        load_spec(tmp_path)
+
+
 def test_another_machine_may_go_on(tmp_path: Path) -> None:
     ResultStore(tmp_path, SPEC).append([RESULT])
     assert ResultStore(tmp_path, dataclasses.replace(SPEC, machine={"torch": "3"})).results == [RESULT]
@@ -128,8 +186,16 @@ def test_a_line_cut_off_is_removed(tmp_path: Path) -> None:
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     ResultStore(tmp_path, SPEC).append([RESULT])
-    (tmp_path / RESULTS).write_text('{"candidate": 1}\n')
-    with pytest.raises(SettingsError, match="line 1 is no result"):
+    fields = dataclasses.asdict(RESULT)
+    for line in ('{"candidate": 1}', "[" * 9999, json.dumps(fields | {"prompt": "0"}), json.dumps({**fields, "x": 1})):
+        (tmp_path / RESULTS).write_text(line + "\n")
+        with pytest.raises(SettingsError, match="line 1 is no result"):
+            load_results(tmp_path)
+
+
+def test_results_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / RESULTS).write_bytes(b"\xff\xfe\n")
+    with pytest.raises(SettingsError, match=r"results.jsonl cannot be read .*remove it, or give another --out"):
         load_results(tmp_path)
 
 
@@ -178,7 +244,7 @@ def test_a_lock_that_cannot_be_taken(tmp_path: Path) -> None:
 def test_another_process_has_the_directory_until_it_ends(tmp_path: Path) -> None:
     """Killed, too: the lock is the system's and not the file."""
     script = (
-        "import sys, time; from pathlib import Path; from cat_pruning.evaluation.results import alone\n"
+        "import sys, time; from pathlib import Path; from cat_pruning.evaluation.place import alone\n"
         "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True) as process:
@@ -191,7 +257,7 @@ def test_another_process_has_the_directory_until_it_ends(tmp_path: Path) -> None
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": 9}', "[1]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 9}', "[1]", "[" * 9999])
 def test_what_another_version_wrote_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / RUN).write_text(text)
     with pytest.raises(SettingsError, match=r"not this version's"):

@@ -10,7 +10,7 @@ import pytest
 
 from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.evaluate import Generator
-from cat_pruning.evaluation.results import RESULTS
+from cat_pruning.evaluation.place import RESULTS
 
 
 @pytest.mark.long

@@ -257,7 +257,7 @@ def test_no_bundle(tmp_path: Path, fails: Fails) -> None:
     assert "does not exist; give the --out of cat-export" in fails(tmp_path / "nowhere", PROMPT, *out)
     line = fails(tmp_path, PROMPT, *out)  # a directory, but no bundle
     assert "manifest.json is missing" in line
-    assert "run cat-export again" in line
+    assert "or make one: cat-export" in line
     (tmp_path / "file").touch()
     assert "is a file, expected a directory" in fails(tmp_path / "file", PROMPT, *out)
 
