@@ -50,8 +50,8 @@ class Bundle:
         Raises:
             BundleError: no bundle there, an unfinished one, one of another format version, or an edited one.
         """
-        directory = Path(path).resolve()
         try:
+            directory = Path(os.path.realpath(path))
             if _PARTIAL.fullmatch(directory.name):
                 raise BundleError(f"{directory} is an unfinished export", "run cat-export again and load its --out")
             if not directory.exists():
@@ -64,8 +64,8 @@ class Bundle:
             bundle = cls(path=directory, manifest=read_manifest(directory))
             for name in bundle.manifest.files:
                 bundle._checked_size(name)
-        except OSError as error:
-            raise BundleError(f"{directory} cannot be read ({error})", "make it readable") from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a null character
+            raise BundleError(f"{path} cannot be read ({error})", "make it readable") from error
         return bundle
 
     def verified(self, name: str) -> Path:
@@ -156,7 +156,7 @@ class BundleWriter:
         complete, path = manifest.with_files(files), self.path / MANIFEST_NAME
         path.write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
         _sync(path)
-        _check_replaceable(self.out, self.force)
+        check_replaceable(self.out, force=self.force)
         _swap_in(self.path, self.out)
         return Bundle(path=self.out, manifest=complete)
 
@@ -173,7 +173,7 @@ def new_bundle(out: Path, *, force: bool, needed_bytes: int) -> Iterator[BundleW
     Raises:
         OutputError: `out` exists and may not be replaced, cannot be written, or the disk is (or becomes) full.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     partial = _sibling(out, "partial")
     try:
         _prepare(out, partial, force, needed_bytes)
@@ -194,7 +194,7 @@ def _prepare(out: Path, partial: Path, force: bool, needed_bytes: int) -> None:
     """Refuses what can be refused before the work, and makes the partial directory."""
     try:
         _clear_stale(out)
-        _check_replaceable(out, force)
+        check_replaceable(out, force=force)
         if _free_bytes(out) < needed_bytes:
             raise OutputError(*_space(out, needed_bytes))
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -203,8 +203,12 @@ def _prepare(out: Path, partial: Path, force: bool, needed_bytes: int) -> None:
         raise OutputError(f"{out} cannot be written ({error})", "give an --out that you may write to") from error
 
 
-def _check_replaceable(out: Path, force: bool) -> None:
-    """Raises OutputError unless nothing is at `out`, or `force` may replace what is."""
+def check_replaceable(out: Path, *, force: bool) -> None:
+    """Check that nothing is at `out`, or, with `force`, nothing but a bundle or an empty directory.
+
+    Raises:
+        OutputError: something else is. Of a directory, the files that no manifest of a bundle there lists are named.
+    """
     if not out.exists():
         return
     if out.is_mount():

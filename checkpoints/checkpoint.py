@@ -18,7 +18,7 @@ from cat_pruning.bundle.schema import LoraSpec, Source
 from cat_pruning.checkpoints.hub import download_checkpoint, is_hub_id
 from cat_pruning.checkpoints.library_logs import first_line
 from cat_pruning.checkpoints.lora import fuse_loras
-from cat_pruning.checkpoints.parts import load_module, read_json
+from cat_pruning.checkpoints.parts import load_module, read_object
 from cat_pruning.checkpoints.published import Published, published_models
 from cat_pruning.checkpoints.random_weights import random_transformer
 from cat_pruning.dtype import DType
@@ -181,18 +181,18 @@ def _random(name: str, published: Published) -> Checkpoint:
 def _local(directory: Path, source: Source) -> Checkpoint:
     if not (directory / "model_index.json").exists() and (directory / "config.json").exists():
         return _transformer_alone(directory, source)
-    index = read_json(directory, "model_index.json", f"{directory} is no diffusers pipeline")
+    index = read_object(directory, "model_index.json", f"{directory} is no diffusers pipeline")
     named = index.get("transformer")
     if not isinstance(named, list) or len(named) != 2 or not named[1]:
         raise CheckpointError(
             f"{directory} is a {index.get('_class_name')} without a transformer; supported are pipelines with a "
             + ", ".join(family.transformer_class for family in FAMILIES)
         )
-    transformer_config = read_json(directory, "transformer/config.json", f"{directory} has no transformer")
+    transformer_config = read_object(directory, "transformer/config.json", f"{directory} has no transformer")
     family = family_of_class(_class_of(named[1], transformer_config))
     transformer = _without_weights(family, transformer_config)
     bound = family(config_of(transformer))
-    vae = read_json(directory, "vae/config.json", f"{directory} has no VAE")
+    vae = read_object(directory, "vae/config.json", f"{directory} has no VAE")
     try:
         pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
         text_length = bound.pipeline_text_length(directory)
@@ -215,7 +215,7 @@ def _local(directory: Path, source: Source) -> Checkpoint:
 
 def _transformer_alone(directory: Path, source: Source) -> Checkpoint:
     """A directory that `transformer.save_pretrained` wrote; the rest is as in its family's first published one."""
-    config = read_json(directory, "config.json", f"{directory} is no diffusers model")
+    config = read_object(directory, "config.json", f"{directory} is no diffusers model")
     family = family_of_class(_class_of(str(config.get("_class_name")), config))
     published = next((each for each in published_models().values() if each.family is family), None)
     if published is None:

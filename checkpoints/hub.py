@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +10,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from cat_pruning.checkpoints.library_logs import first_line
 from cat_pruning.errors import CheckpointError
+from cat_pruning.files import read_json
 
 # What an export reads. The pipeline's other parts stay on the hub; the bundle refers to them by id and revision.
 _NEEDED = ["model_index.json", "transformer/*", "vae/config.json", "tokenizer*/tokenizer_config.json"]
@@ -47,7 +47,7 @@ def pipeline_snapshot(hub_id: str, revision: str | None) -> Path:
     """
     directory = _download(hub_id, revision, allow_patterns=[_INDEX])[0]
     try:
-        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        index = read_json(directory / _INDEX)
         components = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(

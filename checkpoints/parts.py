@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from torch import nn
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.checkpoints.variants import chosen_variant, without_other_variants
 from cat_pruning.errors import CheckpointError
+from cat_pruning.files import read_json
 from cat_pruning.finite import first_not_finite
 from cat_pruning.imports import importing
 
@@ -28,7 +28,7 @@ _AGAIN: Final = "download or convert it again"
 _MOST_NAMED: Final = 3  # of many weights that are wrong alike
 
 
-def read_json(directory: Path, name: str, problem: str) -> dict[str, Any]:
+def read_object(directory: Path, name: str, problem: str) -> dict[str, Any]:
     """A file of a checkpoint that holds a JSON object.
 
     Args:
@@ -41,10 +41,10 @@ def read_json(directory: Path, name: str, problem: str) -> dict[str, Any]:
     """
     path = directory / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{problem}: {name} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
@@ -75,7 +75,7 @@ def load_parts(directory: Path, dtype: torch.dtype | None = None, **options: Any
     with importing:
         import diffusers
 
-    index = read_json(directory, INDEX, f"{directory} is no diffusers pipeline")
+    index = read_object(directory, INDEX, f"{directory} is no diffusers pipeline")
     pipeline_class, name = diffusers.DiffusionPipeline, index.get("_class_name")
     found: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, pipeline_class)):
@@ -128,9 +128,9 @@ def _check_files(part_class: Any, folder: Path) -> None:
     """That a part has the files without which transformers and diffusers make it from defaults, or look on the hub."""
     vocabulary: dict[str, str] | None = getattr(part_class, "vocab_files_names", None)
     if vocabulary is None:
-        read_json(folder, getattr(part_class, "config_name", None) or "config.json", f"{folder} is incomplete")
+        read_object(folder, getattr(part_class, "config_name", None) or "config.json", f"{folder} is incomplete")
         return
-    read_json(folder, "tokenizer_config.json", f"{folder} is incomplete")
+    read_object(folder, "tokenizer_config.json", f"{folder} is incomplete")
     whole, *apart = sorted(vocabulary.values(), key=lambda name: name != "tokenizer.json")
     if not (folder / whole).is_file() and not (apart and all((folder / name).is_file() for name in apart)):
         raise CheckpointError(f"{folder} has no vocabulary ({whole}, or {' and '.join(apart)})", _AGAIN)

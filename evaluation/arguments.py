@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-from cat_pruning import console
-from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.arguments import (
+    MOST,
+    MOST_PROMPTS,
+    MOST_SEEDS,
+    MOST_STEPS,
+    Parser,
+    guidance,
+    list_of,
+    number,
+    path,
+    resolution,
+    text,
+    whole,
+)
+from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.former import FORMER_METRICS
 from cat_pruning.names import ENGINES
 
-_T = TypeVar("_T")
 _EXAMPLES = """\
 examples:
   cat-eval build/sd3-mini --guidance-scale 3 --out build/eval                          the miniature, on its own scenes
@@ -39,42 +50,45 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = console.Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cat-eval",
         description="Compare pruned images with full ones, other methods and fewer steps; write an HTML report.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=Path, help="a bundle that cat-export wrote")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the results and of report.html")
+    parser.add_argument("bundle", type=path, help="a bundle that cat-export wrote")
+    parser.add_argument("--out", type=path, required=True, help="directory of the results and of report.html")
     parser.add_argument(
         "--prompts",
+        type=text,
         metavar="FILE|scenes:N|rich:N",
         help="a line each, PartiPrompts' .tsv, DrawBench's .csv or COCO's captions .json; or N scenes that the "
         "miniatures were not trained on, rich ones for sd3-mini-256 (default: scenes:64)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    parser.add_argument("--limit", type=whole(1, MOST), metavar="N", help="the first N prompts only")
     parser.add_argument(
         "--curve-prompts",
-        type=int,
+        type=whole(1, MOST),
         metavar="N",
         help="prompts of everything but the main comparison, which is the first method (and the forecast), ratio and "
         "schedule against the full run and fewer steps (default: 64)",
     )
-    parser.add_argument("--steps", type=_list_of(int), metavar="S,…", help="schedules (default: 28)")
-    parser.add_argument("--keep-ratio", type=_list_of(float), metavar="R,…", help="in (0, 1] (default: 0.3)")
-    parser.add_argument("--full-steps", type=int, metavar="F", help="full steps at the start (default: the bundle's)")
+    parser.add_argument("--steps", type=list_of(whole(1, MOST_STEPS)), metavar="S,…", help="schedules (default: 28)")
+    parser.add_argument("--keep-ratio", type=list_of(number(0, 1)), metavar="R,…", help="in (0, 1] (default: 0.3)")
+    parser.add_argument(
+        "--full-steps", type=whole(2, MOST_STEPS), metavar="F", help="full steps at the start (default: the bundle's)"
+    )
     parser.add_argument(
         "--methods",
-        type=_list_of(str),
+        type=list_of(str),
         metavar="M,…",
         help="a policy (cat, noise, cluster, stale, random, ras), alone or with +refresh after it; forecast; tuned, "
         "by a schedule of cat-tune; at-edm; fewer full steps by another solver: multistep (DPM-Solver++), unipc, ab2 "
         "(Adams-Bashforth) (default: every policy, cat+refresh, forecast, and at-edm where model and engine allow it)",
     )
-    parser.add_argument("--policies", dest="methods", type=_list_of(str), action=_FormerName, help=argparse.SUPPRESS)
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt (default: 1)")
+    parser.add_argument("--policies", dest="methods", type=list_of(str), action=_FormerName, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=whole(1, MOST_SEEDS), default=1, help="images of each prompt (default: 1)")
     parser.add_argument(
         "--metrics",
         type=_metrics,
@@ -84,14 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         "a scene)",
     )
     parser.add_argument(
-        "--clip-model", metavar="ID|DIR", help="of the CLIP score (default: openai/clip-vit-base-patch16)"
+        "--clip-model", type=text, metavar="ID|DIR", help="of the CLIP score (default: openai/clip-vit-base-patch16)"
     )
-    parser.add_argument("--lpips-weights", type=Path, metavar="FILE", help="torchvision's AlexNet, for lpips")
+    parser.add_argument("--lpips-weights", type=path, metavar="FILE", help="torchvision's AlexNet, for lpips")
     parser.add_argument("--engine", choices=ENGINES, default="auto")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
-    parser.add_argument("--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's)")
-    parser.add_argument("--batch", type=int, default=8, help="prompts at once (default: 8)")
-    parser.add_argument("--sheet", type=int, metavar="N", help="prompts whose images the report shows (default: 6)")
+    parser.add_argument("--guidance-scale", type=guidance, help="default: the pipeline's own")
+    parser.add_argument("--resolution", type=resolution, metavar="HxW", help="pixels (default: the bundle's)")
+    parser.add_argument("--batch", type=whole(1, MOST_PROMPTS), default=8, help="prompts at once (default: 8)")
+    parser.add_argument(
+        "--sheet", type=whole(0, MOST_PROMPTS), metavar="N", help="prompts whose images the report shows (default: 6)"
+    )
     parser.add_argument("--quick", action="store_true", help="four scenes, where nothing else is said")
     parser.add_argument("--force", action="store_true", help="begin anew if --out holds an evaluation")
     return parser
@@ -109,42 +125,20 @@ class _FormerName(argparse.Action):
 
 
 def _metrics(text: str) -> tuple[str, ...]:
-    names = _list_of(str)(text)
+    names = list_of(str)(text)
     for former, current in FORMER_METRICS.items():
         if former in names:
             sys.stderr.write(f"cat-eval: --metrics {former} is called {current}\n")
     return tuple(dict.fromkeys(FORMER_METRICS.get(name, name) for name in names))
 
 
-def _list_of(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
-    def parse(text: str) -> tuple[_T, ...]:
-        try:
-            values = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between ({error})") from error
-        if "" in values:
-            raise argparse.ArgumentTypeError(f"{text!r}: an empty value")
-        return values
-
-    return parse
-
-
 def check(arguments: argparse.Namespace) -> None:
     """Check what needs no bundle and no prompts.
 
     Raises:
-        SettingsError: a number outside its range.
-        OutputError: --out is no directory.
+        SettingsError: a keep ratio that keeps nothing.
     """
-    for name, least in (("limit", 1), ("curve_prompts", 1), ("seeds", 1), ("batch", 1), ("sheet", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number >= {least}")
-    if any(steps < 1 for steps in arguments.steps):
-        raise SettingsError(f"--steps {','.join(map(str, arguments.steps))}: expected numbers >= 1")
     if 0.0 in arguments.keep_ratio:
         raise SettingsError(
             "--keep-ratio 0: expected numbers in (0, 1]", "for pruned steps that compute nothing, --methods forecast"
         )
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise OutputError(f"--out {arguments.out} is no directory", "give another")

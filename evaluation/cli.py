@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cat_pruning import console
 from cat_pruning.errors import EngineError, SettingsError
 from cat_pruning.evaluation.arguments import check, parse
 from cat_pruning.installation import require
+from cat_pruning.terminal import progress, say, terminal, waiting
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cat_pruning.bundle.bundle import Bundle
-    from cat_pruning.evaluation.evaluate import Generator
+    from cat_pruning.evaluation.evaluate import Advance, Generator
     from cat_pruning.evaluation.metrics import Metric
     from cat_pruning.evaluation.results import ResultStore, RunSpec
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `cat-eval`."""
-    arguments = parse(argv)
     again = "what is done is kept; start it again in the same way and it goes on"
-    return console.run("cat-eval", lambda: _evaluate(arguments), again)
+    return console.run("cat-eval", lambda: _evaluate(parse(argv)), again)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     check(arguments)
     require("cat-eval", "eval")
-    from rich.console import Console
-
+    console.check_address_space()
     from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.evaluation.clip_score import DEFAULT_CLIP_MODEL
     from cat_pruning.evaluation.evaluate import evaluate
@@ -40,14 +43,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cat_pruning.evaluation.results import ResultStore, clear, existing_spec
 
     console.quiet_libraries()
-    terminal = Console(stderr=True)
+    screen = terminal(stderr=True)
     existing_spec(arguments.out, force=arguments.force)  # before the bundle is loaded
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = Bundle.open(arguments.bundle)
     metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))
     clip_model = arguments.clip_model or DEFAULT_CLIP_MODEL
     scorer = Metrics(metrics, prompts, clip_model, lpips_weights=arguments.lpips_weights)
-    with terminal.status("Load the bundle …"):
+    with waiting(screen, "Load the bundle …"):
         generator = _load(arguments, bundle)
     spec = _spec(arguments, bundle, generator, [prompt.text for prompt in prompts], metrics)
     with alone(arguments.out):
@@ -55,10 +58,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             clear(arguments.out)
         store = ResultStore(arguments.out, spec)
         if store.added:
-            terminal.print(f"{arguments.out} grows: {', '.join(store.added)}", highlight=False)
-        with _progress(terminal, store) as advance:
+            say(f"{arguments.out} grows: {', '.join(store.added)}", to=screen)
+        with _progress(screen, store) as advance:
             evaluate(store, prompts, scorer, generator, advance)
-        Console().print(str(write_report(arguments.out)), highlight=False)
+        say(str(write_report(arguments.out)))
 
 
 def _metrics(arguments: argparse.Namespace, scenes: bool) -> list[Metric]:
@@ -179,21 +182,13 @@ def _spec(
     )
 
 
-def _progress(terminal: Any, store: ResultStore) -> Any:
+@contextmanager
+def _progress(screen: Console, store: ResultStore) -> Iterator[Advance]:
     """A bar of images for the whole run, with the candidate that is at work; yields what `evaluate` calls."""
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextmanager
-    def bar() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        total = sum(candidate.prompts for candidate in store.spec.candidates) * store.spec.seeds
-        with Progress(*columns, console=terminal) as progress:
-            task = progress.add_task("images", total=total)
-            yield lambda candidate, count: progress.update(task, advance=count, description=candidate.key)
-
-    return bar()
+    total = sum(candidate.prompts for candidate in store.spec.candidates) * store.spec.seeds
+    with progress(screen) as bar:
+        task = bar.add_task("images", total=total)
+        yield lambda candidate, count: bar.update(task, advance=count, description=candidate.key)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from cat_pruning.evaluation.scenes import (
     is_held_out,
     sample_scene,
 )
+from cat_pruning.files import parse_json, read_text
 
 SCENES, RICH = "scenes:", "rich:"  # begin a source that is no file; a number follows
 SCENES_SEED = 2026
@@ -155,7 +155,7 @@ def _check_count(count: int) -> None:
 
 def _scene_count(source: str, prefix: str) -> int:
     number = source.removeprefix(prefix)
-    if not (number.isdecimal() and 1 <= int(number) <= MAX_SCENES):
+    if not (re.fullmatch(r"[0-9]{1,9}", number) and 1 <= int(number) <= MAX_SCENES):
         raise SettingsError(f"{source}: expected {prefix}N with a whole number N from 1 to {MAX_SCENES}")
     return int(number)
 
@@ -172,7 +172,7 @@ def _texts(file: Path) -> Iterator[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_text(file)
     except UnicodeDecodeError as error:
         raise SettingsError(f"{file} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
@@ -204,7 +204,7 @@ def _coco_captions(file: Path, text: str) -> list[str]:
     """The first caption of every image, in the order of the images' first captions."""
     captions: dict[int, str] = {}
     try:
-        for annotation in json.loads(text)["annotations"] if text.strip() else ():
+        for annotation in parse_json(text)["annotations"] if text.strip() else ():
             captions.setdefault(annotation["image_id"], annotation["caption"] + "")
     except (ValueError, TypeError, KeyError) as error:
         raise SettingsError(

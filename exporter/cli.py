@@ -10,10 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from cat_pruning import console
+from cat_pruning.arguments import (
+    MOST_PROMPTS,
+    MOST_TEXT,
+    Parser,
+    check_output_directory,
+    number,
+    path,
+    resolution,
+    text,
+    whole,
+)
 from cat_pruning.checkpoints.published import published_models
 from cat_pruning.dtype import DType
 from cat_pruning.errors import SettingsError
@@ -21,8 +31,11 @@ from cat_pruning.installation import require
 from cat_pruning.models import miniatures
 from cat_pruning.names import TITLES, Target
 from cat_pruning.settings import PruneSettings
+from cat_pruning.terminal import say, terminal, waiting
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.exporter.export import ExportConfig
     from cat_pruning.exporter.progress import Advance
@@ -50,8 +63,7 @@ then:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `cat-export`."""
-    arguments = _parser().parse_args(argv)
-    return console.run("cat-export", lambda: _export(arguments))
+    return console.run("cat-export", lambda: _export(_parser().parse_args(argv)))
 
 
 def _target(text: str) -> str:
@@ -62,8 +74,8 @@ def _target(text: str) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = console.Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cat-export",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -73,9 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument(
         "--model",
         required=True,
+        type=text,
         help=f"{', '.join([*published_models(), *miniatures()])}; a local diffusers directory; or a hub id, owner/name",
     )
-    checkpoint.add_argument("--revision", help="branch, tag or commit on the hub")
+    checkpoint.add_argument("--revision", type=text, help="branch, tag or commit on the hub")
     checkpoint.add_argument(
         "--random-weights",
         action="store_true",
@@ -84,11 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument(
         "--lora",
         action="append",
+        type=text,
         metavar="PATH[:SCALE]",
         help="fuse an adapter into the weights: a diffusers *.safetensors file or a PEFT directory; repeatable",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="the bundle's directory (default: the model's last name)")
+    output.add_argument("--out", type=path, help="the bundle's directory (default: the model's last name)")
     output.add_argument("--force", action="store_true", help="replace a bundle that is there")
     output.add_argument(
         "--target",
@@ -123,21 +137,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     shape.add_argument(
         "--resolution",
-        type=console.resolution,
+        type=resolution,
         action="append",
         metavar="HxW",
         help="pixels that the plans are built for; repeatable (default: what the model was trained on)",
     )
     shape.add_argument(
         "--batch",
-        type=int,
+        type=whole(1, MOST_PROMPTS),
         action="append",
         metavar="N",
         help="prompts per batch that the plans are built for; repeatable (default: 1)",
     )
     shape.add_argument(
         "--text-length",
-        type=int,
+        type=whole(1, MOST_TEXT),
         metavar="T",
         help="text tokens that the plans are built for (default: the pipeline's own)",
     )
@@ -148,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shape.add_argument(
         "--keep-ratio",
-        type=float,
+        type=number(0, 1),
         default=PruneSettings().keep_ratio,
         metavar="R",
         help="fraction of the image tokens that a pruned step computes, in (0, 1] (default: 0.3)",
@@ -166,6 +180,8 @@ def _export(arguments: argparse.Namespace) -> None:
             "to compute none on pruned steps needs no bundle of its own: any runs with cat-generate --preset forecast",
         )
     require("cat-export", "export")
+    console.check_address_space()
+    from cat_pruning.bundle.bundle import check_replaceable
     from cat_pruning.checkpoints.lora import parse_lora
     from cat_pruning.exporter.export import ExportConfig, default_targets, export
     from cat_pruning.exporter.verify import Verify
@@ -189,29 +205,34 @@ def _export(arguments: argparse.Namespace) -> None:
         verify=Verify(arguments.verify) if arguments.verify else None,
         force=arguments.force,
     )
-    terminal = Console(stderr=True)
-    bundle = export(config, lambda title: _stage(terminal, title))
-    _summarise(Console(), config, bundle, time.perf_counter() - started)
+    check_output_directory("--out", config.out)  # before a checkpoint is downloaded
+    check_replaceable(config.out, force=config.force)
+    screen = terminal(stderr=True)
+    bundle = export(config, lambda title: _stage(screen, title))
+    _summarise(terminal(), config, bundle, time.perf_counter() - started)
 
 
 @contextmanager
-def _stage(terminal: Console, title: str) -> Iterator[Advance]:
+def _stage(screen: Console, title: str) -> Iterator[Advance]:
     """A spinner while the stage runs, a line with its time when it is done."""
+    from rich.text import Text
+
     started = time.perf_counter()
-    with terminal.status(f"{title} …") as status:
+    with waiting(screen, f"{title} …") as status:
 
         def advance(done: int, total: int) -> None:
             status.update(f"{title} … {done}/{total}")
 
         yield advance
-    terminal.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
+    screen.print(Text.assemble(("✓", "green"), f" {title} ", (f"{time.perf_counter() - started:.1f} s", "dim")))
 
 
-def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds: float) -> None:
+def _summarise(screen: Console, config: ExportConfig, bundle: Bundle, seconds: float) -> None:
     from cat_pruning.exporter.verify_plans import can_verify
 
     manifest = bundle.manifest
-    files = Table(title=f"{bundle.path}  ({seconds:.0f} s)", title_justify="left", title_style="bold")
+    say(f"{bundle.path}  ({seconds:.0f} s)", to=screen, style="bold")
+    files = Table()
     files.add_column("file")
     files.add_column("size", justify="right")
     parts = {name: spec.size for name, spec in manifest.files.items() if not name.startswith("pipeline/")}
@@ -219,20 +240,19 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
         parts["pipeline/"] = others
     for name, size in parts.items():
         files.add_row(name, console.file_size(size))
-    terminal.print(files)
+    screen.print(files)
 
     for plan in manifest.plans[:: len(manifest.graphs)]:  # the plans of one flavour differ in their graphs only
-        terminal.print(
+        say(
             f"{TITLES[plan.flavour]} {plan.version} plans for {', '.join(plan.architectures)}; token operators: "
             f"{plan.token_ops}{'; refittable' if plan.refittable else ''}",
-            highlight=False,
+            to=screen,
         )
     if config.verify and not all(map(can_verify, manifest.plans)):
-        terminal.print(
+        say(
             "plans are compared on the machine that runs them; there: "
             f"{bundle.export_command()} --verify {config.verify}",
-            highlight=False,
-            soft_wrap=True,
+            to=screen,
         )
     costs = Table(title="MACs of a step", title_justify="left", title_style="bold")
     for column in ("profile", "tokens", "kept", "full\nlinear", "pruned\nlinear", "full\nall", "pruned\nall", "bound"):
@@ -245,18 +265,16 @@ def _summarise(terminal: Console, config: ExportConfig, bundle: Bundle, seconds:
             *map(console.macs, (cost.full_linear, cost.pruned_linear, cost.full_total, cost.pruned_total)),
             f"{cost.full_total / cost.pruned_total:.2f}×" if cost.pruned_total else "–",
         )
-    terminal.print(costs)
+    screen.print(costs)
     for profile, cost in zip(manifest.profiles, manifest.macs, strict=True):
-        terminal.print(
+        screen.print(
             f"{profile.name}: besides, {console.macs(cost.prompt_linear)} once per image (prompt.onnx) and "
-            f"{console.macs(cost.timestep_linear)} for every step of its schedule (timestep.onnx)",
-            highlight=False,
+            f"{console.macs(cost.timestep_linear)} for every step of its schedule (timestep.onnx)"
         )
-    terminal.print(
+    screen.print(
         "linear: linear and convolution layers only, as in the paper; all: attention scores too.\n"
         "bound: a full step's MACs (all) over a pruned one's; what the speedup of a step is measured against.",
         style="dim",
-        highlight=False,
     )
 
 

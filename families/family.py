@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing_extensions import override
 from cat_pruning import step_io
 from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.families.interception import TokenReuse
+from cat_pruning.files import read_json
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheSpec, Part, Shape, StepDims
 
 
@@ -208,7 +208,7 @@ class Family(ABC):
         Raises:
             OSError, KeyError, ValueError: it is not there, or is none.
         """
-        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = read_json(directory / "tokenizer_config.json")
         return int(config["model_max_length"])
 
     @abstractmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing_extensions import override
 from cat_pruning.families.attention import intercept_attention, split_heads
 from cat_pruning.families.family import PatchFamily
 from cat_pruning.families.interception import TokenReuse
+from cat_pruning.files import read_json
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
 
 # The pipelines' default max_sequence_length.
@@ -117,7 +117,7 @@ class PixArt(PatchFamily):
     @override
     def pipeline_text_length(self, directory: Path) -> int:
         """No more than the tokenizer makes."""
-        index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+        index = read_json(directory / "model_index.json")
         length = T5_LENGTHS.get(index["_class_name"], T5_LENGTHS["PixArtSigmaPipeline"])
         return min(length, self.tokenizer_length(directory / "tokenizer"))
 

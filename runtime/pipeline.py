@@ -12,7 +12,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import choose_schedule, read_schedules
 from cat_pruning.checkpoints.hub import pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
-from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, read_json
+from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, read_object
 from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError, CheckpointError, SettingsError
 from cat_pruning.imports import importing
@@ -105,7 +105,7 @@ def import_pipeline(parts: Path) -> None:
         import diffusers.pipelines.pipeline_utils
 
     try:
-        index = read_json(parts, INDEX, f"{parts} is no diffusers pipeline")
+        index = read_object(parts, INDEX, f"{parts} is no diffusers pipeline")
     except CheckpointError:
         return
     with importing, quiet_diffusers():

@@ -6,16 +6,18 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from cat_pruning import console
+from cat_pruning.arguments import Parser, path
+from cat_pruning.terminal import say, terminal, waiting
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cat_pruning.tools.doctor import Report
     from cat_pruning.tools.findings import Finding
 
@@ -48,27 +50,26 @@ _TOPICS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `cat-doctor`."""
-    arguments = _parser().parse_args(argv)
     reports: list[Report] = []
-    code = console.run("cat-doctor", lambda: reports.append(_doctor(arguments)))
+    code = console.run("cat-doctor", lambda: reports.append(_doctor(_parser().parse_args(argv))))
     return code or int(not reports[0].can_generate)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = console.Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cat-doctor",
         description="Tell what this machine can do for cat-pruning, and what to install for the rest.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=Path, nargs="?", help="the directory of a bundle that is to run here")
+    parser.add_argument("bundle", type=path, nargs="?", help="the directory of a bundle that is to run here")
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     return parser
 
 
 def _doctor(arguments: argparse.Namespace) -> Report:
     status = "Look at this machine …"
-    with console.collector_paused(), console.muted() as error, Console(file=error).status(status):
+    with console.collector_paused(), console.muted() as error, waiting(terminal(file=error), status):
         from cat_pruning.bundle.bundle import Bundle
         from cat_pruning.tools.doctor import examine
 
@@ -76,17 +77,17 @@ def _doctor(arguments: argparse.Namespace) -> Report:
     if arguments.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     else:
-        _print(Console(), report)
+        _print(terminal(), report)
     return report
 
 
-def _print(terminal: Console, report: Report) -> None:
+def _print(screen: Console, report: Report) -> None:
     told: set[str] = set()
     for section, title in _TITLES.items():
         findings: tuple[Finding, ...] = getattr(report, section)
         if not findings:
             continue
-        terminal.print(Text(f"{title} {report.bundle_path}" if section == "bundle" else title, style="bold"))
+        say(f"{title} {report.bundle_path}" if section == "bundle" else title, to=screen, style="bold")
         table = Table.grid(padding=(0, 1))
         table.add_column()
         table.add_column(no_wrap=True, min_width=13)
@@ -98,9 +99,9 @@ def _print(terminal: Console, report: Report) -> None:
             if finding.remedy and finding.remedy not in told:  # once, where it is first needed
                 table.add_row("", "", Text(f"→ {finding.remedy}", style="cyan"))
                 told.add(finding.remedy)
-        terminal.print(table)
-        terminal.print()
-    terminal.print(Text(_verdict(report), style="bold green" if report.can_generate else "bold red"))
+        screen.print(table)
+        screen.print()
+    say(_verdict(report), to=screen, style="bold green" if report.can_generate else "bold red")
 
 
 def _verdict(report: Report) -> str:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TypeVar
 
-from cat_pruning import console
-from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.arguments import (
+    MOST_PROMPTS,
+    MOST_STEPS,
+    Parser,
+    check_output_directory,
+    guidance,
+    list_of,
+    path,
+    resolution,
+    text,
+    whole,
+)
+from cat_pruning.errors import SettingsError
 from cat_pruning.names import ENGINES
 
-_T = TypeVar("_T")
 _EXAMPLES = """\
 examples:
   cat-tune build/sd3-mini --guidance-scale 3                          schedules for 2, 3 and 4 times the speed
@@ -29,39 +37,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return _parser().parse_args(argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = console.Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cat-tune",
         description="Fit schedules to a bundle's model: which steps compute, and what the others are made of. "
         "They go into the bundle.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=Path, help="a bundle that cat-export wrote")
-    parser.add_argument("--steps", type=int, metavar="N", help="of a run (default: the pipeline's own)")
-    parser.add_argument("--speedup", type=_list_of(float), metavar="X,…", help="of an image, by MACs (default: 2,3,4)")
-    parser.add_argument("--full", type=_list_of(int), metavar="K,…", help="full steps, instead of --speedup")
+    parser.add_argument("bundle", type=path, help="a bundle that cat-export wrote")
+    parser.add_argument(
+        "--steps", type=whole(3, MOST_STEPS), metavar="N", help="of a run (default: the pipeline's own)"
+    )
+    parser.add_argument("--speedup", type=list_of(float), metavar="X,…", help="of an image, by MACs (default: 2,3,4)")
+    parser.add_argument(
+        "--full", type=list_of(whole(2, MOST_STEPS)), metavar="K,…", help="full steps, instead of --speedup"
+    )
     parser.add_argument(
         "--prompts",
+        type=text,
         default="scenes:24",
         metavar="FILE|scenes:N",
         help="to fit to: a line each, or a table as cat-eval reads it; or N scenes of a miniature (default: scenes:24)",
     )
     parser.add_argument(
         "--measure",
+        type=text,
         default="scenes:16",
         metavar="FILE|scenes:N",
         help="prompts to measure on, others than those (default: scenes:16)",
     )
-    parser.add_argument("--seed", type=int, default=1_000_000, help="of the first recording (default: 1000000)")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's own")
-    parser.add_argument("--scheduler", metavar="CLASS", help="of diffusers, for the pipeline's own (default: that)")
-    parser.add_argument("--resolution", type=console.resolution, metavar="HxW", help="pixels (default: the bundle's)")
+    parser.add_argument(
+        "--seed", type=whole(0, 2**62 - 1), default=1_000_000, help="of the first recording (default: 1000000)"
+    )
+    parser.add_argument("--guidance-scale", type=guidance, help="default: the pipeline's own")
+    parser.add_argument(
+        "--scheduler", type=text, metavar="CLASS", help="of diffusers, for the pipeline's own (default: that)"
+    )
+    parser.add_argument("--resolution", type=resolution, metavar="HxW", help="pixels (default: the bundle's)")
     parser.add_argument("--engine", choices=ENGINES, default="auto")
-    parser.add_argument("--batch", type=int, default=8, help="prompts at once (default: 8)")
+    parser.add_argument("--batch", type=whole(1, MOST_PROMPTS), default=8, help="prompts at once (default: 8)")
     parser.add_argument(
         "--recordings",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="of recordings, tune.json and tune.png (default: beside the bundle, NAME.tune)",
     )
@@ -70,42 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list_of(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
-    def parse(text: str) -> tuple[_T, ...]:
-        try:
-            return tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between") from error
-
-    return parse
-
-
 def check(arguments: argparse.Namespace) -> None:
     """Check what needs no bundle.
 
     Raises:
         SettingsError: a number outside its range, or options that do not go together.
-        OutputError: --recordings is no directory.
+        OutputError: --recordings is no directory, or cannot be written.
     """
     if arguments.speedup is not None and arguments.full is not None:
         raise SettingsError("--speedup and --full are both given", "give one of them")
     for speedup in arguments.speedup or ():
         if not (speedup > 1.0 and math.isfinite(speedup)):
             raise SettingsError(f"--speedup {speedup:g}: expected numbers above 1")
-    for count in arguments.full or ():
-        if count < 2:
-            raise SettingsError(f"--full {count}: expected at least 2 full steps")
-    if arguments.steps is not None and arguments.steps < 3:
-        raise SettingsError(f"--steps {arguments.steps}: expected a number >= 3")
-    if arguments.batch < 1:
-        raise SettingsError(f"--batch {arguments.batch}: expected a number >= 1")
-    if not 0 <= arguments.seed < 2**62:
-        raise SettingsError(f"--seed {arguments.seed}: expected a number in [0, 2^62)")
-    if arguments.guidance_scale is not None and not math.isfinite(arguments.guidance_scale):
-        raise SettingsError(f"--guidance-scale {arguments.guidance_scale}: expected a finite number")
-    directory = arguments.recordings
-    if directory is not None and directory.exists() and not directory.is_dir():
-        raise OutputError(f"--recordings {directory} is no directory", "give another")
+    if arguments.recordings is not None:
+        check_output_directory("--recordings", arguments.recordings)
 
 
 def budgets_of(arguments: argparse.Namespace, steps: int, speed: Callable[[int], float]) -> tuple[int, ...]:

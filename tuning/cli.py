@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cat_pruning import console
+from cat_pruning.arguments import check_outputs
 from cat_pruning.errors import SettingsError
 from cat_pruning.installation import require
+from cat_pruning.terminal import progress, say, terminal, waiting
 from cat_pruning.tuning.arguments import budgets_of, check, parse
 
 if TYPE_CHECKING:
@@ -28,36 +30,37 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `cat-tune`."""
-    arguments = parse(argv)
     again = "the bundle is as it was; recordings are kept, start it again in the same way and it goes on"
-    return console.run("cat-tune", lambda: _tune(arguments), again)
+    return console.run("cat-tune", lambda: _tune(parse(argv)), again)
 
 
 def _tune(arguments: argparse.Namespace) -> None:
     check(arguments)
     require("cat-tune", "eval")
-    from rich.console import Console
-
+    console.check_address_space()
     from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.manifest import MANIFEST_NAME
     from cat_pruning.bundle.schedules import write_schedules
     from cat_pruning.evaluation.prompts import load_prompts, tuning_prompts
     from cat_pruning.tuning.recorder import NUMBERS, PICTURE, existing_run, forget
     from cat_pruning.tuning.report import draw, table, to_json, write_json
 
     console.quiet_libraries()
-    terminal = Console(stderr=True)
+    screen = terminal(stderr=True)
     prompts, others = tuning_prompts(arguments.prompts), load_prompts(arguments.measure)
     _check_prompts(arguments, prompts, others)
     bundle = Bundle.open(arguments.bundle)
     directory = arguments.recordings or bundle.path.with_name(f"{bundle.path.name}.tune")
-    existing_run(directory, force=arguments.force)  # before the bundle is loaded
-    with terminal.status("Load the bundle …"):
+    # Before the bundle is loaded, and the hour that recording takes.
+    check_outputs([("the bundle's", bundle.path / MANIFEST_NAME)])
+    existing_run(directory, force=arguments.force)
+    with waiting(screen, "Load the bundle …"):
         job = _job(arguments, bundle, directory)
         console.quiet_libraries()  # diffusers sets its own level when it is imported
     budgets = budgets_of(arguments, job.steps, job.speed)
     if arguments.force:
         forget(directory)
-    with _progress(terminal) as advance:
+    with _progress(screen) as advance:
         schedules, expected = job.tune(prompts, budgets, advance)
         outcomes = job.measure(others, schedules, advance, peers=not arguments.no_peers)
     full, *compared = outcomes
@@ -77,11 +80,10 @@ def _tune(arguments: argparse.Namespace) -> None:
     )
     draw(compared, full.contender.macs, directory / PICTURE)
     write_schedules(bundle.path, measured)
-    output = Console()
-    output.print(table(compared, full))
-    output.print(f"{directory / 'tune.png'}", highlight=False, soft_wrap=True)
+    terminal().print(table(compared, full))
+    say(f"{directory / PICTURE}")
     names = ", ".join(each.name for each in measured)
-    output.print(f"in {bundle.path} now: {names}; cat-generate --speedup takes them", highlight=False, soft_wrap=True)
+    say(f"in {bundle.path} now: {names}; cat-generate --speedup takes them")
 
 
 def _check_prompts(arguments: argparse.Namespace, prompts: Sequence[Prompt], others: Sequence[Prompt]) -> None:
@@ -156,19 +158,16 @@ def _with_measures(
 
 
 @contextmanager
-def _progress(terminal: Console) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(screen: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage; yields what is called with the stage, its total and how much more of it is done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal) as progress:
+    with progress(screen) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(stage: str, total: int, count: int) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            task = next(task for task in progress.tasks if task.id == tasks[stage])
-            progress.update(task.id, completed=min(total, task.completed + count))
+                tasks[stage] = bar.add_task(stage, total=total)
+            task = next(task for task in bar.tasks if task.id == tasks[stage])
+            bar.update(task.id, completed=min(total, task.completed + count))
 
         yield advance
 

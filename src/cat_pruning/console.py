@@ -1,56 +1,164 @@
-"""What the command-line tools share: errors as one line and exit code 2, sizes and numbers as people read them."""
+"""The edge of the command-line tools: whatever goes wrong is one line and an exit code, never a traceback.
+
+0      done
+2      a mistake of the user's, or something missing: the line says what to do
+70     what nobody foresaw; CAT_PRUNING_LOG=DEBUG shows where
+130    interrupted
+"""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
+import errno
 import gc
+import io
 import logging
 import os
 import re
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from typing import Final, TextIO
 
-from cat_pruning.errors import CatError
+from cat_pruning.errors import CatError, SettingsError
 from cat_pruning.installation import check_platform
 
+_log = logging.getLogger(__name__)
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other error of the tools."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How libraries say that there is no memory, in errors of their own and of C's.
+_NO_MEMORY: Final = re.compile(
+    r"bad_alloc|can(?:no|')t allocate memory|out of memory|failed to (?:allocate memory|map segment)|start new thread",
+    re.IGNORECASE,
+)
+_LONGEST: Final = 600  # characters of a line about what nobody foresaw
+_LIBRARIES_BYTES: Final = 1_300_000_000  # VmPeak after their import, torch 2.13 for processors
+_LESS_MEMORY: Final = "give it more, or do less at once: smaller images, fewer prompts, a smaller dtype"
 
 
 def run(program: str, command: Callable[[], None], interrupted: str = "nothing was left behind") -> int:
-    """Run a tool: 0 when it is done, 2 and one line on standard error when it cannot be, 130 when it is interrupted."""
-    # Before torch is imported: between the calls of an engine its threads must sleep, not spin, or on a machine that
-    # others use too they wait for one another. A pruned step of sd3-mini took half the time under load.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    quiet_libraries()
+    """Run a tool, and tell what goes wrong in one line on standard error.
+
+    Args:
+        program: its name.
+        command: what it does, the reading of its arguments included.
+        interrupted: what an interruption leaves behind.
+
+    Returns:
+        The exit code: see the module. A reader that goes away, as `head` does, is code 1 and no line.
+
+    Raises:
+        SystemExit: of argparse.
+    """
+    _mend_streams()
     try:
+        # Before torch is imported: between the calls of an engine its threads must sleep, not spin, or on a machine
+        # that others use too they wait for one another. A pruned step of sd3-mini took half the time under load.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        quiet_libraries()
         check_platform()
-        command()
+        try:
+            command()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # what cannot be written is told here, not at the process's end
     except CatError as error:
-        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
-        return 2
+        return _fail(program, str(error), 2)
     except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: interrupted; {interrupted}\n")
-        return 130
+        return _fail(program, f"interrupted; {interrupted}", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         return 1
+    except Exception as error:  # noqa: BLE001  # the edge
+        _log.debug("%s ended by this error", program, exc_info=error)
+        return _fail(program, *_foreseen(error))
+    finally:
+        _let_go()
     return 0
 
 
+def _foreseen(error: Exception) -> tuple[str, int]:
+    """What is said of an error that is none of ours, and the exit code."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = " ".join(said.split())[:_LONGEST]
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(said):
+        return f"there is not enough memory ({said}){_memory_limit()}; {_LESS_MEMORY}", 2
+    if number in _FULL:
+        return f"there is no room for what is written ({said}); make room", 2
+    return f"unforeseen: {said}; CAT_PRUNING_LOG=DEBUG before the command shows where; please report it", 70
+
+
+def check_address_space() -> None:
+    """Check that the process may map what the libraries alone take, or they fail in C, without an error.
+
+    Raises:
+        SettingsError: it may not.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LIBRARIES_BYTES:
+        raise SettingsError(
+            f"the process is limited to {file_size(limit)} (ulimit -v), and torch, ONNX Runtime and diffusers alone "
+            f"take {file_size(_LIBRARIES_BYTES)} of address space",
+            "raise the limit",
+        )
+
+
+def _memory_limit() -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return "" if limit == resource.RLIM_INFINITY else f": the process is limited to {file_size(limit)} (ulimit -v)"
+
+
+def _fail(program: str, said: str, code: int) -> int:
+    with suppress(OSError):  # nobody reads it
+        sys.stderr.write(f"{program}: {' '.join(said.split())}\n")
+    return code
+
+
+def _mend_streams() -> None:
+    """Make standard streams that are closed lead nowhere, and let those that cannot write a character write another."""
+    for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else it is a test's or a notebook's
+            stream.reconfigure(errors=_encoding_errors(stream))
+
+
+def _encoding_errors(stream: TextIO) -> str:
+    """In UTF-8 the bytes of a path that is none come out as they are; elsewhere what is missing is a question mark."""
+    return "surrogateescape" if stream.encoding.lower().replace("-", "") == "utf8" else "replace"
+
+
+def _let_go() -> None:
+    """Drop what cannot be written, or Python complains of it at the end of the process."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+
+
 def quiet_libraries() -> None:
-    """Keep the libraries' hints out of a tool's output; `CAT_PRUNING_LOG=DEBUG` shows them all."""
+    """Keep the libraries' hints out of a tool's output; `CAT_PRUNING_LOG=DEBUG` shows them all.
+
+    Raises:
+        SettingsError: that variable names no level.
+    """
     level = os.environ.get("CAT_PRUNING_LOG")
     if level:
+        levels = [name for name in logging.getLevelNamesMapping() if name not in ("NOTSET", "WARN", "FATAL")]
+        if level.upper() not in levels:
+            raise SettingsError(f"CAT_PRUNING_LOG={level!r}: expected {', '.join(levels)}")
         logging.basicConfig(level=level.upper())
         return
     warnings.simplefilter("ignore")
@@ -81,11 +189,12 @@ def muted() -> Iterator[TextIO]:
     """
     _flush()
     output, error = os.dup(1), os.dup(2)
+    encoding, errors = sys.stderr.encoding, sys.stderr.errors
     sink = os.dup(2) if os.environ.get("CAT_PRUNING_LOG") else os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 1)
         os.dup2(sink, 2)
-        with open(error, "w", closefd=False) as own:
+        with open(error, "w", closefd=False, encoding=encoding, errors=errors) as own:
             yield own
     finally:
         _flush()
@@ -101,14 +210,6 @@ def _flush() -> None:
     sys.stderr.flush()
     with suppress(OSError, AttributeError, TypeError):  # where the process itself is no library
         ctypes.CDLL(None).fflush(None)
-
-
-def resolution(text: str) -> tuple[int, int]:
-    """HEIGHTxWIDTH in pixels, as an argument."""
-    match = re.fullmatch(r"(\d+)[xX×](\d+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected HEIGHTxWIDTH in pixels, like 1024x768")
-    return int(match[1]), int(match[2])
 
 
 def file_size(num_bytes: int) -> str:

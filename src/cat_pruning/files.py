@@ -85,7 +85,7 @@ def check_writable_directory(directory: Path) -> None:
     while not _exists(place):
         place = place.parent
     if not place.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{place} is no directory")
+        raise NotADirectoryError(errno.ENOTDIR, f"{'it' if place == directory else place} is no directory")
     check_writable(place / "a")
 
 

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cat_pruning.errors import ScheduleError
-from cat_pruning.files import write_whole
+from cat_pruning.files import parse_json, read_text, write_whole
 
 SCHEDULE_VERSION: Final = 1
 _TOLERANCE: Final = 1e-4  # of the first timestep: what two versions of a scheduler may round apart
@@ -188,9 +188,9 @@ class Schedule(_Model):
             ScheduleError: there is none, or it is damaged or was edited into one that makes no sense.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            version = json.loads(text).get("format_version")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            text = read_text(Path(path))
+            version = parse_json(text).get("format_version")
+        except (OSError, ValueError, AttributeError) as error:
             reason = getattr(error, "strerror", None) or f"it is no schedule's JSON: {error}"
             raise ScheduleError(f"{path} cannot be read ({reason})", "give a schedule that cat-tune wrote") from error
         if version != SCHEDULE_VERSION:

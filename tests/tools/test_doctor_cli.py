@@ -105,7 +105,8 @@ def test_the_table_and_the_json_have_the_same(
     assert doctor_cli.main([str(mini_bundle)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert max(map(len, captured.out.splitlines())) <= 80
+    lines = captured.out.splitlines()
+    assert max(len(line) for line in lines if str(mini_bundle) not in line) <= 80  # a path is never broken
     table = squeezed(captured.out)  # where a line was wrapped, nothing but space may have come
     report = examine(Bundle.open(mini_bundle))
     assert findings_of(report) == [Finding(**finding) for section in SECTIONS for finding in fields[section]]
