@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime
 import torch
 from machine import write_result
 from rich.console import Console
@@ -193,6 +192,8 @@ def _unsplit(
     step: StepModule, directory: Path, full_dims: StepDims, pruned_dims: StepDims
 ) -> dict[str, Callable[[], object]]:
     """The whole step as one graph under ONNX Runtime, its caches bound in place as the engine's are."""
+    import onnxruntime  # after the package, which switches its telemetry off
+
     model = trace_step(step)
     onnx_ops.attach_functions(model)
     path = directory / "whole.onnx"

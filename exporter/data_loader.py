@@ -19,11 +19,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before it is imported; this script runs without cat-pruning
 
 _BUNDLE = Path(__file__).resolve().parent
 _NUMPY = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "float32", "INT32": "int32", "INT64": "int64"}

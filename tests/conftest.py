@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import ONNX Runtime before the package that sets it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the tools set it; see `cat_pruning.console.run`
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -34,6 +34,15 @@ print(*sorted(heavy & (transformer | before)), "|", *sorted(roots), "|",
       *(name for name in transformer if name.startswith("cat_pruning.exporter")))
 """
 
+# What imports ONNX Runtime: the package, and the script in every bundle, which runs without it.
+_IMPORTS_ONNXRUNTIME = {
+    "package": "import cat_pruning.engines.onnxruntime_errors, onnxruntime",
+    "data loader": (
+        f"import runpy; runpy.run_path({str(Path(__file__).parents[1] / 'exporter/data_loader.py')!r}); "
+        "import onnxruntime, sys; assert 'cat_pruning' not in sys.modules"
+    ),
+}
+
 _GENERATE = """
 from cat_pruning.tools.generate_cli import main
 assert main([sys.argv[1], "a blue star", "-o", sys.argv[2], "--steps", "4", "--full-steps", "3"]) == 0
@@ -87,6 +96,15 @@ def test_the_runtime_imports_torch_and_no_pipeline(mini_bundle: Path) -> None:
     assert exporter.split() == []
     # The pipeline's libraries are imported meanwhile, by another thread: see `runtime.pipeline`.
     assert set(by_the_engine.split()) <= {"cat_pruning", "onnxruntime", "onnx"}
+
+
+@pytest.mark.parametrize("importer", _IMPORTS_ONNXRUNTIME)
+def test_onnxruntime_keeps_no_device_id(importer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    python(_IMPORTS_ONNXRUNTIME[importer])
+    assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.long

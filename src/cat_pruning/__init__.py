@@ -11,6 +11,7 @@ The names are imported on first use, so that `import cat_pruning` costs nothing.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from cat_pruning.runtime.transformer import CatTransformer
     from cat_pruning.schedule import Schedule
     from cat_pruning.settings import PruneSettings
+
+# ONNX Runtime reads it once, when it is first imported: every module of ours that does so is imported after this line.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["CatTransformer", "PruneSettings", "Schedule", "load_pipeline"]
