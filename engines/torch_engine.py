@@ -12,8 +12,10 @@ from typing_extensions import override
 
 from cat_pruning.engines.step_engine import StepEngine, StepSession, zeros
 from cat_pruning.engines.torch_compiled import ModulationStates, compile_blocks, compiler_errors, compiles, fuse_gelu
+from cat_pruning.errors import SettingsError
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
+from cat_pruning.families.module_hooks import LAYERWISE_CASTING, hooks_of
 from cat_pruning.step_io import TIMESTEP, StepDims
 
 
@@ -34,6 +36,7 @@ class TorchStepEngine(StepEngine):
 
     Raises:
         CheckpointError: a transformer of no supported class.
+        SettingsError: a transformer whose attention processors or hooks its copy would lose.
     """
 
     name = "torch"
@@ -45,11 +48,12 @@ class TorchStepEngine(StepEngine):
         self.compiled = compiles(transformer) if compiled is None else compiled
         self.family = family_of(transformer)
         self._wants_graphs = cuda_graphs
+        StepModule(transformer, self.family)  # what cannot be intercepted is refused here, not at the first image
 
     @property
     def cuda_graphs(self) -> bool:  # type: ignore[override]  # follows the module when it moves
-        """Whether steps are captured: only where there is a GPU."""
-        return self._wants_graphs and self.device.type == "cuda"
+        """Whether steps are captured: only where there is a GPU, and not under autocast, which casts in between."""
+        return self._wants_graphs and self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -59,8 +63,11 @@ class TorchStepEngine(StepEngine):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype of the module's weights."""
-        dtype: torch.dtype = next(self.transformer.parameters()).dtype
+        """The dtype of the module's weights, or what layerwise casting computes in."""
+        name, weight = next(self.transformer.named_parameters())
+        holder = self.transformer.get_submodule(name.rpartition(".")[0])
+        # diffusers looks at every module, so it is asked only where a weight may be stored in another dtype.
+        dtype: torch.dtype = self.transformer.dtype if hasattr(holder, "_diffusers_hook") else weight.dtype
         return dtype
 
     @override
@@ -104,6 +111,12 @@ class TorchSession(StepSession):
 
     def _new_step(self) -> StepModule:
         engine = self.engine
+        if (engine.cuda_graphs or engine.compiled) and LAYERWISE_CASTING in hooks_of(engine.transformer):
+            raise SettingsError(
+                "layerwise casting moves the weights on every call, and captured or compiled steps read them where "
+                "they were",
+                "pass cuda_graphs=False and compiled=False to CatTransformer.from_model",
+            )
         step = StepModule(engine.transformer, engine.family, in_place=True, modulated_ahead=engine.compiled)
         if engine.compiled:
             self._modulations = ModulationStates(step.transformer, engine.family)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cat_pruning.errors import SettingsError
 from cat_pruning.families.interception import LayerCache, TokenReuse
 from cat_pruning.step_io import CacheRows
+
+# In the names of diffusers' processors that compute something else than the attention of the model alone.
+_OTHERS: Final = ("IPAdapter", "PAG", "CustomDiffusion")
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin of every new row, each (B, rows, head width), fp32
 
@@ -87,14 +91,34 @@ class CachedAttention:
 
 
 def intercept_attention(attn: Any, reuse: TokenReuse, rows: CacheRows) -> None:
-    """Let `attn` attend over caches of its own, which are the next of `reuse`: see `CachedAttention`."""
+    """Let `attn` attend over caches of its own, which are the next of `reuse`: see `CachedAttention`.
+
+    Raises:
+        SettingsError: its processor is not the model's own.
+    """
     from diffusers.models.attention_processor import Attention
 
+    check_processor(attn.processor)
     # diffusers' older class keeps its flag when the projections are taken apart again; its processor does not.
     is_fused = getattr(attn, "fused_projections", False) and (
         not isinstance(attn, Attention) or type(attn.processor).__name__.startswith("Fused")
     )
     attn.set_processor(CachedAttention(reuse, reuse.new_layer(), rows, is_fused=is_fused))
+
+
+def check_processor(processor: object) -> None:
+    """That a processor computes the model's own attention, so that another may stand in for it.
+
+    Raises:
+        SettingsError: it is a user's, an IP-adapter's, perturbed attention's.
+    """
+    kind = type(processor)
+    if kind.__module__.startswith("diffusers.") and not any(word in kind.__name__ for word in _OTHERS):
+        return
+    raise SettingsError(
+        f"the attention processor {kind.__name__} is not the model's own, and pruned steps would leave it out",
+        "use the original transformer, or take the processor off it first",
+    )
 
 
 def split_heads(rows: Tensor, heads: int) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cat_pruning.families.module_hooks import check_hooks
 from cat_pruning.plugins.token_ops import row_places, token_gather, token_scatter, write_rows_, write_slice_
 from cat_pruning.step_io import CacheRows
 
@@ -210,6 +211,9 @@ class StepModule(nn.Module):
         family: bound to its config; where the interception points are.
         in_place: change the given caches and noise, as the torch engine does, instead of making new ones.
         modulated_ahead: see `TokenReuse`.
+
+    Raises:
+        SettingsError: the transformer has attention processors or hooks that its copy would lose.
     """
 
     def __init__(
@@ -217,6 +221,7 @@ class StepModule(nn.Module):
     ) -> None:
         super().__init__()
         self.family = family
+        check_hooks(transformer)
         self.transformer = share_parameters(transformer)
         self.transformer.eval()  # a flag of each module; `requires_grad` of the shared parameters stays the user's
         reuse = TokenReuseInPlace if in_place else TokenReuse

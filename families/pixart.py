@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from cat_pruning.families.attention import intercept_attention, split_heads
+from cat_pruning.families.attention import check_processor, intercept_attention, split_heads
 from cat_pruning.families.family import PatchFamily
 from cat_pruning.families.interception import TokenReuse
 from cat_pruning.files import read_json
@@ -49,6 +49,7 @@ class PixArt(PatchFamily):
         transformer.proj_out.register_forward_hook(lambda module, args, rows: reuse.merge(rows).unsqueeze(1))
         for block in transformer.transformer_blocks:
             intercept_attention(block.attn1, reuse, CacheRows.IMAGE)
+            check_processor(block.attn2.processor)
             block.attn2.set_processor(_CrossAttention())
 
     @override

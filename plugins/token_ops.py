@@ -75,7 +75,7 @@ def write_rows_(tokens: Tensor, places: Tensor, rows: Tensor) -> None:
     Args:
         tokens: (B, N, D), any dtype, contiguous; changed in place.
         places: (B * n) int64, distinct, from `row_places`.
-        rows: (B, n, D), of the dtype of `tokens`.
+        rows: (B, n, D); cast where autocast made them of another dtype than `tokens`.
 
     Does not synchronise.
     """
@@ -94,11 +94,12 @@ def write_slice_(tokens: Tensor, start: int, rows: Tensor) -> None:
 
 
 def _write_rows(tokens: Tensor, places: Tensor, rows: Tensor) -> None:
-    words, new = _in_words(tokens, rows)
+    words, new = _in_words(tokens, rows.to(tokens.dtype))
     words.view(-1, words.shape[-1]).index_copy_(0, places, new.flatten(0, 1))
 
 
 def _write_slice(tokens: Tensor, start: int, rows: Tensor) -> None:
+    rows = rows.to(tokens.dtype)
     words, new = _in_words(tokens, rows) if tokens.is_cuda else (tokens, rows)  # a CPU has no use for them here
     words[:, start : start + rows.shape[1]] = new
 

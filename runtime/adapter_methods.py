@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,6 @@ from cat_pruning.errors import SettingsError
 
 if TYPE_CHECKING:
     from cat_pruning.runtime.adapters import Adapters
-
-logger = logging.getLogger(__name__)
 
 
 class AdapterMethods:
@@ -72,6 +69,8 @@ class AdapterMethods:
         """Compute with the active adapters again."""
         self._change("enable_lora")
 
+    set_adapter, disable_adapters, enable_adapters = set_adapters, disable_lora, enable_lora  # PEFT's names
+
     def fuse_lora(self, lora_scale: float = 1.0, **options: Any) -> None:
         """Fuse the adapters into the weights of the torch engine's module.
 
@@ -122,9 +121,17 @@ class AdapterMethods:
         yield from own
         yield from (layer for layer in self.adapters.layers if id(layer) not in known)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Save nothing: an engine's weights are in its bundle, or are the user's own transformer."""
-        logger.warning("%s: the transformer is not saved; its bundle or its own module has it", save_directory)
+    def save_lora_adapter(self, save_directory: str | Path, **options: Any) -> None:
+        """Save an adapter that is loaded, as diffusers does.
+
+        Raises:
+            SettingsError: none is loaded, or none of the name.
+        """
+        name = options.get("adapter_name", "default")
+        if name not in self.adapters.loaded:
+            loaded = ", ".join(self.adapters.loaded) or "none"
+            raise SettingsError(f"no adapter {name!r} is loaded; loaded: {loaded}", "give its adapter_name")
+        self.adapters.module.save_lora_adapter(save_directory, **options)
 
     def _change(self, method: str, *arguments: Any, **options: Any) -> None:
         self.adapters.change(method, *arguments, **options)

@@ -260,11 +260,16 @@ def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if layer.scaling.get(name)]
 
 
-def _without_weights(transformer_class: str, config: Mapping[str, Any]) -> nn.Module:
-    """A diffusers transformer for adapters to lie in: its parameters take no memory, it cannot run."""
+def empty_module(transformer_class: str, config: Mapping[str, Any]) -> Any:
+    """A diffusers transformer on torch's device "meta": its weights have shapes and no values."""
     cls = diffusers_class(transformer_class)
     with torch.device("meta"):
-        module: nn.Module = cls(**cls.extract_init_dict(dict(config))[0])
+        return cls(**cls.extract_init_dict(dict(config))[0])
+
+
+def _without_weights(transformer_class: str, config: Mapping[str, Any]) -> nn.Module:
+    """A diffusers transformer for adapters to lie in: its parameters take no memory, it cannot run."""
+    module: nn.Module = empty_module(transformer_class, config)
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         # PEFT gives an adapter the device and the dtype of its layer, so these are the CPU and fp32.

@@ -24,6 +24,7 @@ from cat_pruning.runtime.adapter_methods import AdapterMethods
 from cat_pruning.runtime.adapters import Adapters
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.handle import ImageHandle
+from cat_pruning.runtime.model_methods import ModelMethods
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.whole import WholeTransformer
@@ -33,7 +34,7 @@ from cat_pruning.settings import PruneSettings
 MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt
 
 
-class CatTransformer(AdapterMethods, nn.Module):
+class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
     """A diffusers transformer that computes only the tokens worth computing (Cheng, Chen, Jia 2025).
 
     Put it in the place of `pipe.transformer`; the pipeline and its scheduler stay as they are. Whose image a call is of
