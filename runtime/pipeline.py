@@ -8,11 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from pydantic import PositiveFloat, PositiveInt
+
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import choose_schedule, read_schedules
+from cat_pruning.checked import checked
 from cat_pruning.checkpoints.hub import pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, read_object
+from cat_pruning.dtype import torch_dtype_of
 from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError, CheckpointError, SettingsError
 from cat_pruning.imports import importing
@@ -22,19 +27,18 @@ from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from cat_pruning.engines.step_engine import StepEngine
 
 
+@checked
 def load_pipeline(
     path: str | Path,
     engine: str = "auto",
     *,
     settings: PruneSettings | None = None,
-    speedup: float | None = None,
-    steps: int | None = None,
-    dtype: torch.dtype | None = None,
+    speedup: PositiveFloat | None = None,
+    steps: PositiveInt | None = None,
+    dtype: torch.dtype | str | None = None,
     cuda_graphs: bool = True,
     compiled: bool = False,
 ) -> Any:
@@ -49,7 +53,7 @@ def load_pipeline(
         settings: instead of those that the bundle was exported with.
         speedup: take the bundle's schedule that makes images so many times as fast, by MACs: see `cat-tune`.
         steps: of that schedule, `num_inference_steps` of the calls; by default the pipeline's own default.
-        dtype: of the pipeline's other parts; by default the engine's.
+        dtype: of the pipeline's other parts, as torch.float16 or "fp16"; by default the engine's.
         cuda_graphs: see `CatTransformer.from_bundle`.
         compiled: see `CatTransformer.from_bundle`.
 
@@ -58,18 +62,19 @@ def load_pipeline(
             be loaded.
         EngineError: the engine cannot run here.
         CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
-        SettingsError: `settings` and `speedup` are both given.
+        SettingsError: `settings` and `speedup` are both given, or an argument is of another type.
         ScheduleError: the bundle has no schedule of this speedup and number of steps.
     """
     check_platform()
     if settings is not None and speedup is not None:
         raise SettingsError("settings and speedup are both given", "give PruneSettings.tuned(schedule) or speedup")
+    others_dtype = None if dtype is None else torch_dtype_of(dtype)
     bundle = Bundle.open(path)
     schedules = read_schedules(bundle) if speedup is not None else {}
     parts = pipeline_directory(bundle)
     step_engine = _engine_beside_imports(bundle, parts, engine, cuda_graphs, compiled)
     transformer = CatTransformer(step_engine, settings or bundle.manifest.settings)
-    loaded = pipeline_parts(bundle, parts, dtype or transformer.dtype)
+    loaded = pipeline_parts(bundle, parts, others_dtype or transformer.dtype)
     # Made anew, because a pipeline reads sizes off its transformer when it is made.
     pipe = type(loaded)(**{**loaded.components, "transformer": transformer})
     if speedup is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.checked import checked
 from cat_pruning.engines.session_pool import SessionPool
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
@@ -29,7 +30,7 @@ from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.whole import WholeTransformer
 from cat_pruning.schedule import Schedule
-from cat_pruning.settings import PruneSettings
+from cat_pruning.settings import PruneSettings, check_settings
 
 MAIN_CONTEXT = "cond"  # diffusers' name for the calls with the prompt
 
@@ -56,6 +57,7 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         instance: Self = super().__new__(model)
         return instance
 
+    @checked
     def __init__(self, engine: StepEngine, settings: PruneSettings | None = None) -> None:
         check_platform()
         from diffusers.configuration_utils import FrozenDict
@@ -71,6 +73,7 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             self.add_module("transformer", engine.transformer)  # so that pipe.to(...) moves it
 
     @classmethod
+    @checked
     def from_bundle(
         cls,
         path: str | Path,
@@ -100,6 +103,7 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         return cls(loaded, settings or bundle.manifest.settings)
 
     @classmethod
+    @checked
     def from_model(
         cls,
         transformer: nn.Module,
@@ -145,7 +149,8 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         """What to compute on which step; may be replaced between two images.
 
         Raises:
-            ScheduleError: where it is set, the schedule was fitted to another model.
+            SettingsError: where it is set, it is none.
+        ScheduleError: where it is set, the schedule was fitted to another model.
         """
         return self._settings
 
@@ -155,6 +160,7 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         self._settings = settings
 
     def _check_schedule(self, settings: PruneSettings) -> None:
+        check_settings(settings)
         family = self.engine.family
         if settings.schedule is not None:
             settings.schedule.check_model(family.transformer_class, family.config)
@@ -260,11 +266,14 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         """One call, of a thread's images or of one that a handle is for: see `forward`."""
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            got = getattr(hidden_states, "dtype", type(hidden_states).__name__)
+            raise SettingsError(f"hidden_states: expected a tensor of floating-point numbers, got {got}")
         if not isinstance(timestep, Tensor):
             raise SettingsError(f"timestep: expected a tensor, got {type(timestep).__name__}")
         if tuple(timestep.shape) not in ((), (1,), tuple(hidden_states.shape[:1])):
             raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, expected {tuple(hidden_states.shape[:1])}")
-        if skip_layers is not None and not isinstance(skip_layers, Sequence):
+        if skip_layers is not None and not _are_numbers(skip_layers):
             raise SettingsError(f"skip_layers: expected a list of blocks, got {skip_layers!r}")
         conditioning = self._conditioning(arguments)
         if context == MAIN_CONTEXT and skip_layers is None:
@@ -329,6 +338,10 @@ def _with_schedule(settings: PruneSettings | None, schedule: Schedule | None) ->
             "give one of them: PruneSettings.tuned(schedule) makes settings of it",
         )
     return settings.replace(schedule=schedule)
+
+
+def _are_numbers(layers: object) -> bool:
+    return isinstance(layers, Sequence) and all(isinstance(layer, int) for layer in layers)
 
 
 def _is_given(value: object) -> bool:

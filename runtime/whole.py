@@ -15,7 +15,7 @@ from cat_pruning.families import FAMILIES
 from cat_pruning.runtime.call_sampling import CallSampling
 from cat_pruning.runtime.calls import CallReader
 from cat_pruning.runtime.record import CallRecord
-from cat_pruning.settings import PruneSettings
+from cat_pruning.settings import PruneSettings, check_settings
 
 # What a stand-in does not take over: ways to call the module, which the module itself keeps.
 _CALLING: Final = ("_hf_hook", "_compiled_call_impl")
@@ -67,6 +67,7 @@ class WholeTransformer(nn.Module):
 
     @settings.setter
     def settings(self, settings: PruneSettings) -> None:
+        check_settings(settings)
         name = type(self).__name__
         if settings.prunes and settings.keep_ratio < 1.0:
             able = ", ".join(family.transformer_class for family in FAMILIES)

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from cat_pruning.checked import checked
 from cat_pruning.errors import ScheduleError
 from cat_pruning.files import parse_json, read_text, write_whole
 
@@ -163,9 +164,21 @@ class Schedule(_Model):
         Raises:
             ScheduleError: the rows make no schedule.
         """
-        full, pruned, weights, negative = set(full), set(pruned), weights or {}, negative or {}
-        if strange := (full | pruned | set(weights) | set(negative)) - set(range(num_steps)):
-            raise ScheduleError(f"steps {sorted(strange)} of {num_steps}", f"give numbers from 0 to {num_steps - 1}")
+        try:
+            full, pruned, every = set(full), set(pruned), set(range(num_steps))
+            weights, negative = (
+                {number: dict(row) for number, row in dict(given or {}).items()} for given in (weights, negative)
+            )
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(
+                f"a schedule cannot be made of these ({error})",
+                "give a number of steps, the numbers of the full ones, and weights by step: Schedule.of(6, [0, 2], "
+                "{1: {0: 1.0}})",
+            ) from error
+        if strange := (full | pruned | set(weights) | set(negative)) - every:
+            raise ScheduleError(
+                f"steps {sorted(strange, key=str)} of {num_steps}", f"give numbers from 0 to {num_steps - 1}"
+            )
 
         def made() -> Any:
             return cls(steps=tuple(row(number, kind) for number, kind in enumerate(kinds)), **fields)
@@ -173,14 +186,13 @@ class Schedule(_Model):
         def row(number: int, kind: StepKind) -> ScheduledStep:
             if kind is StepKind.FULL:
                 return FULL_STEP
-            return ScheduledStep(
-                kind=kind, weights=dict(weights.get(number, {})), negative=dict(negative.get(number, {}))
-            )
+            return ScheduledStep(kind=kind, weights=weights.get(number, {}), negative=negative.get(number, {}))
 
         kinds = [_kind(number, full, pruned) for number in range(num_steps)]
         return cls._validated("a schedule", made)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Self:
         """Read a schedule that `save` wrote.
 
@@ -222,6 +234,7 @@ class Schedule(_Model):
             ) from error
         return schedule
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write it as JSON, a row a line, whole or not at all.
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from cat_pruning.checked import shown
 from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.schedule import Schedule, StepKind
 
@@ -163,8 +164,10 @@ class PruneSettings:
         """The settings of a schedule, as `cat-tune` fits them.
 
         Raises:
-            SettingsError: a value is outside its domain.
+            SettingsError: a value is outside its domain, or this is no schedule.
         """
+        if schedule is None:
+            raise SettingsError("schedule=None: expected a Schedule")
         return cls(**{"schedule": schedule, **changes})
 
     @classmethod
@@ -184,7 +187,7 @@ class PruneSettings:
         Raises:
             SettingsError: there is no such preset, or a value is outside its domain.
         """
-        if name not in set(Preset):
+        if name not in list(Preset):
             raise SettingsError(f"preset {name!r} is not known; known are {', '.join(Preset)}")
         return cls(**{**PRESETS[Preset(name)], **changes})
 
@@ -228,6 +231,21 @@ class PruneSettings:
         Raises:
             SettingsError: an unknown field, or a value of the wrong type or outside its domain.
         """
+        if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+            raise SettingsError(f"settings={shown(fields)}: expected fields by their names")
         if isinstance(table := fields.get("schedule"), Mapping):
             fields = {**fields, "schedule": Schedule.from_dict(table)}
         return cls(**fields)
+
+
+def check_settings(settings: object) -> None:
+    """That these are settings.
+
+    Raises:
+        SettingsError: they are a dict, a preset's name, a schedule.
+    """
+    if not isinstance(settings, PruneSettings):
+        raise SettingsError(
+            f"settings={shown(settings)}: expected an instance of PruneSettings",
+            "make it: PruneSettings(keep_ratio=…), PruneSettings.preset(name), PruneSettings.tuned(schedule)",
+        )
