@@ -14,7 +14,7 @@ relative errors with 95 % intervals over the prompts:
 At another shift of the scheduler the rows of a schedule have other sigmas, so there are more ways to go on:
 
     by number           the rows as they are
-    by sigma            full steps at the nearest sigmas, weights interpolated over the sigmas between two full steps
+    by sigma            what the package does: `cat_pruning.moved_schedule`
     line                the full steps of the rows, weights of the line through the last two
     tuned there         fitted in the same way to recordings at that shift
 
@@ -43,9 +43,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline
+from late_rows import late
 from machine import RESULTS, write_result
 from PIL import Image
-from sigma_rows import by_sigma, late, lines
 from torch import Tensor
 from transfer_settings import BATCH, SETTINGS, WORDS, Errors, Rows, Setting, rows_of
 
@@ -55,6 +55,7 @@ from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.prompts import Prompt, load_prompts, tuning_prompts
 from cat_pruning.evaluation.scenes import Scene, render
 from cat_pruning.evaluation.sweep import costs
+from cat_pruning.moved_schedule import lines
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.schedule import Schedule, StepKind
 from cat_pruning.settings import PruneSettings
@@ -149,7 +150,7 @@ class Transfer:
                 rows = schedule.model_copy(update={"timesteps": None})
                 line = Schedule.of(STEPS, schedule.full_steps, lines(schedule.full_steps, sigmas))
                 found["by number", budget] = PruneSettings.tuned(rows)
-                found["by sigma", budget] = PruneSettings.tuned(by_sigma(schedule, sigmas))
+                found["by sigma", budget] = PruneSettings.tuned(schedule)
                 found["line", budget] = PruneSettings.tuned(line)
                 found["tuned there", budget] = PruneSettings.tuned(there[budget])
             if setting.batch > 1:

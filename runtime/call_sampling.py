@@ -11,7 +11,7 @@ from cat_pruning.runtime.streams import CallsOfImage, Stream
 from cat_pruning.runtime.timesteps import NoiseLevel, TimestepReader
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
-from cat_pruning.timeline import last_read, scheduled_step
+from cat_pruning.timeline import at_timesteps, last_read, scheduled_step
 
 _MOST_IMAGES: Final = 2  # in progress on one thread: one, and another in a callback
 
@@ -61,12 +61,12 @@ class CallSampling:
         image, stream = self._known(call, level) or self._begin(call, level)
         try:
             number = self._number(image, call.precision)
-            row = stream.row(scheduled_step(number, image.timesteps, settings))
+            row = stream.row(scheduled_step(number, image.timesteps, image.settings))
             self.record = CallRecord(step=number, row=row, timestep=level.timestep)
             if row.kind is StepKind.FORECAST:
                 return stream.forecast(row)
             output = full()
-            stream.keep(number, output, last_read(number, settings))
+            stream.keep(number, output, last_read(number, image.settings))
             return output
         except BaseException:
             self._images.remove(image)
@@ -87,18 +87,16 @@ class CallSampling:
 
     def _begin(self, call: Call, level: NoiseLevel) -> tuple[CallsOfImage, Stream]:
         assert self._settings is not None
-        if self._settings.schedule is not None:
-            self._settings.schedule.check_timesteps(level.expected, call.precision)
         for image in self._images[:1]:
             self._direction = image.direction
         expected = level.expected
-        image = CallsOfImage(level, expected[-1] - expected[0] if expected else self._direction)
+        settings = at_timesteps(self._settings, expected, call.precision)
+        image = CallsOfImage(level, settings, expected[-1] - expected[0] if expected else self._direction)
         self._images = [image, *(before for before in self._images if not before.is_over)][:_MOST_IMAGES]
         return image, image.begin(call, level.timestep)
 
     def _number(self, image: CallsOfImage, precision: float) -> int:
-        assert self._settings is not None
-        table = self._settings.schedule
+        table = image.settings.schedule
         if table is not None and table.timesteps is not None:
             return table.number_at(image.timesteps[-1], precision)
         return len(image.timesteps) - 1

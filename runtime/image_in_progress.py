@@ -21,7 +21,7 @@ from cat_pruning.runtime.timesteps import NoiseLevel
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import LATENTS
-from cat_pruning.timeline import begun_late, last_read, reference_step, scheduled_step
+from cat_pruning.timeline import at_timesteps, begun_late, last_read, reference_step, scheduled_step
 
 
 class ImageInProgress:
@@ -343,8 +343,7 @@ def _settings_for(settings: PruneSettings, level: NoiseLevel) -> PruneSettings:
     Raises:
         ScheduleError: their schedule is of other timesteps.
     """
+    settings = at_timesteps(settings, level.expected, level.precision)
     table = settings.schedule
-    if table is None or table.timesteps is None:
-        return settings
-    table.check_timesteps(level.expected, level.precision)
-    return begun_late(settings) if table.number_at(level.timestep, level.precision) > 0 else settings
+    is_late = table is not None and table.timesteps and table.number_at(level.timestep, level.precision) > 0
+    return begun_late(settings) if is_late else settings

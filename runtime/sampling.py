@@ -161,18 +161,6 @@ class Sampling:
         """The timesteps that will come: the schedule's, or where the pipeline hides it, those of the last image."""
         return level.expected or self._past
 
-    def _look_at_last(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> None:
-        """Say it when one image after another has a single step, so that nothing is ever pruned."""
-        last = self.image
-        difference = last.difference(level, latents, arguments) if last else None
-        is_short = last is not None and len(last.timesteps) == 1 and last.timestep != level.timestep
-        self._num_short = self._num_short + 1 if is_short else 0
-        if self._num_short >= _MOST_SHORT and self._computes_less:
-            self._say_once(
-                "short",
-                f"every call begins a new image, and so every step is computed in full: {difference}; pass the same "
-                "tensors on every step of an image, or step it by `transformer.image()`",
-            )
 
     @property
     def _computes_less(self) -> bool:

@@ -31,6 +31,7 @@ from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.outputs import History, mapped
 from cat_pruning.runtime.timesteps import NoiseLevel
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
+from cat_pruning.settings import PruneSettings
 
 
 class Stream:
@@ -100,15 +101,17 @@ class CallsOfImage:
 
     Args:
         level: of its first call.
+        settings: what to compute on which step.
         direction: of a sign that a step from one timestep to the next has too; 0: not known.
 
     Attributes:
         level: of its last call.
+        settings: as given.
         timesteps: of its levels so far.
     """
 
-    def __init__(self, level: NoiseLevel, direction: float) -> None:
-        self.level = level
+    def __init__(self, level: NoiseLevel, settings: PruneSettings, direction: float) -> None:
+        self.level, self.settings = level, settings
         self.timesteps: list[float] = []
         self._direction = _sign(direction)
         self._streams: list[Stream] = []

@@ -334,14 +334,14 @@ class Schedule(_Model):
             for timestep in levels:
                 self.number_at(timestep, precision)
         except ScheduleError:
-            raise self._other_timesteps(f"this run has {len(levels)} steps ({_shown(levels)})") from None
+            raise self._other_timesteps(f"this run has {len(levels)} steps ({shown(levels)})") from None
 
     def _other_timesteps(self, found: str) -> ScheduleError:
         assert self.timesteps is not None
         scheduler = f" of {self.made_for.scheduler}" if self.made_for else ""
         return ScheduleError(
             f"the schedule {self.name} is for the {self.num_steps} steps{scheduler} at timesteps "
-            f"{_shown(self.timesteps)}; {found}",
+            f"{shown(self.timesteps)}; {found}",
             f"call the pipeline with num_inference_steps={self.num_steps} and the scheduler that it was tuned for, "
             "or tune it for yours: cat-tune --steps",
         )
@@ -359,7 +359,7 @@ def _kind(number: int, full: set[int], pruned: set[int]) -> StepKind:
     return StepKind.PRUNED if number in pruned else StepKind.FORECAST
 
 
-def _shown(timesteps: Sequence[float]) -> str:
+def shown(timesteps: Sequence[float]) -> str:
     """The first timesteps and the last one."""
     if len(timesteps) <= 3:
         return ", ".join(f"{timestep:g}" for timestep in timesteps)

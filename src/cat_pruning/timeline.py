@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from cat_pruning.errors import ScheduleError
+from cat_pruning.moved_schedule import can_move, move
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
 from cat_pruning.settings import PRESETS, Preset, PruneSettings, Reuse
 
@@ -57,6 +58,30 @@ def scheduled_step(number: int, timesteps: Sequence[float], settings: PruneSetti
         return FULL_STEP
     weights = _line(number, timesteps, settings) if settings.reuse is Reuse.EXTRAPOLATE else {}
     return ScheduledStep(kind=kind, weights=weights)
+
+
+def at_timesteps(settings: PruneSettings, timesteps: Sequence[float], precision: float = 0.0) -> PruneSettings:
+    """The settings of an image at these timesteps: as they are if their schedule has them, else with one moved there.
+
+    Args:
+        settings: what to compute.
+        timesteps: of the whole run, even if the image begins late in it; none where they are not known in advance.
+        precision: machine epsilon of the dtype that they came in.
+
+    Raises:
+        ScheduleError: the schedule neither has them nor can be moved to them (`moved_schedule.can_move`).
+    """
+    table = settings.schedule
+    if table is None:
+        return settings
+    try:
+        table.check_timesteps(timesteps, precision)
+    except ScheduleError:
+        levels = tuple(level for level, _ in itertools.groupby(timesteps))
+        if not can_move(table, levels):
+            raise
+        return settings.replace(schedule=move(table, levels))
+    return settings
 
 
 def begun_late(settings: PruneSettings) -> PruneSettings:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cat_pruning import CatTransformer, PruneSettings, Schedule
 from cat_pruning.errors import ScheduleError, SettingsError
+from cat_pruning.moved_schedule import move
 from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.whole import WholeTransformer
 
@@ -444,3 +445,14 @@ def test_a_run_with_other_timesteps_or_more_steps_than_rows() -> None:
     pipeline = Pipeline()
     with pytest.raises(ScheduleError, match="this run has more"):
         pipeline.image([PROMPT], torch.linspace(1000, 100, 7))
+
+
+def test_other_timesteps_move_the_schedule() -> None:
+    table = SCHEDULE.model_copy(update={"timesteps": tuple(LEVELS.tolist())})
+    levels = torch.tensor([1000.0, 960.0, 920.0, 850.0, 700.0, 500.0])
+    pipe = Pipeline(table)
+    for number in range(len(levels)):
+        pipe.call(latents_of(number), levels[number : number + 1], PROMPT)
+    assert "".join(pipe.kinds) == "FfFfFf"
+    row = move(table, tuple(levels.tolist())).steps[3].weights
+    torch.testing.assert_close(pipe.outputs[3], sum(weight * pipe.outputs[read] for read, weight in row.items()))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.errors import ScheduleError
+from cat_pruning.moved_schedule import move
 from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PruneSettings
 
@@ -115,12 +116,19 @@ def test_another_number_of_steps_is_refused_before_any_is_computed(
     assert not outputs
 
 
-def test_another_shift_is_refused(tuned: Make, sample: Make, outputs: list[Tensor]) -> None:
+def test_at_another_shift_the_schedule_is_moved(
+    tuned: Make, sample: Make, table: Schedule, outputs: list[Tensor]
+) -> None:
     pipe = tuned()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    with pytest.raises(ScheduleError, match="this run has 8 steps"):
-        sample(pipe, STEPS, SIZE)
-    assert not outputs
+    run = sample(pipe, STEPS, SIZE)
+    moved = move(table, tuple(pipe.scheduler.timesteps.tolist()))
+    assert moved.full_steps != table.full_steps
+    assert run.kinds == "".join("F" if number in moved.full_steps else "-" for number in range(STEPS))
+    for number, row in enumerate(moved.steps):
+        if row.weights:
+            expected = sum(weight * outputs[read] for read, weight in row.weights.items())
+            torch.testing.assert_close(outputs[number], expected, rtol=0, atol=1e-5)
 
 
 def test_rows_without_timesteps_go_by_their_number(tuned: Make, sample: Make, table: Schedule) -> None:
