@@ -6,7 +6,7 @@ All run in torch, in diffusers' own pipeline, an image at a time, so that a cach
 threshold is set, on other scenes, to cost as nearly as it can 16, 12, 9 and 7 full steps of 28. Cost is in full
 steps: the blocks that were called over those of a full step; FLOPs where blocks are called in part. For every scene all
 run in turn. Printed and written to results/peers-MODEL.json, with 95 % intervals over scenes: the final latents'
-relative error to the full run and the PSNR, the change of the coverage, and seconds of an image over the full run's.
+relative error to the full run and the PSNR, the change of the coverage, and an image's CPU-seconds over the full run's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _atten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One image of one contender. blocks: calls of transformer blocks, in full steps. seconds: of the whole image."""
+    """One image of one contender. blocks: calls of transformer blocks, in full steps. seconds: of the CPU."""
 
     sample: Sample
     blocks: float
@@ -82,7 +83,7 @@ class Arena:
     def run(self, install: Install, prompt: Prompt, seed: int, steps: int = STEPS) -> Result:
         """The image of a prompt by a contender that is put in for it alone."""
         with install(self.pipe), _block_calls(self.pipe.transformer) as calls, last_latents(self.pipe) as latents:
-            started = time.perf_counter()
+            started = time.process_time()
             images = self.pipe(
                 prompt.text,
                 height=128,
@@ -91,7 +92,7 @@ class Arena:
                 generator=torch.Generator().manual_seed(seed),
                 **self.call,
             ).images
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
         sample = Sample(images=images, latents=latents[-1].float())
         return Result(sample=sample, blocks=len(calls) / self.num_blocks, seconds=seconds)
 
@@ -203,7 +204,7 @@ def _interval(values: list[float | None]) -> dict[str, float] | None:
 def _print(summary: dict[str, Any]) -> None:
     names = {"latents_error": 4, "psnr_db": 1, "coverage": 4, "time": 2}
     table = Table(title=f"{summary['prompts']} scenes, against {STEPS} full steps")
-    for column in ("budget", "method", "setting", "full steps", "latents' error", "PSNR (dB)", "coverage", "time"):
+    for column in ("budget", "method", "setting", "full steps", "latents' error", "PSNR (dB)", "coverage", "CPU time"):
         table.add_column(column, justify="left" if column in ("method", "setting") else "right")
     for row in sorted(summary["rows"], key=lambda row: -row["budget"]):
         cells = [
@@ -234,7 +235,7 @@ def main() -> None:
     scores = Scores(arena, prompts[: arguments.prompts], compared)
     for index in range(arguments.prompts):
         scores.add(index)
-    summary = scores.summary()
+    summary = scores.summary() | {"cache_dit": None if arguments.without_peers else version("cache-dit")}
     _print(summary)
     print(f"written to {write_result(f'peers-{arguments.model}', summary)}")  # noqa: T201
 

@@ -1,6 +1,7 @@
 """Does computing some tokens between two full steps ever pay? A trial on the torch engine; `make try-settings`.
 
     python benchmarks/try_partial.py build/eval/sd3-mini --prompts 16
+    python benchmarks/try_partial.py build/eval/sd3-mini-256 --scenes rich --size 256 --batch 4 --name partial-256
 
 One step: on the full run's own latents, the step d steps after the last full one, which is d steps after the one before
 it. The relative error of the guided output on the tokens that are computed: `computed` in the keys and values of the
@@ -16,7 +17,7 @@ the recordings, of all steps that are not full, and as many as cost no less than
 `blended`: on the tokens that it computes, a partial step's output is a combination of what it computed and of what the
 others read, which no schedule can say. `tokens free` counts a partial step's cost by its image tokens alone, though the
 text's rows are computed with them: a bound for models whose images have many more tokens than text.
-Written to results/partial.json; of `--only` some parts, the others stay there as they are.
+Written to results/NAME.json; of `--only` some parts, the others stay there as they are.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from cat_pruning.tuning.recordings import Recordings
 from cat_pruning.tuning.scheduler_matrix import scheduler_matrix
 from cat_pruning.tuning.search import search
 
-BATCH, GUIDANCE, SIZE, TEXT_TOKENS = 8, 3.0, 128, 24
+GUIDANCE, TEXT_TOKENS = 3.0, 24
 DISTANCES, TARGETS, KEEP = (1, 2, 3, 6), (13, 17, 21, 25), (0.06, 0.3)
 WORST = "worst"
 EXTRAPOLATED = ", K/V extrapolated"
@@ -60,19 +61,23 @@ class Trial:
     """The trial on one bundle.
 
     Args:
-        bundle: of sd3-mini.
+        bundle: of sd3-mini or sd3-mini-256.
         prompts: images.
+        scenes: their kind, scenes or rich.
+        size: of a side, in pixels.
+        batch: images at once, whose keys and values of every step are kept; and as many are fitted to.
     """
 
-    def __init__(self, bundle: Bundle, prompts: int) -> None:
+    def __init__(self, bundle: Bundle, prompts: int, scenes: str, size: int, batch: int) -> None:
         self._pipe = load_pipeline(bundle.path, "torch", settings=PruneSettings())
         self._pipe.set_progress_bar_config(disable=True)
         scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)
         scheduler.set_timesteps(STEPS)
         self._timesteps, self._matrix = scheduler.timesteps.tolist(), scheduler_matrix(scheduler)
-        self._prompts = load_prompts(f"scenes:{prompts}")
+        self._prompts = load_prompts(f"{scenes}:{prompts}")
+        self._scenes, self._size, self._batch = scenes, size, batch
         self._macs = {
-            keep: costs(bundle, SIZE, SIZE, PruneSettings(keep_ratio=keep), True, "").all for keep in (*KEEP, 0.1)
+            keep: costs(bundle, size, size, PruneSettings(keep_ratio=keep), True, "").all for keep in (*KEEP, 0.1)
         }
 
     def cost(self, keep_ratio: float) -> float:
@@ -94,7 +99,7 @@ class Trial:
                     for name, found in _one_step(images, run, target, distance):
                         for way, error in found.items():
                             errors.setdefault(name, {}).setdefault(way, []).append(error)
-        batches = -(-len(self._prompts) // BATCH)
+        batches = -(-len(self._prompts) // self._batch)
         rows = {name: {way: _mean(values, batches) for way, values in ways.items()} for name, ways in errors.items()}
         for name, ways in rows.items():
             for way, row in ways.items():
@@ -103,7 +108,7 @@ class Trial:
 
     def whole_images(self, budget: int) -> dict[str, Any]:
         """By schedule of the cost of `budget` full steps the error of the final latents, and the cost."""
-        images = next(self._batches(tuning_prompts(f"scenes:{BATCH}"), 1_000_000))
+        images = next(self._batches(tuning_prompts(f"{self._scenes}:{self._batch}"), 1_000_000))
         recorded = trajectory(images)
         recordings = Recordings(start=images.start, parts=torch.stack(recorded.parts, 1), final=recorded.states[-1])
         batches = list(self._batches(self._prompts, 0))
@@ -138,11 +143,11 @@ class Trial:
             yield name, full, dataclasses.replace(partial, steps=steps), base + count * self.cost(keep)
 
     def _batches(self, prompts: Sequence[Prompt], seed: int) -> Iterator[Images]:
-        for first in range(0, len(prompts), BATCH):
+        for first in range(0, len(prompts), self._batch):
             config = GenerateConfig(
-                prompts=tuple(prompt.text for prompt in prompts[first : first + BATCH]),
-                height=SIZE,
-                width=SIZE,
+                prompts=tuple(prompt.text for prompt in prompts[first : first + self._batch]),
+                height=self._size,
+                width=self._size,
                 steps=STEPS,
                 guidance_scale=GUIDANCE,
                 seed=seed + first,
@@ -247,14 +252,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=int, default=16, help="scenes (default: 16)")
+    parser.add_argument("--scenes", choices=("scenes", "rich"), default="scenes", help="rich: sd3-mini-256's")
+    parser.add_argument("--size", type=int, default=128, help="of a side, in pixels (default: 128)")
+    parser.add_argument("--batch", type=int, default=8, help="images at once, and those fitted to (default: 8)")
+    parser.add_argument("--name", default="partial", help="of the file in benchmarks/results (default: partial)")
     parser.add_argument("--only", action="append", choices=PARTS, help="a part; repeatable (default: all)")
     arguments = parser.parse_args()
-    trial, path = Trial(Bundle.open(arguments.bundle), arguments.prompts), RESULTS / "partial.json"
+    bundle, path = Bundle.open(arguments.bundle), RESULTS / f"{arguments.name}.json"
+    trial = Trial(bundle, arguments.prompts, arguments.scenes, arguments.size, arguments.batch)
     for part in arguments.only or PARTS:
         with torch.no_grad():
             rows = trial.one_step() if part == PARTS[0] else trial.whole_images(int(part.split()[-1]))
         known = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
-        write_result("partial", {"partial_step_costs": trial.partial_costs, "parts": {**known, part: rows}})
+        write_result(arguments.name, {"partial_step_costs": trial.partial_costs, "parts": {**known, part: rows}})
 
 
 if __name__ == "__main__":

@@ -316,7 +316,9 @@ class Schedule(_Model):
         number = min(range(self.num_steps), key=lambda row: abs(self.timesteps[row] - timestep))  # type: ignore[index]
         tolerance = max(precision, _TOLERANCE) * max(map(abs, self.timesteps))
         if abs(self.timesteps[number] - timestep) > tolerance:
-            raise self._other_timesteps(f"this run has a step at timestep {timestep:g}")
+            refusal = self._other_timesteps(f"this run has a step at timestep {timestep:g}")
+            move = "or, where its timesteps are known, move it to them: cat_pruning.moved_schedule.move"
+            raise ScheduleError(refusal.problem, f"{refusal.remedy}, {move}")
         return number
 
     def check_timesteps(self, timesteps: Sequence[float], precision: float = 0.0) -> None:

@@ -447,12 +447,24 @@ def test_a_run_with_other_timesteps_or_more_steps_than_rows() -> None:
         pipeline.image([PROMPT], torch.linspace(1000, 100, 7))
 
 
-def test_other_timesteps_move_the_schedule() -> None:
+@pytest.mark.parametrize("seen", [True, False])
+def test_other_timesteps_move_the_schedule(seen: bool) -> None:
+    """Where the pipeline shows them all; where it hands over copies, the schedule can be moved beforehand."""
     table = SCHEDULE.model_copy(update={"timesteps": tuple(LEVELS.tolist())})
     levels = torch.tensor([1000.0, 960.0, 920.0, 850.0, 700.0, 500.0])
-    pipe = Pipeline(table)
+    moved = move(table, tuple(levels.tolist()))
+    pipe = Pipeline(table if seen else moved)
     for number in range(len(levels)):
-        pipe.call(latents_of(number), levels[number : number + 1], PROMPT)
+        pipe.call(
+            latents_of(number), levels[number : number + 1].clone() if not seen else levels[number : number + 1], PROMPT
+        )
     assert "".join(pipe.kinds) == "FfFfFf"
-    row = move(table, tuple(levels.tolist())).steps[3].weights
+    row = moved.steps[3].weights
     torch.testing.assert_close(pipe.outputs[3], sum(weight * pipe.outputs[read] for read, weight in row.items()))
+
+
+def test_a_step_of_no_row_is_refused_with_what_to_do() -> None:
+    pipe = Pipeline(SCHEDULE.model_copy(update={"timesteps": tuple(LEVELS.tolist())}))
+    with pytest.raises(ScheduleError, match="this run has a step at timestep 960") as caught:
+        pipe.image([PROMPT], torch.tensor([1000.0, 960.0, 920.0, 850.0, 700.0, 500.0]))
+    assert "moved_schedule.move" in caught.value.remedy
