@@ -26,6 +26,7 @@ from torch import Tensor
 from cat_pruning.engines.cuda_graphs import CudaGraphs
 from cat_pruning.engines.finite_check import FiniteCheck
 from cat_pruning.engines.graph_weights import GraphWeights
+from cat_pruning.engines.residual_inputs import ResidualInputs
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.families.family import Family
 from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
@@ -51,6 +52,7 @@ class StepEngine(ABC):
         family: the model's family, bound to the transformer's config.
         device, dtype: of the inputs and outputs of a step; timesteps are fp32.
         cuda_graphs: whether sessions capture their steps; only on a GPU.
+        takes_residuals: whether steps add a ControlNet's residuals.
     """
 
     name: str
@@ -58,6 +60,7 @@ class StepEngine(ABC):
     device: torch.device
     dtype: torch.dtype
     cuda_graphs: bool = False
+    takes_residuals: bool = False
 
     @abstractmethod
     def session(self) -> StepSession:
@@ -106,6 +109,7 @@ class StepSession(ABC):
         self._last_kept: int | None = None  # n of the last step
         self._streams: tuple[Any, Any] | None = None  # of CUDA: that its memory was allocated on, and last used on
         self._graphs = CudaGraphs()
+        self._residuals = ResidualInputs()
         self._finite = FiniteCheck()
 
     def reset(self) -> None:
@@ -149,7 +153,13 @@ class StepSession(ABC):
             self._begin(dims, timesteps)
         self._dims = dims
 
-    def step(self, latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
+    def step(
+        self,
+        latents: Tensor,
+        timestep: float,
+        tokens: Tensor | TokenChoice,
+        residuals: Sequence[Tensor | None] = (),
+    ) -> Tensor:
         """Compute some tokens; the others keep their last output (algorithm 1). Of no tokens, nothing is computed.
 
         Args:
@@ -157,6 +167,7 @@ class StepSession(ABC):
             timestep: the same for every row of the batch.
             tokens: (B, n) int32, distinct within a row, or the choice of them; all N on the first step after `begin`.
                 Where all N are given, they ascend.
+            residuals: a ControlNet's, of all tokens, wherever they are: see `Family.residuals`. They are copied.
 
         Returns:
             The noise prediction before guidance, in the layout of the transformer's output; new memory. Does not
@@ -185,6 +196,7 @@ class StepSession(ABC):
                 self._finite.poll()
                 if num_kept:
                     self._inputs[LATENTS].copy_(latents)
+                    self._residuals.take(residuals, self._inputs, self._residual_buffer)
                     self._load(timestep)
                     self._compute(tokens, num_kept)
                     self._steps += 1
@@ -242,7 +254,8 @@ class StepSession(ABC):
 
         if self.engine.cuda_graphs:
             chosen_by = num_kept if isinstance(tokens, Tensor) else tokens
-            self._graphs.run((chosen_by, self._steps % self.num_cache_sets), body, self._noise.device)
+            key = (chosen_by, self._steps % self.num_cache_sets, self._residuals.places)
+            self._graphs.run(key, body, self._noise.device)
         else:
             body()
 
@@ -273,6 +286,12 @@ class StepSession(ABC):
             self._free()
             raise
 
+    def _residual_buffer(self) -> Tensor:
+        assert self._dims is not None
+        engine, dims = self.engine, self._dims
+        width = engine.family.caches()[0].width
+        return zeros((dims.batch, dims.num_tokens, width), engine.dtype, engine.device)
+
     @contextmanager
     def _memory_for(self, dims: StepDims) -> Iterator[None]:
         """Let go of everything if the device is full: what is cached for nothing may be what the next image needs."""
@@ -295,6 +314,7 @@ class StepSession(ABC):
             self._streams[1].synchronize()
         self._allocated = None
         self._graphs.clear()
+        self._residuals = ResidualInputs()
         self._inputs, self._keep_indices, self._noise = {}, {}, torch.empty(0)
 
     def _check(self, dims: StepDims) -> None:  # noqa: B027  # most engines take any shape

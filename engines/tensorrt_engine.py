@@ -138,7 +138,13 @@ class TensorRTSession(StepSession):
             super().begin(dims, conditioning, timesteps)
 
     @override
-    def step(self, latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
+    def step(
+        self,
+        latents: Tensor,
+        timestep: float,
+        tokens: Tensor | TokenChoice,
+        residuals: Sequence[Tensor | None] = (),
+    ) -> Tensor:
         """Waits until a refit is done.
 
         Raises:
@@ -148,7 +154,7 @@ class TensorRTSession(StepSession):
             if self._dims is not None and self._weights != self.engine.times_refitted:
                 self.reset()
                 raise EngineError("adapters were changed while this image was in progress", "generate it again")
-            return super().step(latents, timestep, tokens)
+            return super().step(latents, timestep, tokens, residuals)
 
     def _check(self, dims: StepDims) -> None:
         if self.engine.is_half_refitted:

@@ -40,6 +40,7 @@ class TorchStepEngine(StepEngine):
     """
 
     name = "torch"
+    takes_residuals = True
 
     def __init__(self, transformer: Any, *, cuda_graphs: bool = True, compiled: bool | None = None) -> None:
         if hasattr(transformer, "_orig_mod"):  # torch.compile(module)

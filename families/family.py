@@ -49,6 +49,7 @@ class Family(ABC):
         former_norm_type: the `norm_type` of its config under the former class, Transformer2DModel; None without one.
         batched_guidance: classifier-free guidance doubles the rows of a batch, [negative; positive].
         noise_is_tokens: the output is what the last scatter returns, not a picture made of it.
+        residual_arguments: the arguments that a ControlNet's residuals come in; see `residuals`.
 
     Args:
         config: of the transformer, by diffusers' names.
@@ -65,6 +66,7 @@ class Family(ABC):
     former_norm_type: ClassVar[str | None] = None
     batched_guidance: ClassVar[bool] = True
     noise_is_tokens: ClassVar[bool] = False
+    residual_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -189,6 +191,25 @@ class Family(ABC):
     def flatten_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of one call with those that diffusers nests laid flat."""
         return dict(arguments)
+
+    @property
+    def num_residuals(self) -> int:
+        """How many blocks take a ControlNet's residual."""
+        return 0
+
+    def residuals(self, arguments: Mapping[str, Any]) -> list[Tensor | None]:
+        """What a ControlNet adds to the image's rows after each block that takes a residual.
+
+        Args:
+            arguments: of one call, by diffusers' names; `residual_arguments` are read. They differ on every step.
+
+        Returns:
+            For each such block a tensor (B, N, D), which several may share, or None; empty without any residual.
+
+        Raises:
+            SettingsError: an argument is no list of tensors.
+        """
+        return []
 
     def without_layers(self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
         """`conditioning` for a call that skips some blocks (skip-layer guidance).

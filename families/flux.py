@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from cat_pruning.errors import ShapeError
 from cat_pruning.families.attention import Rotary, intercept_attention
 from cat_pruning.families.family import Family, Modulation
 from cat_pruning.families.interception import TokenReuse
-from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
+from cat_pruning.families.residuals import residual_list, without_residuals
+from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims, residual_names
 
 T5_LENGTH = 512  # FluxPipeline's default max_sequence_length
 PACKING = 2  # FluxPipeline packs 2 x 2 latent pixels into one token
@@ -40,6 +42,11 @@ class Flux(Family):
     lora_loader = "FluxLoraLoaderMixin"
     batched_guidance = False
     noise_is_tokens = True
+    residual_arguments = (
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "controlnet_blocks_repeat",
+    )
 
     @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
@@ -65,9 +72,15 @@ class Flux(Family):
 
     @override
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
-        own = {name: tensor for name, tensor in model_inputs.items() if name not in ROTARY}
+        own = {name: tensor for name, tensor in without_residuals(model_inputs).items() if name not in ROTARY}
         no_ids = model_inputs[LATENTS].new_empty(0, 3)  # unread: see `_KeptRotary`
-        return {**own, "img_ids": no_ids, "txt_ids": no_ids}
+        names, num_double = residual_names(self.num_residuals), self.config["num_layers"]
+        double, single = (
+            [model_inputs[name] for name in part if name in model_inputs] or None
+            for part in (names[:num_double], names[num_double:])
+        )
+        residuals = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+        return {**own, "img_ids": no_ids, "txt_ids": no_ids, **residuals}
 
     @override
     def caches(self) -> list[CacheSpec]:
@@ -156,6 +169,22 @@ class Flux(Family):
         rotary = FluxPosEmbed(theta=10000, axes_dim=self.config["axes_dims_rope"])(ids)
         return {**inputs, **dict(zip(ROTARY, rotary, strict=True))}
 
+    @property
+    @override
+    def num_residuals(self) -> int:
+        """All double-stream blocks, then all single-stream ones."""
+        return int(self.config["num_layers"] + self.config["num_single_layers"])
+
+    @override
+    def residuals(self, arguments: Mapping[str, Any]) -> list[Tensor | None]:
+        """As FluxTransformer2DModel spreads them; only those of double-stream blocks repeat."""
+        of_double, of_single, repeat = self.residual_arguments
+        repeats = bool(arguments.get(repeat))
+        double = _spread(residual_list(arguments, of_double), self.config["num_layers"], repeats=repeats)
+        single = _spread(residual_list(arguments, of_single), self.config["num_single_layers"])
+        spread = [*double, *single]
+        return spread if any(each is not None for each in spread) else []
+
     @override
     def pipeline_text_length(self, directory: Path) -> int:
         """No more than the tokenizer makes."""
@@ -164,6 +193,16 @@ class Flux(Family):
     @override
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
         return {"max_sequence_length": text_length}
+
+
+def _spread(given: Sequence[Tensor], num_blocks: int, *, repeats: bool = False) -> list[Tensor | None]:
+    """One residual for each block: neighbours share one, or they are taken in turn."""
+    if not given:
+        return [None] * num_blocks
+    if repeats:
+        return [given[block % len(given)] for block in range(num_blocks)]
+    interval = math.ceil(num_blocks / len(given))
+    return [given[block // interval] for block in range(num_blocks)]
 
 
 class _KeptRotary(nn.Module):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cat_pruning.families.module_hooks import check_hooks
+from cat_pruning.families.residuals import kept_residuals
 from cat_pruning.plugins.token_ops import row_places, token_gather, token_scatter, write_rows_, write_slice_
 from cat_pruning.step_io import CacheRows
 
@@ -237,7 +238,7 @@ class StepModule(nn.Module):
             keep_indices: (B, n) int32, distinct within a row; all N in ascending order for a full step.
             noise: the previous step's output, in the transformer's layout; unread where every token is kept.
             caches: key and value of every attention, each (B, S, D).
-            model_inputs: the family's inputs by name.
+            model_inputs: the family's inputs by name, and a ControlNet's residuals, of all tokens, where there are any.
 
         Returns:
             The noise prediction, before guidance, and the updated caches: new tensors, or the given ones where
@@ -247,7 +248,8 @@ class StepModule(nn.Module):
         text_length = self.family.text_length(model_inputs)
         self.reuse.begin(keep_indices, noise_tokens, text_length, caches, model_inputs)
         try:
-            noise = self.transformer(**self.family.forward_kwargs(model_inputs), return_dict=False)[0]
+            kept = kept_residuals(model_inputs, self.reuse.gather)
+            noise = self.transformer(**self.family.forward_kwargs(kept), return_dict=False)[0]
             return noise, self.reuse.caches
         finally:
             self.reuse.clear()

@@ -14,7 +14,8 @@ from cat_pruning.errors import SettingsError
 from cat_pruning.families.attention import intercept_attention
 from cat_pruning.families.family import Modulation, PatchFamily
 from cat_pruning.families.interception import TokenReuse
-from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims
+from cat_pruning.families.residuals import residual_list, without_residuals
+from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims, residual_names
 
 T5_LENGTH = 256  # StableDiffusion3Pipeline's default max_sequence_length
 LAYER_GATES = "layer_gates"
@@ -33,6 +34,7 @@ class StableDiffusion3(PatchFamily):
     timestep_inputs = (TIMESTEP, "pooled_projections", LAYER_GATES)
     prompt_inputs = ("encoder_hidden_states",)
     lora_loader = "SD3LoraLoaderMixin"
+    residual_arguments = ("block_controlnet_hidden_states",)
 
     @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
@@ -63,7 +65,14 @@ class StableDiffusion3(PatchFamily):
 
     @override
     def forward_kwargs(self, model_inputs: dict[str, Tensor]) -> dict[str, Any]:
-        return {name: tensor for name, tensor in model_inputs.items() if name != LAYER_GATES}
+        own = {name: tensor for name, tensor in without_residuals(model_inputs).items() if name != LAYER_GATES}
+        residuals = [model_inputs[name] for name in residual_names(self.num_residuals) if name in model_inputs]
+        if not residuals:
+            return own
+        return {
+            **own,
+            "block_controlnet_hidden_states": [*residuals, residuals[-1]],
+        }  # one a block; the last reads none
 
     @override
     def caches(self) -> list[CacheSpec]:
@@ -96,6 +105,21 @@ class StableDiffusion3(PatchFamily):
     @override
     def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
         return {**arguments, LAYER_GATES: torch.ones(self.config["num_layers"])}
+
+    @property
+    @override
+    def num_residuals(self) -> int:
+        """All blocks but the last."""
+        return int(self.config["num_layers"]) - 1
+
+    @override
+    def residuals(self, arguments: Mapping[str, Any]) -> list[Tensor | None]:
+        """As SD3Transformer2DModel spreads them."""
+        (name,) = self.residual_arguments
+        if not (given := residual_list(arguments, name)):
+            return []
+        interval = self.config["num_layers"] / len(given)
+        return [given[int(block / interval)] for block in range(self.num_residuals)]
 
     @override
     def without_layers(self, conditioning: Mapping[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:

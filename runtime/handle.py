@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from cat_pruning.errors import SettingsError
 from cat_pruning.runtime.image_in_progress import ImageInProgress
 from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.runtime.timesteps import TimestepReader
 from cat_pruning.settings import PruneSettings
 
@@ -71,28 +71,21 @@ class ImageHandle:
         """
         return self._transformer.compute(self, context, hidden_states, **arguments)
 
-    def call(self, latents: Tensor, timestep: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: StepCall) -> Tensor:
         """Compute a call of the image itself: see `Sampling.call`."""
-        image, level = self._open(), self._timesteps.read(timestep)
+        image, level = self._open(), self._timesteps.read(call.timestep)
         try:
-            return image.call(level, latents, arguments, level.expected)
+            return image.call(call, level, level.expected)
         except BaseException:
             self._image = None
             raise
         finally:
             self._record = image.record
 
-    def call_beside(
-        self,
-        name: str,
-        latents: Tensor,
-        timestep: Tensor,
-        arguments: Mapping[str, Tensor],
-        skip_layers: tuple[int, ...] = (),
-    ) -> Tensor:
+    def call_beside(self, name: str, call: StepCall) -> Tensor:
         """Compute a call beside the image: see `Sampling.call_beside`."""
-        level = self._timesteps.read(timestep)
-        return self._open().call_beside(name, level, latents, arguments, skip_layers, level.expected)
+        level = self._timesteps.read(call.timestep)
+        return self._open().call_beside(name, call, level, level.expected)
 
     def _open(self) -> ImageInProgress:
         if self._image is None:

@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from cat_pruning.engines.host_flag import HostFlag
 from cat_pruning.families.family import Family
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.runtime.timesteps import NoiseLevel, version_of
 from cat_pruning.step_io import LATENTS
 
@@ -19,7 +20,9 @@ class Image:
 
     Args:
         family: of the model.
-        latents, arguments: of its first call.
+        call: its first one.
+
+        level: of that.
 
     Attributes:
         level: of its last call.
@@ -28,13 +31,15 @@ class Image:
         ShapeError: the latents do not fit the model.
     """
 
-    def __init__(self, family: Family, latents: Tensor, arguments: Mapping[str, Tensor], level: NoiseLevel) -> None:
+    def __init__(self, family: Family, call: StepCall, level: NoiseLevel) -> None:
+        latents, arguments = call.latents, call.arguments
         self.grid = family.grid(latents, arguments)
         self.dims = family.dims(
             self.grid,
             batch=latents.shape[0],
             text_length=family.argument_text_length(arguments),
             num_kept=0,
+            num_references=family.num_references(arguments),
         )
         self.level = level
         self._latents_shape = latents.shape
@@ -55,13 +60,14 @@ class Image:
         """Whether the latents have the image's shape."""
         return latents.shape == self._latents_shape
 
-    def difference(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> str | None:
+    def difference(self, call: StepCall, level: NoiseLevel) -> str | None:
         """What tells that a call is not of this image; None: it is.
 
         A tensor in the memory that it was in is not read. One in other memory is compared where another argument, or
         the schedule, is the one that it was; that synchronises with a GPU at the first time, and later costs a
         comparison whose outcome is seen one call late.
         """
+        latents, arguments = call.latents, call.arguments
         if not self.is_for(latents):
             return f"{LATENTS} has shape {tuple(latents.shape)} after {tuple(self._latents_shape)}"
         moved = {name: argument for name, argument in self._arguments.items() if not argument.is_at(arguments[name])}
@@ -77,23 +83,24 @@ class Image:
         """Whether conditioning is this image's by its values, whatever memory it is in. Synchronises."""
         return all(argument.has_values(arguments[name]) for name, argument in self._arguments.items())
 
-    def rows_of(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> slice | None:
+    def rows_of(self, call: StepCall) -> slice | None:
         """Which rows of this image a call is of, where guidance was switched off and others are left out.
 
         Synchronises with a GPU where the arguments are new memory.
         """
+        latents = call.latents
         if latents.shape[1:] != self._latents_shape[1:] or latents.shape[0] >= self._latents_shape[0]:
             return None
-        found = {argument.rows_of(arguments[name]) for name, argument in self._arguments.items()}
+        found = {argument.rows_of(call.arguments[name]) for name, argument in self._arguments.items()}
         start = found.pop()
         return slice(start, start + latents.shape[0]) if not found and start is not None else None
 
-    def is_within(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> bool:
+    def is_within(self, call: StepCall) -> bool:
         """Whether a call has this image's rows after others, where guidance was switched on. Synchronises."""
-        rows, more = self._latents_shape[0], latents.shape[0]
-        if latents.shape[1:] != self._latents_shape[1:] or more <= rows:
+        rows, more = self._latents_shape[0], call.latents.shape[0]
+        if call.latents.shape[1:] != self._latents_shape[1:] or more <= rows:
             return False
-        tails = {name: tensor[-rows:] for name, tensor in arguments.items() if tensor.shape[0] == more}
+        tails = {name: tensor[-rows:] for name, tensor in call.arguments.items() if tensor.shape[0] == more}
         return tails.keys() == self._arguments.keys() and all(
             self._arguments[name].is_at(tail) or self._arguments[name].is_alike(tail) for name, tail in tails.items()
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.selection.policies import SELECTORS
 from cat_pruning.runtime.selection.selector import Selector, negative_rows
 from cat_pruning.runtime.side_branch import SideBranch
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.runtime.timesteps import NoiseLevel
 from cat_pruning.schedule import FULL_STEP, ScheduledStep, StepKind
 from cat_pruning.settings import PruneSettings
@@ -86,9 +87,9 @@ class ImageInProgress:
         """Whether its pipeline hides its schedule."""
         return self.image is not None and self.image.level.schedule is None
 
-    def has_conditioning(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> bool:
+    def has_conditioning(self, call: StepCall, level: NoiseLevel) -> bool:
         """Whether a call has the shapes and the conditioning of its last one: see `Image.difference`."""
-        return self.image is not None and self.image.difference(level, latents, arguments) is None
+        return self.image is not None and self.image.difference(call, level) is None
 
     def close(self) -> None:
         """Give back what was lent. The image is over."""
@@ -97,7 +98,7 @@ class ImageInProgress:
             if lease is not None:
                 lease.give_back()
 
-    def difference(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> str | None:
+    def difference(self, call: StepCall, level: NoiseLevel) -> str | None:
         """What tells that a call is not the image's next one, or another one at its level; None: nothing does."""
         if self.image is None:
             return None
@@ -105,19 +106,19 @@ class ImageInProgress:
             return "the pipeline set another schedule"
         if level.timestep > self.timestep:
             return f"the timestep rose from {self.timestep:g} to {level.timestep:g}"
-        difference = self.image.difference(level, latents, arguments)
-        return None if difference and self._has_guidance_switched(level, latents, arguments) else difference
+        difference = self.image.difference(call, level)
+        return None if difference and self._has_guidance_switched(call, level) else difference
 
     def has_other_schedule(self, level: NoiseLevel) -> bool:
         """Whether a call is in another schedule than the last one."""
         schedules = (level.schedule, self.image.level.schedule if self.image else None)
         return None not in schedules and schedules[0] is not schedules[1]
 
-    def is_repeated(self, latents: Tensor) -> bool:
+    def is_repeated(self, call: StepCall) -> bool:
         """Whether a call has the latents of the image's last one. Synchronises where they are in other memory."""
-        return self._latents is not None and self._latents.equals(latents)
+        return self._latents is not None and self._latents.equals(call.latents)
 
-    def is_beside(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor], branch: str) -> bool:
+    def is_beside(self, call: StepCall, level: NoiseLevel, branch: str) -> bool:
         """Whether a call is the other one of guidance in a pipeline that does not say so by a `cache_context`.
 
         Such pipelines (FLUX's, but for text-to-image) call the model with the prompt, then with the negative one and
@@ -126,28 +127,21 @@ class ImageInProgress:
         """
         if self.image is None or level.timestep != self.timestep or self.has_other_schedule(level):
             return False
-        if self.image.is_gone or self.has_conditioning(level, latents, arguments) or not self.image.is_for(latents):
+        if self.image.is_gone or self.has_conditioning(call, level) or not self.image.is_for(call.latents):
             return False
         known = self._branches.get(branch)
-        if known is not None and known.holds(level, latents, arguments):
-            return known.num_levels > 1 or self.is_repeated(latents)
-        return self.is_repeated(latents) and not self.image.has_values(arguments)
+        if known is not None and known.holds(call, level):
+            return known.num_levels > 1 or self.is_repeated(call)
+        return self.is_repeated(call) and not self.image.has_values(call.arguments)
 
     def call(
-        self,
-        level: NoiseLevel,
-        latents: Tensor,
-        arguments: Mapping[str, Tensor],
-        expected: Sequence[float] = (),
-        *,
-        is_known: bool = False,
+        self, call: StepCall, level: NoiseLevel, expected: Sequence[float] = (), *, is_known: bool = False
     ) -> Tensor:
         """Compute a call of the image itself. After a failure the image is half way and closed.
 
         Args:
-            level: of the call.
-            latents: the transformer's `hidden_states`, as they came.
-            arguments: the family's arguments by diffusers' names, likewise.
+            call: what it passes.
+            level: where it is.
             expected: the timesteps that will come, in order, as far as they are known.
             is_known: whether `difference` was asked of the call, and found nothing.
 
@@ -156,42 +150,26 @@ class ImageInProgress:
         """
         try:
             with ordinary_tensors():
-                self._resume(level, latents, arguments, expected, is_known=is_known)
+                self._resume(call, level, expected, is_known=is_known)
                 assert self.image is not None
                 assert self._lease is not None
-                self.image.level, self._latents = level, Memory(latents)
-                output = self._compute(latents, level)
+                self.image.level, self._latents = level, Memory(call.latents)
+                output = self._compute(call, level)
         except BaseException:
             self.close()
             raise
         self._lease.rest()
         return output
 
-    def call_beside(
-        self,
-        name: str,
-        level: NoiseLevel,
-        latents: Tensor,
-        arguments: Mapping[str, Tensor],
-        skip_layers: tuple[int, ...] = (),
-        expected: Sequence[float] = (),
-    ) -> Tensor:
+    def call_beside(self, name: str, call: StepCall, level: NoiseLevel, expected: Sequence[float] = ()) -> Tensor:
         """Compute a call that is no step of the image itself, but goes with one: see `SideBranch`."""
         if name not in self._branches:
             self._branches[name] = SideBranch(self._pool, is_kept=self._is_kept)
         step = self.record if self.record and level.timestep == self.record.timestep else None
         last = last_read(step.step, self.settings) if step else 0
-        return self._branches[name].call(level, latents, arguments, skip_layers, step, expected, last)
+        return self._branches[name].call(call, level, step, expected, last)
 
-    def _resume(
-        self,
-        level: NoiseLevel,
-        latents: Tensor,
-        arguments: Mapping[str, Tensor],
-        expected: Sequence[float],
-        *,
-        is_known: bool,
-    ) -> None:
+    def _resume(self, call: StepCall, level: NoiseLevel, expected: Sequence[float], *, is_known: bool) -> None:
         """Have a session that knows the call's conditioning."""
         if self.image is None:
             self.settings = _settings_for(self.settings, level)
@@ -199,29 +177,27 @@ class ImageInProgress:
         if self._lease is not None and not self._lease.resume():
             self._lease = None
         image = self.image
-        if image is not None and not image.is_for(latents):
-            self._change_rows(image.rows_of(latents, arguments))
-        elif self._lease is not None and (is_known or self.has_conditioning(level, latents, arguments)):
+        if image is not None and not image.is_for(call.latents):
+            self._change_rows(image.rows_of(call))
+        elif self._lease is not None and (is_known or self.has_conditioning(call, level)):
             return
-        self._begin(level, latents, arguments, expected)
+        self._begin(call, level, expected)
 
-    def _begin(
-        self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor], expected: Sequence[float]
-    ) -> None:
+    def _begin(self, call: StepCall, level: NoiseLevel, expected: Sequence[float]) -> None:
         family = self._pool.engine.family
-        self.image = image = Image(family, latents, arguments, level)
+        self.image = image = Image(family, call, level)
         if self._lease is None:
             self._lease = self._pool.take(image.dims, image.is_over, is_kept=self._is_kept)
         self._lease.is_over = image.is_over
         self.selector = self._selector(image)
         dims = dataclasses.replace(image.dims, num_kept=self.selector.num_kept if self.selector else 0)
-        self.session.begin(dims, family.conditioning(arguments, image.grid), expected)
+        self.session.begin(dims, family.conditioning(call.arguments, image.grid), expected)
         self._is_fresh, self._negative = True, None
 
     def _selector(self, image: Image) -> Selector | None:
         """The session's last one, whose captured steps can be replayed, if it was for images like this one."""
         engine = self._pool.engine
-        if self.computes_all or not self.settings.num_kept(int(image.dims.num_tokens)):
+        if self.computes_all or not self.settings.num_kept(math.prod(image.grid)):
             return None
         assert self._lease is not None
         needed, kept = (self.settings, image.dims, engine.device, engine.dtype), self._lease.kept
@@ -234,14 +210,14 @@ class ImageInProgress:
         selector.reset()
         return selector
 
-    def _has_guidance_switched(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> bool:
+    def _has_guidance_switched(self, call: StepCall, level: NoiseLevel) -> bool:
         """Whether a call at the schedule's next level has some of the image's rows, or has them after others."""
         image, is_guided = self.image, self._pool.engine.family.batched_guidance
-        if image is None or not is_guided or image.is_for(latents):
+        if image is None or not is_guided or image.is_for(call.latents):
             return False
         if level.schedule is None or level.schedule is not image.level.schedule or level.timestep == self.timestep:
             return False
-        return image.rows_of(latents, arguments) is not None or image.is_within(latents, arguments)
+        return image.rows_of(call) is not None or image.is_within(call)
 
     def _change_rows(self, rows: slice | None) -> None:
         """Go on with these rows of what was computed; with none of it if there are others."""
@@ -251,33 +227,33 @@ class ImageInProgress:
         else:
             self._outputs.take_rows(rows)
 
-    def _compute(self, latents: Tensor, level: NoiseLevel) -> Tensor:
+    def _compute(self, call: StepCall, level: NoiseLevel) -> Tensor:
         if self.record is None or level.timestep != self.timestep:
             self.timesteps.append(level.timestep)
-            self.record = self._step(latents, level)
+            self.record = self._step(call, level)
         elif self.record.num_kept:
             is_whole = self._is_fresh or self.record.kind is StepKind.FULL
-            self._run(latents, level, self._every_token(latents) if is_whole else self.record.keep_indices)
+            self._run(call, level, self._every_token(call.latents) if is_whole else self.record.keep_indices)
         record, noise = self.record, self._noise
         assert noise is not None
         if self.selector is not None and record.step == self._reference:
             self.selector.refer_to(noise)
         if self._negative is None and self._needs_negative:
-            self._negative = negative_rows(latents).to(noise.device)
+            self._negative = negative_rows(call.latents).to(noise.device)
         output = self._outputs.of(noise, record.row, record.keep_indices, self._negative)
         if record.num_kept:
             self._outputs.keep(record.step, output, last_read(record.step, self.settings))
         return output
 
-    def _step(self, latents: Tensor, level: NoiseLevel) -> StepRecord:
+    def _step(self, call: StepCall, level: NoiseLevel) -> StepRecord:
         number, row = self._row(level)
         if row.kind is StepKind.FULL or (row.kind is StepKind.PRUNED and self.selector is not None):
             if self._is_fresh and number > self._reference:
                 self._reference = number  # of an image that begins after it, or has lost it
-            self._run(latents, level, self._tokens(row.kind, latents))
+            self._run(call, level, self._tokens(row.kind, call.latents))
             computed = self.session.computed
         else:
-            computed = torch.empty((latents.shape[0], 0), dtype=torch.int32, device=self._pool.engine.device)
+            computed = torch.empty((call.latents.shape[0], 0), dtype=torch.int32, device=self._pool.engine.device)
         assert self.image is not None
         return StepRecord(
             step=number,
@@ -288,9 +264,9 @@ class ImageInProgress:
             cluster_ids=self.selector.cluster_ids if self.selector else None,
         )
 
-    def _run(self, latents: Tensor, level: NoiseLevel, tokens: Tensor | Selector) -> None:
-        latents = self.session.to_engine(LATENTS, latents)
-        self._noise = self.session.step(latents, level.timestep, tokens)
+    def _run(self, call: StepCall, level: NoiseLevel, tokens: Tensor | Selector) -> None:
+        latents = self.session.to_engine(LATENTS, call.latents)
+        self._noise = self.session.step(latents, level.timestep, tokens, call.residuals)
         self._is_fresh = False
 
     def _row(self, level: NoiseLevel) -> tuple[int, ScheduledStep]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Final
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from cat_pruning.engines.session_pool import SessionPool
 from cat_pruning.runtime.image_in_progress import ImageInProgress
 from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.runtime.timesteps import NoiseLevel, TimestepReader
 from cat_pruning.settings import PruneSettings
 
@@ -63,13 +63,8 @@ class Sampling:
         while self._images:
             self._images.pop().close()
 
-    def call(self, latents: Tensor, timestep: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
+    def call(self, call: StepCall) -> Tensor:
         """Compute one call of the transformer.
-
-        Args:
-            latents: the transformer's `hidden_states`, in the pipeline's dtype, wherever they are.
-            timestep: (B,) or scalar, all entries alike.
-            arguments: the family's arguments by diffusers' names, likewise.
 
         Returns:
             The noise prediction, in the engine's dtype and the transformer's layout.
@@ -78,44 +73,35 @@ class Sampling:
         are on it; nothing else here does, unless a pipeline passes timesteps that are no view of a schedule (FLUX), or
         conditioning that it makes anew on every step: see `Image.difference`.
         """
-        level = self._timesteps.read(timestep)
-        image = self._image_of(level, latents, arguments)
-        if image is None and (image := self._image_beside(level, latents, arguments)) is not None:
-            return image.call_beside(_ANOTHER_PROMPT, level, latents, arguments, (), self._expected(level))
+        level = self._timesteps.read(call.timestep)
+        image = self._image_of(call, level)
+        if image is None and (image := self._image_beside(call, level)) is not None:
+            return image.call_beside(_ANOTHER_PROMPT, call, level, self._expected(level))
         if image is None:
-            image = self._begin(level, latents, arguments)
-        elif _is_ambiguous(image, level, latents):
+            image = self._begin(call, level)
+        elif _is_ambiguous(image, call, level):
             image = self._begin_ambiguous(image)
         try:
-            return image.call(level, latents, arguments, self._expected(level), is_known=True)
+            return image.call(call, level, self._expected(level), is_known=True)
         except BaseException:
             self._images.remove(image)
             raise
 
-    def call_beside(
-        self,
-        name: str,
-        latents: Tensor,
-        timestep: Tensor,
-        arguments: Mapping[str, Tensor],
-        skip_layers: tuple[int, ...] = (),
-    ) -> Tensor:
+    def call_beside(self, name: str, call: StepCall) -> Tensor:
         """Compute a call that is no step of the image itself, but goes with one: see `SideBranch`."""
-        level = self._timesteps.read(timestep)
+        level = self._timesteps.read(call.timestep)
         if not self._images or self._images[0].has_other_schedule(level):
             self._add(ImageInProgress(self._pool, self.settings))
-        return self._images[0].call_beside(name, level, latents, arguments, skip_layers, self._expected(level))
+        return self._images[0].call_beside(name, call, level, self._expected(level))
 
-    def _image_of(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> ImageInProgress | None:
+    def _image_of(self, call: StepCall, level: NoiseLevel) -> ImageInProgress | None:
         """The image in progress that a call goes on with."""
-        of_it = (image for image in self._images if image.difference(level, latents, arguments) is None)
+        of_it = (image for image in self._images if image.difference(call, level) is None)
         return self._first(next(of_it, None))
 
-    def _image_beside(
-        self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]
-    ) -> ImageInProgress | None:
+    def _image_beside(self, call: StepCall, level: NoiseLevel) -> ImageInProgress | None:
         """The image in progress that a call goes with, though no context says so."""
-        beside = (image for image in self._images if image.is_beside(level, latents, arguments, _ANOTHER_PROMPT))
+        beside = (image for image in self._images if image.is_beside(call, level, _ANOTHER_PROMPT))
         return self._first(next(beside, None))
 
     def _first(self, image: ImageInProgress | None) -> ImageInProgress | None:
@@ -124,14 +110,14 @@ class Sampling:
             self._images.insert(0, image)
         return image
 
-    def _begin(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> ImageInProgress:
-        self._look_at_last(level, latents, arguments)
+    def _begin(self, call: StepCall, level: NoiseLevel) -> ImageInProgress:
+        self._look_at_last(call, level)
         ends = self._past[-1:]
         if self._images:
             self._past = self._images[0].timesteps
             ends += self._past[-1:] if len(self._images) > 1 else []
         for image in list(self._images):
-            is_replaced = not image.has_other_schedule(level) and image.has_conditioning(level, latents, arguments)
+            is_replaced = not image.has_other_schedule(level) and image.has_conditioning(call, level)
             # Where a pipeline hides its schedule, images end at the timestep that others ended at.
             is_at_end = image.has_no_schedule and image.timestep in ends
             if is_replaced or is_at_end or image.is_over:
@@ -161,6 +147,18 @@ class Sampling:
         """The timesteps that will come: the schedule's, or where the pipeline hides it, those of the last image."""
         return level.expected or self._past
 
+    def _look_at_last(self, call: StepCall, level: NoiseLevel) -> None:
+        """Say it when one image after another has a single step, so that nothing is ever pruned."""
+        last = self.image
+        difference = last.difference(call, level) if last else None
+        is_short = last is not None and len(last.timesteps) == 1 and last.timestep != level.timestep
+        self._num_short = self._num_short + 1 if is_short else 0
+        if self._num_short >= _MOST_SHORT and self._computes_less:
+            self._say_once(
+                "short",
+                f"every call begins a new image, and so every step is computed in full: {difference}; pass the same "
+                "tensors on every step of an image, or step it by `transformer.image()`",
+            )
 
     @property
     def _computes_less(self) -> bool:
@@ -172,7 +170,7 @@ class Sampling:
             logger.warning("%s", message)
 
 
-def _is_ambiguous(image: ImageInProgress, level: NoiseLevel, latents: Tensor) -> bool:
+def _is_ambiguous(image: ImageInProgress, call: StepCall, level: NoiseLevel) -> bool:
     """Whether a call at an image's first timestep may as well be another image's: see `Sampling`."""
     is_at_first_level = len(image.timesteps) == 1 and level.timestep == image.timestep
-    return is_at_first_level and not image.is_repeated(latents)
+    return is_at_first_level and not image.is_repeated(call)

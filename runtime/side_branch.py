@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from cat_pruning.engines.step_engine import ordinary_tensors
 from cat_pruning.runtime.image import Image, every_token
 from cat_pruning.runtime.outputs import Outputs
 from cat_pruning.runtime.record import StepRecord
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.runtime.timesteps import NoiseLevel
 from cat_pruning.schedule import FULL_STEP
 from cat_pruning.step_io import LATENTS
@@ -46,16 +47,14 @@ class SideBranch:
         self._last_step: int | None = None
         self.num_levels = 0
 
-    def holds(self, level: NoiseLevel, latents: Tensor, arguments: Mapping[str, Tensor]) -> bool:
+    def holds(self, call: StepCall, level: NoiseLevel) -> bool:
         """Whether a call has the shapes and the conditioning of its last one: see `Image.difference`."""
-        return self._image is not None and self._image.difference(level, latents, arguments) is None
+        return self._image is not None and self._image.difference(call, level) is None
 
     def call(
         self,
+        call: StepCall,
         level: NoiseLevel,
-        latents: Tensor,
-        arguments: Mapping[str, Tensor],
-        skip_layers: tuple[int, ...],
         step: StepRecord | None,
         expected: Sequence[float],
         last_read: float,
@@ -63,17 +62,15 @@ class SideBranch:
         """Compute one call. After a failure it begins anew.
 
         Args:
-            level: as for `ImageInProgress.call`.
-            latents: as for `ImageInProgress.call`.
-            arguments: as for `ImageInProgress.call`.
-            skip_layers: blocks that it leaves out.
+            call: what it passes.
+            level: where it is.
             step: what the image computes at this timestep; None if it does not.
             expected: the timesteps that will come.
             last_read: the image's last step that reads this one.
         """
         try:
             with ordinary_tensors():
-                return self._call(level, latents, arguments, skip_layers, step, expected, last_read)
+                return self._call(call, level, step, expected, last_read)
         except BaseException:
             self._forget()
             raise
@@ -83,31 +80,30 @@ class SideBranch:
 
     def _call(
         self,
+        call: StepCall,
         level: NoiseLevel,
-        latents: Tensor,
-        arguments: Mapping[str, Tensor],
-        skip_layers: tuple[int, ...],
         step: StepRecord | None,
         expected: Sequence[float],
         last_read: float,
     ) -> Tensor:
         if self.lease is not None and not self.lease.resume():
             self.lease = None
-        is_going_on = self.lease is not None and self._skipped == skip_layers and self.holds(level, latents, arguments)
+        is_going_on = self.lease is not None and self._skipped == call.skip_layers and self.holds(call, level)
         if not is_going_on:
-            self._begin(level, latents, arguments, skip_layers, expected)
+            self._begin(call, level, expected)
         assert self._image is not None
         assert self.lease is not None
         self.num_levels += level.timestep != self._image.level.timestep or not self.num_levels
         self._image.level = level
-        rows = latents.shape[0]
+        rows = call.latents.shape[0]
         if step is not None and self._follows(step, rows):
             tokens, row = step.keep_indices[-rows:], step.row
         else:
-            tokens, row = every_token(latents, int(self._image.dims.num_tokens)), FULL_STEP
+            tokens, row = every_token(call.latents, int(self._image.dims.num_tokens)), FULL_STEP
         if tokens.shape[1]:
             session = self.lease.session
-            self._noise = session.step(session.to_engine(LATENTS, latents), level.timestep, tokens)
+            latents = session.to_engine(LATENTS, call.latents)
+            self._noise = session.step(latents, level.timestep, tokens, call.residuals)
         self._last_step = step.step if step else None
         output = self._outputs.of(self._noise, row, tokens)
         if step is not None and tokens.shape[1]:
@@ -119,22 +115,15 @@ class SideBranch:
         is_next = self._last_step in (step.step, step.step - 1)
         return is_next and self._outputs.has(step.row) and step.keep_indices.shape[0] >= rows
 
-    def _begin(
-        self,
-        level: NoiseLevel,
-        latents: Tensor,
-        arguments: Mapping[str, Tensor],
-        skip_layers: tuple[int, ...],
-        expected: Sequence[float],
-    ) -> None:
+    def _begin(self, call: StepCall, level: NoiseLevel, expected: Sequence[float]) -> None:
         self._forget()
         family = self._pool.engine.family
-        image = Image(family, latents, arguments, level)
+        image = Image(family, call, level)
         if self.lease is None:
             self.lease = self._pool.take(image.dims, image.is_over, is_kept=self._is_kept)
         self.lease.is_over = image.is_over
-        conditioning = family.conditioning(arguments, image.grid)
-        if skip_layers:
-            conditioning = family.without_layers(conditioning, skip_layers)
+        conditioning = family.conditioning(call.arguments, image.grid)
+        if call.skip_layers:
+            conditioning = family.without_layers(conditioning, call.skip_layers)
         self.lease.session.begin(image.dims, conditioning, expected)
-        self._image, self._skipped = image, skip_layers
+        self._image, self._skipped = image, call.skip_layers

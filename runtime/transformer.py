@@ -28,6 +28,7 @@ from cat_pruning.runtime.handle import ImageHandle
 from cat_pruning.runtime.model_methods import ModelMethods
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.runtime.whole import WholeTransformer
 from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PruneSettings, check_settings
@@ -275,12 +276,12 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, expected {tuple(hidden_states.shape[:1])}")
         if skip_layers is not None and not _are_numbers(skip_layers):
             raise SettingsError(f"skip_layers: expected a list of blocks, got {skip_layers!r}")
-        conditioning = self._conditioning(arguments)
+        conditioning, residuals = self._conditioning(arguments)
+        call = StepCall(hidden_states, timestep, conditioning, residuals, tuple(skip_layers or ()))
         if context == MAIN_CONTEXT and skip_layers is None:
-            noise = images.call(hidden_states, timestep, conditioning)
+            noise = images.call(call)
         else:
-            branch = context if skip_layers is None else f"{context} without layers"
-            noise = images.call_beside(branch, hidden_states, timestep, conditioning, tuple(skip_layers or ()))
+            noise = images.call_beside(context if skip_layers is None else f"{context} without layers", call)
         noise = noise.to(hidden_states)
         return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
 
@@ -289,7 +290,8 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             self._threads.sampling = Sampling(self.sessions, self.settings)
         return self._threads.sampling  # type: ignore[no-any-return]
 
-    def _conditioning(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    def _conditioning(self, arguments: dict[str, Any]) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """What holds for all steps of an image, and a ControlNet's residuals, which hold for one."""
         family = self.engine.family
         given = family.flatten_arguments(arguments)
         tensors: dict[str, Tensor] = {}
@@ -298,12 +300,18 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             if not isinstance(tensor, Tensor):
                 raise SettingsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
             tensors[name] = tensor
+        residuals = family.residuals({name: given.pop(name, None) for name in family.residual_arguments})
+        if residuals and not self.engine.takes_residuals:
+            raise SettingsError(
+                f"{family.residual_arguments[0]}: the engine {self.engine.name} takes no ControlNet",
+                "use the engine torch: CatTransformer.from_model(transformer), or engine='torch' of a bundle",
+            )
         if unsupported := sorted(name for name, value in given.items() if _is_given(value)):
             raise SettingsError(
                 f"{', '.join(unsupported)}: not supported by pruned steps",
                 "leave it out or use the original transformer",
             )
-        return tensors
+        return tensors, residuals
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CatTransformer:
         """A transformer with images of its own in progress, over the same weights and within the same bound."""

@@ -20,6 +20,7 @@ KEEP_INDICES = "keep_indices"
 NOISE = "noise"
 LATENTS = "hidden_states"
 TIMESTEP = "timestep"
+RESIDUAL = "residual_"
 MAX_TIMESTEPS = 64  # that timestep.onnx computes at once; it bounds the memory of the results
 
 
@@ -106,6 +107,16 @@ SYMBOLIC = StepDims(
 def cache_names(num_caches: int) -> list[str]:
     """The caches' input names in graph order: key_cache_0, value_cache_0, key_cache_1, ..."""
     return [f"{part}_cache_{layer}" for layer in range(num_caches) for part in ("key", "value")]
+
+
+def residual_names(num_residuals: int) -> list[str]:
+    """The names of the inputs that a ControlNet's residuals are, by block: residual_0, residual_1, ..."""
+    return [f"{RESIDUAL}{block}" for block in range(num_residuals)]
+
+
+def is_residual(name: str) -> bool:
+    """Whether an input of the step is a ControlNet's residual."""
+    return name.startswith(RESIDUAL)
 
 
 def is_changed_in_place(name: str) -> bool:

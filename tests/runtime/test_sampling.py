@@ -15,6 +15,7 @@ from cat_pruning.runtime.image import Memory
 from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.selection import kmeans, selection
 from cat_pruning.runtime.selection.selector import guiding_rows
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.schedule import Schedule
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import StepDims
@@ -95,7 +96,7 @@ def latents(batch: int = 2) -> Tensor:
 def run(sampling: Sampling, conditioning: dict[str, Tensor], timesteps: Tensor = TIMESTEPS) -> str:
     kinds = ""
     for timestep in timesteps:
-        sampling.call(latents(), timestep.expand(2), conditioning)
+        sampling.call(StepCall(latents(), timestep.expand(2), conditioning))
         assert sampling.record is not None
         kinds += sampling.record.kind.value[0].upper()
     return kinds
@@ -219,7 +220,7 @@ def test_timesteps_that_come_one_by_one_are_expected_again(
     sampling = Sampling(SessionPool(session.engine), SETTINGS)
     for steps in (4, 4, 2, 3):
         for timestep in TIMESTEPS[:steps]:
-            sampling.call(latents(), timestep.clone(), conditioning)
+            sampling.call(StepCall(latents(), timestep.clone(), conditioning))
     seen = TIMESTEPS.tolist()
     assert session.expected == [[], seen[:4], seen[:4], seen[:2]]
 

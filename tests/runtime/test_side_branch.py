@@ -11,6 +11,7 @@ from torch import Tensor
 from cat_pruning.engines.session_pool import SessionPool
 from cat_pruning.engines.step_engine import StepEngine, TokenChoice
 from cat_pruning.runtime.sampling import Sampling
+from cat_pruning.runtime.step_call import StepCall
 from cat_pruning.settings import PruneSettings, Reuse
 
 SETTINGS = PruneSettings(keep_ratio=0.4, full_steps=4, num_clusters=6)
@@ -35,9 +36,9 @@ class Spied:
             self.noises.append(noises)
             step = made.step
 
-            def spied(latents: Tensor, timestep: float, tokens: Tensor | TokenChoice) -> Tensor:
+            def spied(latents: Tensor, timestep: float, tokens: Tensor | TokenChoice, *more: Any) -> Tensor:
                 try:
-                    noises.append(step(latents, timestep, tokens))
+                    noises.append(step(latents, timestep, tokens, *more))
                 finally:
                     num_kept = tokens.shape[1] if isinstance(tokens, Tensor) else tokens.num_kept
                     kept.append(made._keep_indices[num_kept].clone())
@@ -61,11 +62,11 @@ class Spied:
         return one.repeat(2, 1, 1, 1)
 
     def step(self, step: int, timesteps: Tensor = TIMESTEPS) -> None:
-        self.sampling.call(self.latents(step), timesteps[step].expand(2), self.arguments)
+        self.sampling.call(StepCall(self.latents(step), timesteps[step].expand(2), self.arguments))
 
     def step_beside(self, step: int, skip_layers: tuple[int, ...] = (1,), timesteps: Tensor = TIMESTEPS) -> Tensor:
         latents, timestep = self.latents(step)[:1], timesteps[step].expand(1)
-        return self.sampling.call_beside("side", latents, timestep, self.beside, skip_layers)
+        return self.sampling.call_beside("side", StepCall(latents, timestep, self.beside, (), skip_layers))
 
     def num_kept(self, session: int) -> list[int]:
         return [indices.shape[1] for indices in self.kept[session]]
@@ -91,7 +92,7 @@ def test_it_computes_the_tokens_of_the_images_last_rows(spied: Spied) -> None:
 def test_the_image_is_what_it_is_without_it(spied: Spied, engine: StepEngine) -> None:
     alone = Sampling(SessionPool(engine), SETTINGS)
     for step in range(10):
-        expected = alone.call(spied.latents(step), TIMESTEPS[step].expand(2), spied.arguments)
+        expected = alone.call(StepCall(spied.latents(step), TIMESTEPS[step].expand(2), spied.arguments))
         spied.step(step)
         spied.step_beside(step)
         assert torch.equal(spied.noises[0][-1], expected)
@@ -109,7 +110,7 @@ def test_a_branch_that_skips_nothing_is_the_image_itself(spied: Spied) -> None:
 def test_it_is_extrapolated_as_the_image_is(spied: Spied, keep_ratio: float) -> None:
     spied.sampling.settings = SETTINGS.replace(keep_ratio=keep_ratio, reuse=Reuse.EXTRAPOLATE, refresh_every=3)
     for step in range(10):
-        noise = spied.sampling.call(spied.latents(step), TIMESTEPS[step].expand(2), spied.arguments)
+        noise = spied.sampling.call(StepCall(spied.latents(step), TIMESTEPS[step].expand(2), spied.arguments))
         beside = spied.step_beside(step, skip_layers=())
         torch.testing.assert_close(beside, noise[1:], rtol=0, atol=3e-4)
     repeated = spied.noises[1][-1]

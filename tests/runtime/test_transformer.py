@@ -33,17 +33,21 @@ def inputs(engine: StepEngine, size: tuple[int, int] = (16, 16), timestep: float
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("joint_attention_kwargs", {"scale": 0.5}),
-        ("block_controlnet_hidden_states", [torch.zeros(2, 64, 192)]),
-        ("block_controlnet_hidden_states", torch.zeros(2, 64, 192)),
-    ],
-)
-def test_an_unsupported_argument_is_named(engine: StepEngine, name: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=rf"{name}.*not supported.*original transformer"):
-        CatTransformer(engine, SETTINGS)(**inputs(engine), **{name: value})
+def test_an_unsupported_argument_is_named(engine: StepEngine) -> None:
+    with pytest.raises(SettingsError, match=r"joint_attention_kwargs.*not supported.*original transformer"):
+        CatTransformer(engine, SETTINGS)(**inputs(engine), joint_attention_kwargs={"scale": 0.5})
+
+
+def test_residuals_that_are_no_list_of_tensors(engine: StepEngine) -> None:
+    for value in (torch.zeros(2, 64, 192), [None], "deep"):
+        with pytest.raises(SettingsError, match="block_controlnet_hidden_states: expected a list of tensors, got"):
+            CatTransformer(engine, SETTINGS)(**inputs(engine), block_controlnet_hidden_states=value)
+
+
+def test_an_engine_without_residuals_refuses_a_control_net(engines: dict[str, StepEngine]) -> None:
+    engine = engines["onnxruntime"]
+    with pytest.raises(SettingsError, match=r"the engine onnxruntime takes no ControlNet.*use the engine torch"):
+        CatTransformer(engine, SETTINGS)(**inputs(engine), block_controlnet_hidden_states=[torch.zeros(2, 64, 192)])
 
 
 def test_it_is_a_model_of_diffusers(engine: StepEngine) -> None:
