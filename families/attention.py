@@ -12,8 +12,12 @@ from cat_pruning.errors import SettingsError
 from cat_pruning.families.interception import LayerCache, TokenReuse
 from cat_pruning.step_io import CacheRows
 
-# In the names of diffusers' processors that compute something else than the attention of the model alone.
-_OTHERS: Final = ("IPAdapter", "PAG", "CustomDiffusion")
+# In the names of diffusers' processors that compute something else than the attention of the model alone, and what does.
+_OTHERS: Final = {
+    "IPAdapter": "an IP-adapter",
+    "PAG": "perturbed-attention guidance",
+    "CustomDiffusion": "custom diffusion",
+}
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin of every new row, each (B, rows, head width), fp32
 
@@ -113,10 +117,12 @@ def check_processor(processor: object) -> None:
         SettingsError: it is a user's, an IP-adapter's, perturbed attention's.
     """
     kind = type(processor)
-    if kind.__module__.startswith("diffusers.") and not any(word in kind.__name__ for word in _OTHERS):
+    what = next((what for word, what in _OTHERS.items() if word in kind.__name__), None)
+    if kind.__module__.startswith("diffusers.") and what is None:
         return
     raise SettingsError(
-        f"the attention processor {kind.__name__} is not the model's own, and pruned steps would leave it out",
+        f"{kind.__name__}: {what or 'a processor of your own'} changes what attention computes, and pruned steps have an "
+        "attention of their own",
         "use the original transformer, or take the processor off it first",
     )
 

@@ -236,7 +236,13 @@ class Family(ABC):
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
         """What to pass to the family's pipeline so that it makes `text_length` text rows at the size asked for."""
 
-    def dims(self, grid: tuple[int, int], *, batch: int, text_length: int, num_kept: int) -> StepDims:
+    def num_references(self, arguments: Mapping[str, Tensor]) -> int:
+        """Tokens of reference images that a pipeline appends to the image's own. May synchronise: see `grid`."""
+        return 0
+
+    def dims(
+        self, grid: tuple[int, int], *, batch: int, text_length: int, num_kept: int, num_references: int = 0
+    ) -> StepDims:
         """The dimensions of a step as numbers."""
         patch = self.patch_size
         return StepDims.of(
@@ -246,6 +252,7 @@ class Family(ABC):
             patch_size=patch,
             text_length=text_length,
             num_kept=num_kept,
+            num_references=num_references,
         )
 
     def check_latent_size(self, height: int, width: int) -> None:

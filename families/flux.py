@@ -144,11 +144,17 @@ class Flux(Family):
 
     @override
     def grid(self, latents: Tensor, arguments: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Read off the positions of the image tokens, on the host."""
-        ids = arguments["img_ids"]
-        num_tokens = latents.shape[1]
-        rows, columns = (len(set(ids[..., axis].flatten().tolist())) for axis in (-2, -1))
-        if latents.dim() != 3 or rows * columns != num_tokens:
+        """Read off the positions of the image tokens, on the host; those of reference images follow them."""
+        ids = _without_batch(arguments["img_ids"]).tolist()
+        image = [place for place in ids if place[0] == ids[0][0]]
+        if len(image) < len(ids) and (ids[0][0] != 0 or image != ids[: len(image)]):
+            raise ShapeError(
+                "img_ids: several images whose first is not number 0, as VisualCloze's pipelines make at once; pruned "
+                "steps take one image, and reference images after it",
+                "use the original transformer",
+            )
+        rows, columns = (len({place[axis] for place in image}) for axis in (1, 2))
+        if latents.dim() != 3 or latents.shape[1] != len(ids) or rows * columns != len(image):
             raise ShapeError(
                 f"{LATENTS}: expected packed latents (B, N, C) of one image, got shape {tuple(latents.shape)} with "
                 f"img_ids of {rows} rows and {columns} columns"
@@ -156,13 +162,18 @@ class Flux(Family):
         return rows, columns
 
     @override
+    def num_references(self, arguments: Mapping[str, Tensor]) -> int:
+        """FLUX.1 Kontext's: they have another number in the place of the image's 0."""
+        images = _without_batch(arguments["img_ids"])[:, 0]
+        return int((images != images[0]).sum())
+
+    @override
     def conditioning(self, arguments: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
         from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
         inputs = dict(arguments)
         text_ids, image_ids = (inputs.pop(name) for name in ("txt_ids", "img_ids"))
-        # With a leading dimension of the batch in older pipelines.
-        text_ids, image_ids = (each[0] if each.dim() == 3 else each for each in (text_ids, image_ids))
+        text_ids, image_ids = _without_batch(text_ids), _without_batch(image_ids)
         if len(text_ids) != (text_length := inputs["encoder_hidden_states"].shape[1]):
             raise ShapeError(f"txt_ids has {len(text_ids)} rows, expected {text_length} as encoder_hidden_states")
         ids = torch.cat([text_ids, image_ids])
@@ -193,6 +204,11 @@ class Flux(Family):
     @override
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:
         return {"max_sequence_length": text_length}
+
+
+def _without_batch(ids: Tensor) -> Tensor:
+    """Positions (N, 3); older pipelines give them a leading dimension."""
+    return ids[0] if ids.dim() == 3 else ids
 
 
 def _spread(given: Sequence[Tensor], num_blocks: int, *, repeats: bool = False) -> list[Tensor | None]:

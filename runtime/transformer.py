@@ -23,6 +23,7 @@ from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
 from cat_pruning.runtime.adapter_methods import AdapterMethods
 from cat_pruning.runtime.adapters import Adapters
+from cat_pruning.runtime.attention_kwargs import scaled_adapters, split_attention_kwargs
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.runtime.handle import ImageHandle
 from cat_pruning.runtime.model_methods import ModelMethods
@@ -276,12 +277,14 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, expected {tuple(hidden_states.shape[:1])}")
         if skip_layers is not None and not _are_numbers(skip_layers):
             raise SettingsError(f"skip_layers: expected a list of blocks, got {skip_layers!r}")
+        arguments, lora_scale = split_attention_kwargs(arguments)
         conditioning, residuals = self._conditioning(arguments)
         call = StepCall(hidden_states, timestep, conditioning, residuals, tuple(skip_layers or ()))
-        if context == MAIN_CONTEXT and skip_layers is None:
-            noise = images.call(call)
-        else:
-            noise = images.call_beside(context if skip_layers is None else f"{context} without layers", call)
+        with scaled_adapters(self.adapters, lora_scale):
+            if context == MAIN_CONTEXT and skip_layers is None:
+                noise = images.call(call)
+            else:
+                noise = images.call_beside(context if skip_layers is None else f"{context} without layers", call)
         noise = noise.to(hidden_states)
         return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
 

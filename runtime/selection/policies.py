@@ -36,7 +36,7 @@ class CatSelector(Selector):
         self._position = kmeans.position_encoding(*grid, channels, self.device)  # (N, channels)
         self._initial = kmeans.initial_tokens(*grid, settings.num_clusters).to(self.device)  # (K,), from the host
         self._first_quotas, self._fresh_quotas = (
-            selection.rank_quotas(fractions, self.num_kept, settings.num_clusters, self.device)
+            selection.rank_quotas(fractions, self.num_chosen, settings.num_clusters, self.device)
             for fractions in ((settings.first_quota,), settings.fresh_quotas)
         )
         self._cluster_ids = torch.zeros(rows, num_tokens, dtype=torch.int64, device=self.device)
@@ -55,7 +55,7 @@ class CatSelector(Selector):
             self.relative_noise(latents, noise),
             self._cluster_ids,
             self._selection_count,
-            self.num_kept,
+            self.num_chosen,
             self.settings,
             self._fresh_quotas,
         )
@@ -72,7 +72,7 @@ class CatSelector(Selector):
 
     def _walk(self, relative_noise: Tensor) -> Tensor:
         return selection.first_selection(
-            relative_noise, self._cluster_ids, self.num_kept, self.settings, self._first_quotas
+            relative_noise, self._cluster_ids, self.num_chosen, self.settings, self._first_quotas
         )
 
 
@@ -89,7 +89,7 @@ class NoiseSelector(Selector):
 
     @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
-        return highest(torch.linalg.vector_norm(self.relative_noise(latents, noise), dim=-1), self.num_kept)
+        return highest(torch.linalg.vector_norm(self.relative_noise(latents, noise), dim=-1), self.num_chosen)
 
 
 class StaleSelector(Selector):
@@ -107,8 +107,8 @@ class StaleSelector(Selector):
 
     @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
-        places = (self._taken + torch.arange(self.num_kept, device=noise.device)) % self.num_tokens
-        self._taken += self.num_kept
+        places = (self._taken + torch.arange(self.num_chosen, device=noise.device)) % self.num_tokens
+        self._taken += self.num_chosen
         return _every_row(self._order[places].sort().values, latents)
 
 
@@ -128,7 +128,7 @@ class RandomSelector(Selector):
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
         self._step += 1
         tokens = mixed(torch.arange(self.num_tokens, device=noise.device) + self._step * self.num_tokens)
-        return _every_row(highest(tokens.unsqueeze(0), self.num_kept)[0], latents)
+        return _every_row(highest(tokens.unsqueeze(0), self.num_chosen)[0], latents)
 
 
 class RasSelector(Selector):
@@ -151,7 +151,7 @@ class RasSelector(Selector):
     @override
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
         deviation = self.guided(latents, self.noise_tokens(noise).float()).std(dim=-1)
-        return highest(deviation.log() + RAS_STARVATION * self._drops, self.num_kept)
+        return highest(deviation.log() + RAS_STARVATION * self._drops, self.num_chosen)
 
     @override
     def _count(self, tokens: Tensor) -> None:

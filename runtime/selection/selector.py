@@ -19,11 +19,18 @@ class Selector(ABC):
     it chooses for. A policy implements `_next`, and `_first` where that differs. It allocates its memory when it is
     made, for images of one shape, and serves them in turn.
 
+    Tokens of reference images (FLUX.1 Kontext) have no prediction that a pipeline reads, and so no relative noise: the
+    same share of them as of the image's is computed on every pruned step, in turn.
+
     Args:
         family: of the model.
         settings: what to compute.
         grid: image tokens (high, wide).
         noise: of the shape and dtype of the predictions, and where they are; its values are not read.
+
+    Attributes:
+        num_tokens, num_chosen: the image's tokens, and how many of them a pruned step computes.
+        num_kept: n, with those of reference images.
 
     Raises:
         ShapeError: the image has fewer tokens than there are clusters.
@@ -37,9 +44,12 @@ class Selector(ABC):
         noise: Tensor,
     ) -> None:
         self.num_tokens = grid[0] * grid[1]
-        self.num_kept = settings.num_kept(self.num_tokens)
+        self.num_chosen = settings.num_kept(self.num_tokens)
         self.settings, self.grid, self.device = settings, grid, noise.device
         self._family = family
+        self._num_references = family.predicted_noise(noise).shape[1] - self.num_tokens
+        self.num_kept = settings.num_kept(self.num_tokens + self._num_references)
+        self._references_taken = torch.zeros((), dtype=torch.int64, device=self.device)
         self._reference = torch.zeros_like(self.noise_tokens(noise))  # (B, N, channels), n_t0
         self.reset()
 
@@ -60,20 +70,21 @@ class Selector(ABC):
             noise: the last prediction, in the transformer's layout.
         """
         self.has_begun = True
+        self._references_taken.zero_()
         tokens = self._first(latents, noise)
         self._count(tokens)
-        return tokens
+        return self._with_references(tokens)
 
     def __call__(self, latents: Tensor, noise: Tensor) -> Tensor:
         """The tokens of a later pruned step, (B, n) int32: see `first`. Does not synchronise."""
         tokens = self._next(latents, noise)
         self._count(tokens)
-        return tokens
+        return self._with_references(tokens)
 
     def count(self, tokens: Tensor) -> None:
-        """Tell the policy of a full step, (B, N)."""
+        """Tell the policy of a full step, (B, N), in ascending order."""
         if self.has_begun:
-            self._count(tokens)
+            self._count(tokens[:, : self.num_tokens])
 
     @abstractmethod
     def _next(self, latents: Tensor, noise: Tensor) -> Tensor:
@@ -87,8 +98,18 @@ class Selector(ABC):
         """Remember what a step computes."""
 
     def noise_tokens(self, noise: Tensor) -> Tensor:
-        """The prediction that a selection goes by, (B, N, channels)."""
-        return self._family.predicted_noise(noise)
+        """The prediction that a selection goes by, (B, N, channels), of the image's tokens."""
+        return self._family.predicted_noise(noise)[:, : self.num_tokens]
+
+    def _with_references(self, tokens: Tensor) -> Tensor:
+        """The image's tokens and the next of the reference images', which follow them: (B, num_chosen) -> (B, n)."""
+        if not self._num_references:
+            return tokens
+        count = self.num_kept - self.num_chosen
+        places = (self._references_taken + torch.arange(count, device=self.device)) % self._num_references
+        self._references_taken += count
+        references = (self.num_tokens + places).sort().values.int()
+        return torch.cat([tokens, references.expand(tokens.shape[0], -1)], dim=1)
 
     def relative_noise(self, latents: Tensor, noise: Tensor) -> Tensor:
         """RN, (B, N, channels) fp32; under guidance every row's is that of the prompt's positive row."""

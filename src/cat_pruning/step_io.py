@@ -61,7 +61,8 @@ class StepDims:
     """The dynamic dimensions of a step, as numbers or as the names they have in the ONNX file.
 
     batch: B, rows; with guidance 2 x prompts. latent_height, latent_width: of the latents, in latent pixels.
-    num_tokens: N, image tokens. joint_rows: N + T. text_length: T. num_kept: n, the tokens that the step computes.
+    num_tokens: N, image tokens, those of reference images among them. joint_rows: N + T. text_length: T.
+    num_kept: n, the tokens that the step computes.
     """
 
     batch: Dim
@@ -74,10 +75,18 @@ class StepDims:
 
     @classmethod
     def of(
-        cls, *, batch: int, latent_height: int, latent_width: int, patch_size: int, text_length: int, num_kept: int
+        cls,
+        *,
+        batch: int,
+        latent_height: int,
+        latent_width: int,
+        patch_size: int,
+        text_length: int,
+        num_kept: int,
+        num_references: int = 0,
     ) -> StepDims:
         """The dimensions of a step as numbers, with the derived ones filled in."""
-        num_tokens = (latent_height // patch_size) * (latent_width // patch_size)
+        num_tokens = (latent_height // patch_size) * (latent_width // patch_size) + num_references
         return cls(
             batch=batch,
             latent_height=latent_height,

@@ -6,6 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    PAGCFGJointAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
 
 from cat_pruning import families
@@ -103,6 +110,55 @@ def test_latents_that_do_not_fit(
     call = pipeline_call(transformer, batch=1, grid=(3, 5))
     with pytest.raises(ShapeError, match=message):
         call.family.grid(torch.zeros(shape), call.arguments)
+
+
+def ids(number: int, rows: int, columns: int) -> torch.Tensor:
+    return torch.cartesian_prod(torch.tensor([float(number)]), torch.arange(float(rows)), torch.arange(float(columns)))
+
+
+def test_flux_reference_images_follow_the_image(tiny_flux: Any) -> None:
+    """As FLUX.1 Kontext's pipelines number them; the first two are of one image of 2 x 5 tokens."""
+    family = family_of(tiny_flux)
+    alone, with_one, with_two = (
+        {"img_ids": torch.cat([ids(number, *size) for number, size in images])}
+        for images in (
+            [(0, (2, 5))],
+            [(0, (2, 5)), (1, (3, 4))],
+            [(0, (2, 5)), (1, (3, 4)), (2, (2, 5))],
+        )
+    )
+    for arguments, references in ((alone, 0), (with_one, 12), (with_two, 22)):
+        assert family.grid(torch.zeros(1, 10 + references, 16), arguments) == (2, 5)
+        assert family.num_references(arguments) == references
+        with pytest.raises(ShapeError, match="expected packed latents"):
+            family.grid(torch.zeros(1, 11 + references, 16), arguments)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (1, 0), (0, 1, 0)])
+def test_flux_several_images_at_once(tiny_flux: Any, numbers: tuple[int, ...]) -> None:
+    """As VisualCloze's pipelines make them: all are read, and none is a reference."""
+    arguments = {"img_ids": torch.cat([ids(number, 1, 5) for number in numbers])}
+    with pytest.raises(ShapeError, match=r"as VisualCloze's pipelines make at once.*original transformer"):
+        family_of(tiny_flux).grid(torch.zeros(1, 5 * len(numbers), 16), arguments)
+
+
+PROCESSORS = {
+    "sd3": ("an IP-adapter", lambda: SD3IPAdapterJointAttnProcessor2_0(32, 24, 8)),
+    "sd3.5": ("perturbed-attention guidance", PAGCFGJointAttnProcessor2_0),
+    "flux-dev": ("an IP-adapter", lambda: FluxIPAdapterAttnProcessor(32, 24)),
+    "pixart": ("perturbed-attention guidance", PAGIdentitySelfAttnProcessor2_0),
+    "pixart-alpha": ("an attention processor", type("RegionalAttnProcessor", (AttnProcessor2_0,), {})),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_a_processor_that_changes_attention_is_refused_by_name(make_tiny: Any, kind: str) -> None:
+    what, processor = PROCESSORS[kind]
+    transformer = make_tiny(kind)
+    block = transformer.transformer_blocks[0]
+    (block.attn2 if kind == "pixart-alpha" else getattr(block, "attn1", None) or block.attn).processor = processor()
+    with pytest.raises(SettingsError, match=rf"AttnProcessor\w*: {what} changes what attention computes"):
+        StepModule(transformer, family_of(transformer))
 
 
 def test_flux_text_ids_that_do_not_fit(tiny_flux: Any, pipeline_call: Any) -> None:

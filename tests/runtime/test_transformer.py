@@ -34,8 +34,8 @@ def inputs(engine: StepEngine, size: tuple[int, int] = (16, 16), timestep: float
 
 
 def test_an_unsupported_argument_is_named(engine: StepEngine) -> None:
-    with pytest.raises(SettingsError, match=r"joint_attention_kwargs.*not supported.*original transformer"):
-        CatTransformer(engine, SETTINGS)(**inputs(engine), joint_attention_kwargs={"scale": 0.5})
+    with pytest.raises(SettingsError, match=r"joint_attention_kwargs\[masks\]: not supported.*original transformer"):
+        CatTransformer(engine, SETTINGS)(**inputs(engine), joint_attention_kwargs={"masks": [torch.ones(2)]})
 
 
 def test_residuals_that_are_no_list_of_tensors(engine: StepEngine) -> None:

@@ -71,6 +71,34 @@ def test_as_many_tokens_distinct_and_ascending(policy: Policy, tiny: Any) -> Non
         assert tokens.max() < NUM_TOKENS
 
 
+@pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
+def test_reference_tokens_take_turns(policy: Policy, tiny_flux: Any, keep_ratio: float) -> None:
+    """40 of them, after the image's 64: of all 104, n are computed, those of the image as without references."""
+    family, settings = family_of(tiny_flux), SETTINGS.replace(policy=policy, keep_ratio=keep_ratio)
+    noises = [torch.randn(2, NUM_TOKENS + 40, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    latents = torch.zeros(2, NUM_TOKENS + 40, 16)
+    alone = SELECTORS[policy](family, settings, GRID, noises[0][:, :NUM_TOKENS])
+    both = SELECTORS[policy](family, settings, GRID, noises[0])
+    assert both.num_kept == int(keep_ratio * (NUM_TOKENS + 40))
+    for _ in range(2):  # the second image begins anew
+        computed: list[Tensor] = []
+        for selector, count in ((alone, NUM_TOKENS), (both, NUM_TOKENS + 40)):
+            selector.reset()
+            selector.refer_to(noises[0][:, :count])
+        for step, noise in enumerate(noises[1:]):
+            choose, choose_both = (each.first if step == 0 else each for each in (alone, both))
+            expected = choose(latents[:, :NUM_TOKENS], noise[:, :NUM_TOKENS])
+            tokens = choose_both(latents, noise)
+            assert tokens.dtype == torch.int32
+            assert tokens.shape == (2, both.num_kept)
+            assert torch.equal(tokens[:, : alone.num_kept], expected)
+            assert (tokens.diff(dim=1) > 0).all()
+            computed.append(tokens[0, alone.num_kept :])
+            both.count(torch.arange(NUM_TOKENS + 40, dtype=torch.int32).expand(2, -1))  # a full step in between
+            alone.count(torch.arange(NUM_TOKENS, dtype=torch.int32).expand(2, -1))
+        assert set(torch.cat(computed[: -(-40 // len(computed[0]))]).tolist()) == set(range(64, 104))
+
+
 def test_another_image_of_the_same_noise_gets_the_same_tokens(policy: Policy, tiny: Any) -> None:
     policied = Policied(policy, tiny)
     first, second = policied.image(), policied.image()

@@ -1,0 +1,173 @@
+"""Every use of diffusers' pipelines: as the untouched one, or refused by name. docs/pipelines.md has what is found."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers_pipelines import FAMILIES, Use, latents_of, pipeline_of, transformer_of
+from torch import Tensor
+
+from cat_pruning import CatTransformer, PruneSettings
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
+from cat_pruning.errors import CatError
+from cat_pruning.families import FAMILIES as MODEL_FAMILIES
+from cat_pruning.families import family_of
+from cat_pruning.schedule import StepKind
+
+pytestmark = [  # diffusers' own
+    pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
+BEGIN, END = "<!-- the table: made by tests/runtime/test_diffusers_pipelines.py -->", "<!-- the table ends -->"
+ENGINES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
+TITLES = {"sd3": "SD3", "sd3.5": "SD3.5", "pixart": "PixArt-Σ", "pixart-alpha": "PixArt-α", "flux-dev": "FLUX.1"}
+WORKS, REFUSED, UNTRIED = "works", "refused", "–"
+WRITE = "CAT_WRITE_TABLE"  # set it to write the page's table anew, without xdist
+FULL_STEPS = 2
+SETTINGS = PruneSettings(keep_ratio=0.3, full_steps=FULL_STEPS, num_clusters=6)
+NUM_TOKENS = 64
+
+ROWS = [(title, kinds, use) for title, (kinds, uses) in FAMILIES.items() for use in uses]
+found: dict[tuple[str, str, str], str] = {}  # by use, kind and engine, where the table is written
+
+
+@functools.cache
+def untouched(name: str, kind: str) -> Tensor:
+    (use,) = (use for _, _, use in ROWS if use.name == name)
+    return latents_of(use, kind, pipeline_of(use, kind))
+
+
+def is_tried(use: Use, kind: str, engine: str) -> bool:
+    """An export of a transformer with other channels would be one more, and another number in its graphs."""
+    is_exported = not set(use.changes) - {"sample_size"}
+    return kind in (use.kinds or (kind,)) and (engine == "torch" or is_exported)
+
+
+TRIED = [
+    pytest.param(use, kind, engine, id=f"{use.name}, {kind}, {engine}")
+    for _, kinds, use in ROWS
+    for kind in kinds
+    for engine in ENGINES
+    if is_tried(use, kind, engine)
+]
+
+
+@pytest.mark.parametrize(("use", "kind", "engine"), TRIED)
+def test_a_use_is_what_the_table_says(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any]) -> None:
+    make = functools.partial(drop_in, use, kind, engine, export_tiny)
+    what = tried(use, kind, engine, make)
+    if WRITE in os.environ:
+        found[use.name, kind, engine] = what
+    else:
+        assert what == cell(use, kind, engine), f"docs/pipelines.md: set {WRITE}=1 and run this file to write it anew"
+
+
+def drop_in(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any], settings: PruneSettings) -> Any:
+    transformer = transformer_of(use, kind)
+    if engine == "torch":
+        return CatTransformer(TorchStepEngine(transformer), settings)
+    family = family_of(transformer)
+    made = CatTransformer(OnnxRuntimeStepEngine(export_tiny(kind).directory, family, torch.float32), settings)
+    if hasattr(transformer, "peft_config"):
+        weights = {name: each for name, each in transformer.state_dict().items() if "lora" in name}
+        made.load_lora_adapter({name.replace(".default", ""): each for name, each in weights.items()}, prefix=None)
+    return made
+
+
+def tried(use: Use, kind: str, engine: str, make: Callable[[PruneSettings], Any]) -> str:
+    """Keeping every token it is the untouched pipeline; keeping fewer it prunes, and is not."""
+    expected = untouched(use.name, kind)
+    try:
+        kept, latents = run(use, kind, make(SETTINGS.replace(keep_ratio=1.0)))
+    except CatError:
+        return REFUSED
+    except (AttributeError, ValueError):
+        assert "PAG" in use.pipeline  # it looks for the layers of a module, which is not there
+        return REFUSED
+    if engine == "torch":
+        assert torch.equal(latents, expected)
+    else:
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-3 if kind.startswith("pixart") else 1e-4)
+    kept, latents = run(use, kind, make(SETTINGS))
+    total = kept[0]
+    assert total in (NUM_TOKENS, 2 * NUM_TOKENS)  # with a reference image's
+    assert kept[:FULL_STEPS] == [total] * FULL_STEPS
+    assert set(kept[FULL_STEPS:]) <= {int(0.3 * total)}
+    assert len(kept) == FULL_STEPS or not torch.equal(latents, expected)
+    assert latents.isfinite().all()
+    return WORKS
+
+
+def run(use: Use, kind: str, transformer: Any) -> tuple[list[int], Tensor]:
+    """The number of tokens that each step computed, and the latents."""
+    pipe = pipeline_of(use, kind, transformer)
+    records: list[Any] = []
+    transformer.register_forward_hook(lambda module, arguments, output: records.append(module.last_step))
+    latents = latents_of(use, kind, pipe)
+    steps = list(dict.fromkeys(records))
+    assert all(record.kind is not StepKind.FORECAST for record in steps)
+    return [record.num_kept for record in steps], latents
+
+
+def cell(use: Use, kind: str, engine: str) -> str:
+    """What the page says of a use."""
+    section = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    for block in section.split("\n\n"):
+        header, *lines = [line.strip("| ").split(" | ") for line in block.strip().splitlines()]
+        for line in lines:
+            if line[:2] == [f"`{use.pipeline}`", use.feature] and column(kind, engine) in header:
+                return line[header.index(column(kind, engine))]
+    return "not in the table"
+
+
+def column(kind: str, engine: str) -> str:
+    return f"{TITLES[kind]}, {ENGINES[engine]}"
+
+
+def table(cell_of: Callable[[Use, str, str], str]) -> str:
+    """The page's tables, one for each family."""
+    blocks = []
+    for kinds, uses in FAMILIES.values():
+        columns = [(kind, engine) for kind in kinds for engine in ENGINES]
+        header = ["pipeline", "use", *(column(*each) for each in columns)]
+        lines = [header, ["---"] * len(header)]
+        lines += [[f"`{use.pipeline}`", use.feature, *(cell_of(use, *each) for each in columns)] for use in uses]
+        blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(blocks)
+
+
+def test_the_page_has_these_uses_and_no_others() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    if WRITE in os.environ:
+        written = table(lambda use, kind, engine: found.get((use.name, kind, engine), UNTRIED))
+        PAGE.write_text(f"{before}{BEGIN}\n\n{written}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        return
+    tried = {param.id for param in TRIED}
+    as_found = table(
+        lambda use, kind, engine: cell(use, kind, engine) if f"{use.name}, {kind}, {engine}" in tried else UNTRIED
+    )
+    assert rest.partition(END)[0].strip() == as_found
+
+
+def test_every_pipeline_of_diffusers_is_tried() -> None:
+    """A new release shows what is new."""
+    classes = {family.transformer_class for family in MODEL_FAMILIES}
+    known = {use.pipeline for _, _, use in ROWS} | {"VisualClozePipeline", "VisualClozeGenerationPipeline"}
+    ours = set()
+    for path in Path(diffusers.__file__).parent.glob("pipelines/**/pipeline_*.py"):
+        source = path.read_text(encoding="utf-8")
+        if re.search(rf"transformer: ({'|'.join(classes)})\b", source):
+            ours |= set(re.findall(r"^class (\w+Pipeline)\(", source, re.MULTILINE))
+    assert ours == known
