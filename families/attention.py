@@ -12,7 +12,7 @@ from cat_pruning.errors import SettingsError
 from cat_pruning.families.interception import LayerCache, TokenReuse
 from cat_pruning.step_io import CacheRows
 
-# In the names of diffusers' processors that compute something else than the attention of the model alone, and what does.
+# In the names of diffusers' processors that compute something else than the model's attention, and what that is.
 _OTHERS: Final = {
     "IPAdapter": "an IP-adapter",
     "PAG": "perturbed-attention guidance",
@@ -121,8 +121,8 @@ def check_processor(processor: object) -> None:
     if kind.__module__.startswith("diffusers.") and what is None:
         return
     raise SettingsError(
-        f"{kind.__name__}: {what or 'a processor of your own'} changes what attention computes, and pruned steps have an "
-        "attention of their own",
+        f"{kind.__name__}: {what or 'a processor of your own'} changes what attention computes, and pruned steps have "
+        "an attention of their own",
         "use the original transformer, or take the processor off it first",
     )
 
