@@ -468,3 +468,25 @@ def test_a_step_of_no_row_is_refused_with_what_to_do() -> None:
     with pytest.raises(ScheduleError, match="this run has a step at timestep 960") as caught:
         pipe.image([PROMPT], torch.tensor([1000.0, 960.0, 920.0, 850.0, 700.0, 500.0]))
     assert "moved_schedule.move" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("amid", "hidden"),
+    [(OTHER, True), (OTHER, False), (PROMPT, False)],
+    ids=["another prompt, timesteps by themselves", "another prompt", "the same prompt"],
+)
+def test_an_image_amid_another_leaves_it_as_it_is(amid: Tensor, hidden: bool) -> None:
+    """A preview in a callback: the outer image began anew after it."""
+    pipeline, outer, inner = Pipeline(), LEVELS.clone(), LEVELS.clone()
+    kinds: list[str] = []
+    for number in range(len(outer)):
+        pipeline.call(latents_of(number), outer[number] * 1.0 if hidden else outer[number], PROMPT)
+        kinds.append(pipeline.kinds[-1])
+        if number in (1, 3):
+            pipeline.clear()
+            for each in range(4):
+                pipeline.call(latents_of(each), inner[each] * 1.0 if hidden else inner[each], amid)
+            assert "".join(pipeline.kinds) == KINDS[:4]
+            assert_equal(pipeline.outputs, outputs_of(amid)[:4])
+            inner = LEVELS.clone()
+    assert "".join(kinds) == KINDS
