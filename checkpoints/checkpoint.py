@@ -7,6 +7,7 @@ load_transformer   its weights, as a diffusers module
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def find_checkpoint(
 def _found(model: str, revision: str | None) -> Checkpoint:
     published = published_models()
     hub_id = published[model].hub_id if model in published else model
-    local = miniatures().get(model) or (Path(model) if model and Path(model).is_dir() else None)
+    # A Path of a name too long raises.
+    local = miniatures().get(model) or (Path(model) if os.path.isdir(model) else None)  # noqa: PTH112
     if local is not None:
         if revision is not None:
             raise CheckpointError(f"--revision {revision!r}: {model!r} is a local directory, which has no revisions")

@@ -258,7 +258,7 @@ def load_spec(directory: Path) -> RunSpec:
     try:
         return RunSpec.from_dict(read_json(directory / RUN))
     except OSError as error:
-        raise SettingsError(f"{directory} holds no evaluation ({error.strerror})") from error
+        raise SettingsError(f"{directory} holds no evaluation ({RUN}: {error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SettingsError(f"{directory / RUN} is not this version's ({error})", REMEDY) from error
 

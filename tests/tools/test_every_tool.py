@@ -1,0 +1,325 @@
+"""Every command line with values, files and places that make no sense: one line, an exit code, and nothing changed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cat_pruning.evaluation import arguments as eval_arguments
+from cat_pruning.evaluation import cli as eval_cli
+from cat_pruning.exporter import cli as export_cli
+from cat_pruning.tools import doctor_cli, generate_arguments, generate_cli
+from cat_pruning.tuning import arguments as tune_arguments
+from cat_pruning.tuning import cli as tune_cli
+
+# By the tool: its module, where its parser is made, what it does, and arguments that are taken.
+TOOLS: dict[str, tuple[ModuleType, ModuleType, str, list[str]]] = {
+    "cat-doctor": (doctor_cli, doctor_cli, "_doctor", ["{bundle}"]),
+    "cat-eval": (eval_cli, eval_arguments, "_evaluate", ["{bundle}", "--out", "{out}", "--quick"]),
+    "cat-export": (export_cli, export_cli, "_export", ["--model", "{model}", "--out", "{out}", "--target", "onnx"]),
+    "cat-generate": (generate_cli, generate_arguments, "_generate", ["{bundle}", "a star", "--out", "{out}.png"]),
+    "cat-tune": (tune_cli, tune_arguments, "_tune", ["{bundle}", "--recordings", "{out}"]),
+}
+SECONDS = 20  # in which a refusal has to come, however busy the machine
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Fail where something waits."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("it waits, or counts to a very large number")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Refused:
+    """Runs a tool, which must refuse."""
+
+    def __init__(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.place, self.capsys = place, capsys
+
+    def __call__(self, tool: str, *more: str, changed: dict[str, str] | None = None) -> str:
+        """The line, for the arguments that are taken, some of them changed, and more."""
+        places = {"bundle": "no-bundle", "model": "./no-model", "out": "out"} | (changed or {})
+        arguments = [argument.format_map(places) for argument in TOOLS[tool][3]]
+        before = self.files()
+        try:
+            with at_once():
+                code = TOOLS[tool][0].main([*arguments, *more])
+        except SystemExit as stop:  # argparse's
+            code = int(stop.code or 0)
+        captured = self.capsys.readouterr()
+        assert code == 2, captured.err
+        assert captured.err.startswith(f"{tool}: ")
+        assert captured.err.count("\n") == 1, captured.err
+        assert len(captured.err) < 1500 + 2 * sum(map(len, more))
+        assert self.files() == before
+        return captured.err
+
+    def files(self) -> list[tuple[str, int]]:
+        return sorted((str(path), path.lstat().st_size) for path in self.place.rglob("*"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    monkeypatch.chdir(tmp_path)
+    return Refused(tmp_path, capsys)
+
+
+# ------------------------------------------------------------------ values
+
+
+def options() -> list[tuple[str, argparse.Action]]:
+    """Every option that takes a value, of every tool, as its own parser has it."""
+    return [
+        (tool, action)
+        for tool, (_, module, _, _) in TOOLS.items()
+        for action in module._parser()._actions
+        if action.option_strings and action.type is not None and action.help != argparse.SUPPRESS
+    ]
+
+
+ABSURD = ["", "x", "nan", "-inf", "1e999", "-1", "999999999999", "9" * 5000, "\0", "0x10", "1,", "1,nan", "1x"]
+
+
+@pytest.mark.parametrize(("tool", "action"), options(), ids=lambda value: getattr(value, "dest", value))
+def test_values_that_make_no_sense(refused: Refused, tool: str, action: argparse.Action) -> None:
+    """Of numbers, none is taken but the large ones that cost nothing; the bundle is not there in any case."""
+    few = ("seed", "limit", "curve_prompts", "speedup", "guidance_scale")
+    for value in ABSURD:
+        line = refused(tool, f"{action.option_strings[0]}={value}")
+        if "whole" in action.type.__qualname__ or "number" in action.type.__qualname__:
+            assert action.option_strings[0] in line or action.dest in few
+
+
+@pytest.mark.parametrize(
+    ("tool", "option", "value"),
+    [
+        ("cat-export", "--batch", "999999999999"),
+        ("cat-export", "--text-length", "1000000000000"),
+        ("cat-export", "--resolution", "99999999x64"),
+        ("cat-generate", "--steps", "100000000"),
+        ("cat-generate", "--guidance-scale", "nan"),
+        ("cat-generate", "--guidance-scale", "1e30"),
+        ("cat-eval", "--seeds", "1000000000000"),
+        ("cat-eval", "--steps", "28,100000000"),
+        ("cat-eval", "--batch", "999999999999"),
+        ("cat-eval", "--guidance-scale", "nan"),
+        ("cat-eval", "--guidance-scale", "inf"),
+        ("cat-tune", "--steps", "100000000"),
+        ("cat-tune", "--full", "9,100000000"),
+        ("cat-tune", "--guidance-scale", "-inf"),
+    ],
+)
+def test_absurd_numbers_are_told_by_option(refused: Refused, tool: str, option: str, value: str) -> None:
+    line = refused(tool, f"{option}={value}")
+    assert f"argument {option}: " in line
+    assert "expected" in line
+
+
+@pytest.mark.parametrize("source", ["scenes:" + "9" * 5000, "scenes:٣", "rich:999999999999", "scenes:-1", "scenes:"])
+@pytest.mark.parametrize(
+    ("tool", "option"), [("cat-eval", "--prompts"), ("cat-tune", "--prompts"), ("cat-tune", "--measure")]
+)
+def test_scenes_that_there_are_not(refused: Refused, tool: str, option: str, source: str) -> None:
+    assert "expected" in refused(tool, f"{option}={source}")
+
+
+# ------------------------------------------------------------------ places
+
+LONG = "x" * 300
+
+
+@pytest.fixture
+def places(refused: Refused) -> Path:
+    """What can lie where a file or directory is expected."""
+    here = refused.place
+    (here / "folder").mkdir()
+    (here / "file").write_text("mine")
+    (here / "binary").write_bytes(bytes(range(256)) * 4)
+    (here / "deep").write_text("[" * 99999)
+    (here / "many").write_text('{"a":' * 99999)
+    os.mkfifo(here / "pipe")
+    (here / "loop").symlink_to("loop")
+    (here / "dangling").symlink_to("nowhere/at/all")
+    (here / "[red]b[bold]").mkdir()
+    return here
+
+
+KINDS = [
+    "folder",
+    "file",
+    "binary",
+    "deep",
+    "pipe",
+    "loop",
+    "loop/in",
+    "dangling",
+    "file/in",
+    "[red]b[bold]",
+    LONG,
+    "/",
+    "nowhere",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.usefixtures("places")
+def test_a_bundle_or_model_that_is_none(refused: Refused, tool: str, kind: str) -> None:
+    """Refused by name; brackets in it are brackets."""
+    line = refused(tool, changed={"bundle": kind, "model": kind if kind == "/" else f"./{kind}"})
+    assert kind in line or (kind == "dangling" and "nowhere/at/all" in line)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("folder", "[red]b[bold]", "nowhere")])
+@pytest.mark.parametrize("tool", ["cat-eval", "cat-export", "cat-tune"])
+@pytest.mark.usefixtures("places")
+def test_a_directory_that_cannot_be_written(refused: Refused, tool: str, kind: str) -> None:
+    """Told before the model or the bundle is looked for, which are not there either."""
+    line = refused(tool, changed={"out": kind})
+    if kind != "dangling":  # of which the directories can be made
+        assert "cannot be written" in line
+        assert kind in line
+
+
+@pytest.mark.parametrize("option", ["--out", "--summary"])
+@pytest.mark.parametrize(
+    "name", ["folder.png", "loop.png", "file/in.png", "nowhere/a.png", f"{LONG}.png", "dangling.png"]
+)
+def test_an_image_that_cannot_be_written(refused: Refused, places: Path, option: str, name: str) -> None:
+    (places / "folder.png").mkdir()
+    (places / "loop.png").symlink_to("loop.png")
+    (places / "dangling.png").symlink_to("nowhere/at/all.png")
+    line = refused("cat-generate", "--compare", f"{option}={name}")
+    assert line.startswith(f"cat-generate: {option}")
+    assert name.partition("/")[0] in line
+
+
+@pytest.mark.parametrize("name", ["out", "out.gif", "out.png.txt", ".png", "/", ".", "a.png/"])
+def test_an_image_of_another_format(refused: Refused, name: str) -> None:
+    assert "--out" in refused("cat-generate", f"--out={name}")
+
+
+def test_two_outputs_in_one_file(refused: Refused) -> None:
+    line = refused("cat-generate", "--compare", "--summary=out.png")
+    assert "--summary out.png is the same file as --out out.png" in line
+
+
+@pytest.mark.parametrize(
+    ("tool", "option"), [("cat-eval", "--prompts"), ("cat-tune", "--prompts"), ("cat-tune", "--measure")]
+)
+@pytest.mark.parametrize(
+    "kind", ["folder", "binary", "pipe", "loop", "dangling", "file/in", LONG, "/", "nowhere", "/dev/zero"]
+)
+@pytest.mark.usefixtures("places")
+def test_prompts_that_are_no_file(refused: Refused, tool: str, option: str, kind: str) -> None:
+    assert kind in refused(tool, f"{option}={kind}")
+
+
+@pytest.mark.parametrize("kind", ["deep", "many", "binary"])
+def test_captions_that_are_none(refused: Refused, places: Path, kind: str) -> None:
+    (places / kind).rename(places / "captions.json")
+    assert "captions.json is not" in refused("cat-eval", "--prompts=captions.json")
+
+
+@pytest.mark.parametrize("kind", ["folder", "binary", "deep", "many", "pipe", "loop", "dangling", "file"])
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "cat-export"])
+def test_a_manifest_that_is_none(refused: Refused, places: Path, tool: str, kind: str) -> None:
+    (places / "bundle").mkdir()
+    (places / kind).rename(places / "bundle" / "manifest.json")
+    if kind == "loop":
+        (places / "bundle" / "manifest.json").unlink()
+        (places / "bundle" / "manifest.json").symlink_to("manifest.json")
+    line = refused(tool, changed={"bundle": "bundle"})
+    assert "bundle" in line
+    assert "--force" not in line  # which would be refused
+
+
+@pytest.mark.parametrize("kind", ["folder", "binary", "deep", "many", "pipe", "file"])
+@pytest.mark.parametrize("name", ["run.json", "results.jsonl"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_an_evaluation_that_is_none(refused: Refused, places: Path, kind: str, name: str, force: list[str]) -> None:
+    (places / "out").mkdir()
+    (places / kind).rename(places / "out" / name)
+    line = refused("cat-eval", *force)
+    assert name in line or kind == "folder"  # which is empty, and in nobody's way yet
+
+
+@pytest.mark.parametrize("kind", ["binary", "deep", "many", "pipe", "file"])
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "vae/config.json"])
+def test_a_checkpoints_file_that_is_none(
+    refused: Refused, places: Path, tiny_checkpoint: Path, kind: str, name: str
+) -> None:
+    (tiny_checkpoint / name).unlink()
+    (places / kind).rename(tiny_checkpoint / name)
+    line = refused("cat-export", changed={"model": str(tiny_checkpoint)})
+    assert Path(name).name in line
+
+
+# ------------------------------------------------------------------ what nobody foresaw
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            ZeroDivisionError("division by zero"),
+            70,
+            "unforeseen: ZeroDivisionError: division by zero; CAT_PRUNING_LOG=",
+        ),
+        (MemoryError(), 2, "there is not enough memory"),
+        (KeyboardInterrupt(), 130, "interrupted; "),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_nobody_foresaw_is_a_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tool: str,
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def fail(arguments: argparse.Namespace) -> None:
+        raise error
+
+    module, _, command, arguments = TOOLS[tool]
+    monkeypatch.setattr(module, command, fail)
+    assert module.main(arguments) == code
+    found = capsys.readouterr().err
+    assert found.startswith(f"{tool}: {said}") if said else found == ""
+    assert found.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_log_level_that_is_none(refused: Refused, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+    monkeypatch.setenv("CAT_PRUNING_LOG", "foo")
+    assert "CAT_PRUNING_LOG='foo': expected CRITICAL, ERROR, WARNING, INFO, DEBUG" in refused(tool)
+
+
+def test_the_tools_are_all() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    for tool, place in project["project"]["scripts"].items():
+        module: Any = importlib.import_module(place.partition(":")[0])
+        assert TOOLS[tool][0] is module
+        assert isinstance(module.main, Callable)
