@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean peers transfer
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -106,6 +106,16 @@ try-settings: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_settings.py build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_unbuilt.py build/eval/sd3-mini
 	$(BIN)/python benchmarks/try_partial.py build/eval/sd3-mini
+
+# Do tokens pay where they differ? Every policy, and tokens between full steps, on 1,024 tokens of a textured scene.
+try-tokens: install build/eval/sd3-mini-256
+	$(BIN)/cat-eval build/eval/sd3-mini-256 $(GENERATE_sd3-mini-256) --prompts rich:8 --batch 4 --out build/eval/rich-results \
+	  --methods cat,random,forecast,noise,stale,cluster,ras,cat+refresh
+	$(BIN)/python benchmarks/keep_eval.py build/eval/rich-results --name eval-256
+	$(BIN)/python benchmarks/try_partial.py build/eval/sd3-mini-256 --scenes rich --size 256 --batch 4 --prompts 8 --name partial-256
+
+build/eval/sd3-mini-256: | .venv/installed
+	$(BIN)/cat-export --model sd3-mini-256 $(EXPORT_sd3-mini-256) --target onnx --out $@
 
 transfer: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/transfer.py build/eval/sd3-mini
