@@ -43,7 +43,7 @@ from cat_pruning.errors import BundleError
 from cat_pruning.files import parse_json, read_text
 from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import Part
+from cat_pruning.step_io import Part, is_residual
 
 FORMAT_VERSION: Final = 6
 MANIFEST_NAME: Final = "manifest.json"
@@ -177,6 +177,7 @@ class Manifest(Spec):
             words += ["--target", flavour]
         if any(plan.flavour == "tensorrt" and plan.token_ops == "function" for plan in self.plans):
             words += ["--no-plugin"]
+        words += ["--controlnet"] if any(is_residual(tensor.name) for tensor in self.graph(Part.STEP).inputs) else []
         words += ["--refittable"] if any(plan.refittable for plan in self.plans) else []
         return shlex.join([*words, "--out", str(out), "--force"])
 

@@ -71,6 +71,8 @@ class OnnxRuntimeStepEngine(StepEngine):
         self._changed: frozenset[str] = frozenset()  # initializers that are not the export's
         self.graphs: dict[Part, Any] = {part: self._load(part, {}) for part in Part}  # replaced whole, never in part
         self.inputs = {part: [value.name for value in graph.get_inputs()] for part, graph in self.graphs.items()}
+        self.residual_inputs = tuple(filter(step_io.is_residual, self.inputs[Part.STEP]))
+        self.takes_residuals = bool(self.residual_inputs)
         self._run_options = onnxruntime.RunOptions()
         if self.device.type == "cuda":  # the stream keeps the order
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -277,6 +279,8 @@ class OnnxRuntimeSession(StepSession):
 
     def _run(self, keep_indices: Tensor) -> None:
         self._bind_if_read(step_io.KEEP_INDICES, keep_indices)
+        for name in self.engine.residual_inputs:
+            self._bind_if_read(name, self._inputs[name])
         self.engine.run_bound(self._sessions[Part.STEP], self._binding, "a step")
         self._noise.copy_(self._result)
 

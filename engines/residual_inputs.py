@@ -21,16 +21,22 @@ class ResidualInputs:
     def __init__(self) -> None:
         self.places: tuple[int | None, ...] = ()
         self._buffers: list[Tensor] = []
+        self._zeros: Tensor | None = None
 
     def take(
-        self, residuals: Sequence[Tensor | None], inputs: dict[str, Tensor], allocate: Callable[[], Tensor]
+        self,
+        residuals: Sequence[Tensor | None],
+        inputs: dict[str, Tensor],
+        needed: Sequence[str],
+        allocate: Callable[[], Tensor],
     ) -> None:
         """Copy a step's residuals, those that several blocks share once, and name them among the inputs of the model.
 
         Args:
             residuals: see `Family.residuals`.
             inputs: of the session; get the residuals that there are, and lose those of an earlier step.
-            allocate: makes a buffer, (B, N, D).
+            needed: the residuals that the step reads in any case: zeros where there are none.
+            allocate: makes a buffer of zeros, (B, N, D).
 
         Raises:
             ShapeError: a residual has another shape.
@@ -54,3 +60,7 @@ class ResidualInputs:
         for name, place in zip(residual_names(len(residuals)), self.places, strict=True):
             if place is not None:
                 inputs[name] = self._buffers[place]
+        for name in needed:
+            if name not in inputs:
+                self._zeros = allocate() if self._zeros is None else self._zeros
+                inputs[name] = self._zeros

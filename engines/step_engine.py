@@ -53,6 +53,7 @@ class StepEngine(ABC):
         device, dtype: of the inputs and outputs of a step; timesteps are fp32.
         cuda_graphs: whether sessions capture their steps; only on a GPU.
         takes_residuals: whether steps add a ControlNet's residuals.
+        residual_inputs: those that every step reads, of a ControlNet or zeros.
     """
 
     name: str
@@ -61,6 +62,7 @@ class StepEngine(ABC):
     dtype: torch.dtype
     cuda_graphs: bool = False
     takes_residuals: bool = False
+    residual_inputs: tuple[str, ...] = ()
 
     @abstractmethod
     def session(self) -> StepSession:
@@ -196,7 +198,7 @@ class StepSession(ABC):
                 self._finite.poll()
                 if num_kept:
                     self._inputs[LATENTS].copy_(latents)
-                    self._residuals.take(residuals, self._inputs, self._residual_buffer)
+                    self._residuals.take(residuals, self._inputs, self.engine.residual_inputs, self._residual_buffer)
                     self._load(timestep)
                     self._compute(tokens, num_kept)
                     self._steps += 1

@@ -75,6 +75,8 @@ class TensorRTStepEngine(StepEngine):
             expected = ({tensor.name for tensor in graph.inputs}, {tensor.name for tensor in graph.outputs})
             if (set(plans[part].inputs), set(plans[part].outputs)) != expected:
                 raise EngineError(f"the plan of {graph.file} has other inputs or outputs than the graph", rebuild)
+        self.residual_inputs = tuple(filter(step_io.is_residual, plans[Part.STEP].inputs))
+        self.takes_residuals = bool(self.residual_inputs)
         self.in_place = token_ops == "plugin"
         self._read_weights = functools.cache(weights) if weights else None
         self._changed: frozenset[str] = frozenset()  # initializers that are not, or may not be, the export's

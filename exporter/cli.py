@@ -118,6 +118,11 @@ def _parser() -> Parser:
         help="TensorRT's own kernels for the token operators instead of ours",
     )
     output.add_argument(
+        "--controlnet",
+        action="store_true",
+        help="a step that takes what a ControlNet adds to its blocks; without a ControlNet it adds zeros",
+    )
+    output.add_argument(
         "--refittable",
         action="store_true",
         help="plans that take adapters at run time (pipe.load_lora_weights); TensorRT-RTX builds them with a GPU only. "
@@ -201,6 +206,7 @@ def _export(arguments: argparse.Namespace) -> None:
         settings=settings,
         targets=tuple(map(Target, arguments.target or ())) or default_targets(refittable=arguments.refittable),
         plugin=not arguments.no_plugin,
+        controlnet=arguments.controlnet,
         refittable=arguments.refittable,
         verify=Verify(arguments.verify) if arguments.verify else None,
         force=arguments.force,

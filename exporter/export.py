@@ -77,6 +77,7 @@ class ExportConfig:
     text_length: text rows of the profiles; None for what the pipeline passes at its defaults.
     guidance: classifier-free guidance doubles the rows of a batch. verify: compare graphs and plans with torch.
     plugin: our kernels for the token operators of TensorRT's plans; without, TensorRT compiles their function bodies.
+    controlnet: steps take a ControlNet's residuals.
     refittable: plans take adapters at run time; ONNX Runtime does from any bundle.
     """
 
@@ -93,6 +94,7 @@ class ExportConfig:
     settings: PruneSettings = field(default_factory=PruneSettings)
     targets: tuple[Target, ...] = field(default_factory=default_targets)
     plugin: bool = True
+    controlnet: bool = False
     refittable: bool = False
     verify: Verify | None = None
     force: bool = False
@@ -136,6 +138,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     if transformer is not None:
         checkpoint = _with_weights_of(checkpoint, transformer, config)
     check_pipeline(checkpoint)
+    if config.controlnet:
+        checkpoint = dataclasses.replace(checkpoint, family=checkpoint.family.with_residuals())
     geometry = _geometry(checkpoint, config.text_length)
     guidance = config.guidance and checkpoint.family.batched_guidance
     side = checkpoint.default_resolution

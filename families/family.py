@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from cat_pruning import step_io
 from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.families.interception import TokenReuse
 from cat_pruning.files import read_json
-from cat_pruning.step_io import LATENTS, TIMESTEP, CacheSpec, Part, Shape, StepDims
+from cat_pruning.step_io import LATENTS, TIMESTEP, CacheSpec, Part, Shape, StepDims, residual_names
 
 
 class Modulation(NamedTuple):
@@ -67,6 +67,7 @@ class Family(ABC):
     batched_guidance: ClassVar[bool] = True
     noise_is_tokens: ClassVar[bool] = False
     residual_arguments: ClassVar[tuple[str, ...]] = ()
+    takes_residuals: bool = False  # of an instance: whether exported steps have inputs for a ControlNet's residuals
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -128,7 +129,9 @@ class Family(ABC):
 
     def step_shapes(self, dims: StepDims) -> dict[str, Shape]:
         """The shapes of every input of an unsplit step, by name and in graph order."""
-        return step_io.input_shapes(dims, self.noise_shape(dims), self.caches(), self.input_shapes(dims))
+        residuals = residual_names(self.num_residuals) if self.takes_residuals else []
+        own = self.input_shapes(dims) | dict.fromkeys(residuals, (dims.batch, dims.num_tokens, self.caches()[0].width))
+        return step_io.input_shapes(dims, self.noise_shape(dims), self.caches(), own)
 
     def part_of(self, name: str) -> Part:
         """The graph that an input belongs to."""
@@ -196,6 +199,18 @@ class Family(ABC):
     def num_residuals(self) -> int:
         """How many blocks take a ControlNet's residual."""
         return 0
+
+    def with_residuals(self) -> Self:
+        """The family of a transformer whose exported steps take a ControlNet's residuals.
+
+        Raises:
+            SettingsError: no block takes one.
+        """
+        if not self.num_residuals:
+            raise SettingsError(f"--controlnet: {self.transformer_class} takes no ControlNet", "leave it out")
+        family = type(self)(self.config)
+        family.takes_residuals = True
+        return family
 
     def residuals(self, arguments: Mapping[str, Any]) -> list[Tensor | None]:
         """What a ControlNet adds to the image's rows after each block that takes a residual.

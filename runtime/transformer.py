@@ -306,8 +306,8 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         residuals = family.residuals({name: given.pop(name, None) for name in family.residual_arguments})
         if residuals and not self.engine.takes_residuals:
             raise SettingsError(
-                f"{family.residual_arguments[0]}: the engine {self.engine.name} takes no ControlNet",
-                "use the engine torch: CatTransformer.from_model(transformer), or engine='torch' of a bundle",
+                f"{family.residual_arguments[0]}: the graphs that {self.engine.name} runs take no ControlNet",
+                "export the bundle with --controlnet, or load it with engine='torch'",
             )
         if unsupported := sorted(name for name, value in given.items() if _is_given(value)):
             raise SettingsError(

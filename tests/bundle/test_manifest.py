@@ -379,6 +379,18 @@ def test_export_command_tells_what_is_not_the_default() -> None:
     )
 
 
+def test_export_command_of_a_bundle_for_control_nets() -> None:
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS))
+    assert "--controlnet" not in shlex.split(manifest.export_command(Path("/b")))
+    residual = {"name": "residual_0", "dtype": "FLOAT16", "shape": ["batch", "num_tokens", 8]}
+    graphs = [
+        graph | {"inputs": [*graph["inputs"], residual]} if graph["part"] == "step" else graph
+        for graph in FIELDS["graphs"]
+    ]
+    manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"graphs": graphs}))
+    assert "--controlnet" in shlex.split(manifest.export_command(Path("/b")))
+
+
 def test_with_files_is_validated() -> None:
     manifest = Manifest.model_validate_json(json.dumps(FIELDS | {"files": {}}))
     file = FileSpec(size=1, sha256="0" * 64)

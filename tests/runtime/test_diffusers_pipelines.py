@@ -50,8 +50,12 @@ def untouched(name: str, kind: str) -> Tensor:
 
 def is_tried(use: Use, kind: str, engine: str) -> bool:
     """An export of a transformer with other channels would be one more, and another number in its graphs."""
-    is_exported = not set(use.changes) - {"sample_size"}
+    is_exported = not set(use.changes) - {"sample_size"} and not (takes_controlnet(use) and kind == "sd3")
     return kind in (use.kinds or (kind,)) and (engine == "torch" or is_exported)
+
+
+def takes_controlnet(use: Use) -> bool:
+    return "ControlNet" in use.pipeline
 
 
 TRIED = [
@@ -77,8 +81,8 @@ def drop_in(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any], s
     transformer = transformer_of(use, kind)
     if engine == "torch":
         return CatTransformer(TorchStepEngine(transformer), settings)
-    family = family_of(transformer)
-    made = CatTransformer(OnnxRuntimeStepEngine(export_tiny(kind).directory, family, torch.float32), settings)
+    directory = export_tiny(kind, takes_controlnet(use)).directory
+    made = CatTransformer(OnnxRuntimeStepEngine(directory, family_of(transformer), torch.float32), settings)
     if hasattr(transformer, "peft_config"):
         weights = {name: each for name, each in transformer.state_dict().items() if "lora" in name}
         made.load_lora_adapter({name.replace(".default", ""): each for name, each in weights.items()}, prefix=None)

@@ -46,7 +46,9 @@ def test_residuals_that_are_no_list_of_tensors(engine: StepEngine) -> None:
 
 def test_an_engine_without_residuals_refuses_a_control_net(engines: dict[str, StepEngine]) -> None:
     engine = engines["onnxruntime"]
-    with pytest.raises(SettingsError, match=r"the engine onnxruntime takes no ControlNet.*use the engine torch"):
+    with pytest.raises(
+        SettingsError, match=r"the graphs that onnxruntime runs take no ControlNet.*export .* --controlnet"
+    ):
         CatTransformer(engine, SETTINGS)(**inputs(engine), block_controlnet_hidden_states=[torch.zeros(2, 64, 192)])
 
 
