@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -85,6 +86,11 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
 )
 def test_arguments(refused: Callable[..., None], tiny_checkpoint: Path, arguments: list[str], message: str) -> None:
     refused(message, "--model", tiny_checkpoint, *arguments)
+
+
+def test_a_family_without_control_nets(refused: Callable[..., None], write_checkpoint: Any, tmp_path: Path) -> None:
+    message = "--controlnet: PixArtTransformer2DModel takes no ControlNet; leave it out"
+    refused(message, "--model", write_checkpoint(tmp_path / "pipeline", "pixart"), "--controlnet")
 
 
 def test_layers_need_polygraphy(

@@ -14,7 +14,7 @@ from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.names import Target
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import Part
+from cat_pruning.step_io import Part, is_residual
 
 
 def test_bundle_is_complete(mini_bundle: Path) -> None:
@@ -33,10 +33,12 @@ def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, k
     settings = PruneSettings(num_clusters=4)
     config = ExportConfig(
         model=str(directory), out=tmp_path / "out", resolutions=((40, 48),), settings=settings,
-        targets=(Target.ONNX,), verify=Verify.OUTPUTS, text_length=7,
+        targets=(Target.ONNX,), verify=Verify.OUTPUTS, text_length=7, controlnet=kind == "flux-dev",
     )  # fmt: skip
     manifest = export(config).manifest
     assert Bundle.open(tmp_path / "out").manifest == manifest
+    residuals = [tensor.shape for tensor in manifest.graph(Part.STEP).inputs if is_residual(tensor.name)]
+    assert residuals == ([("batch", "num_tokens", 32)] * 3 if config.controlnet else [])  # a double block, two single
     (profile,), (macs,) = manifest.profiles, manifest.macs
     assert manifest.family == kind.partition("-")[0]
     assert (profile.num_tokens, profile.num_kept, profile.batch) == (30, 9, rows)  # FLUX's guidance is an input
