@@ -72,25 +72,15 @@ def load_parts(directory: Path, dtype: torch.dtype | None = None, **options: Any
         CheckpointError: the index is damaged or names what there is not; a part is missing, pickled, damaged, or its
             weights are not those of its class; what is wrong, by name.
     """
-    with importing:
-        import diffusers
-
     index = read_object(directory, INDEX, f"{directory} is no diffusers pipeline")
-    pipeline_class, name = diffusers.DiffusionPipeline, index.get("_class_name")
-    found: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, pipeline_class)):
-        raise CheckpointError(
-            f"{directory / INDEX}: _class_name is {name!r}, which is no pipeline of diffusers {diffusers.__version__}",
-            "update diffusers, or " + _AGAIN,
-        )
-    needed = {name for name, each in inspect.signature(found).parameters.items() if each.default is each.empty}
-    optional: list[str] = getattr(found, "_optional_components")  # noqa: B009  # a type has none
-    if missing := sorted(needed - index.keys() - set(optional)):
-        raise CheckpointError(f"{directory / INDEX} names no {', '.join(missing)}, which a {name} has", _AGAIN)
+    pipeline_class = _pipeline_class(directory, index)
+    needed = {name for name, each in inspect.signature(pipeline_class).parameters.items() if each.default is each.empty}
+    if missing := sorted(needed - index.keys() - set(pipeline_class._optional_components)):
+        problem = f"{directory / INDEX} names no {', '.join(missing)}, which a {pipeline_class.__name__} has"
+        raise CheckpointError(problem, _AGAIN)
     parts: dict[str, Any] = {"transformer": None}
-    for part in index.keys() - {"transformer"}:
-        value = index[part]
-        if part.startswith("_") or (part not in needed and not isinstance(value, list)):
+    for part, value in index.items():
+        if part.startswith("_") or part == "transformer" or (part not in needed and not isinstance(value, list)):
             continue  # what diffusers notes for itself, and settings of the pipeline's own
         if value == [None, None]:  # SD3 without T5, say
             parts[part] = None
@@ -104,6 +94,21 @@ def load_parts(directory: Path, dtype: torch.dtype | None = None, **options: Any
             return pipeline_class.from_pretrained(directory, **parts, dtype=dtype, local_files_only=True)
     except Exception as error:  # tokenizers raise whatever they like over a damaged file
         raise CheckpointError(f"{directory}: the pipeline cannot be loaded ({first_line(error)})", _AGAIN) from error
+
+
+def _pipeline_class(directory: Path, index: dict[str, Any]) -> Any:
+    """The class of diffusers that an index names."""
+    with importing:
+        import diffusers
+
+        name = index.get("_class_name")
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise CheckpointError(
+            f"{directory / INDEX}: _class_name is {name!r}, which is no pipeline of diffusers {diffusers.__version__}",
+            "update diffusers, or " + _AGAIN,
+        )
+    return found
 
 
 def _class_of(directory: Path, part: str, value: Any) -> Any:

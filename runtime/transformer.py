@@ -130,8 +130,8 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
 
         Raises:
             CheckpointError: no diffusers transformer, or none whose `forward` takes a timestep.
-            SettingsError: settings that prune, for a class that computes all or nothing; or a table of steps in them,
-                and another as `schedule`.
+            SettingsError: settings that prune, for a class that computes all or nothing; a table of steps in them, and
+                another as `schedule`; or an attention processor of the user's own.
             ScheduleError: the schedule was fitted to another model.
         """
         if isinstance(transformer, CatTransformer):

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0, PAGJointAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from cat_pruning.engines.torch_engine import TorchStepEngine
+from cat_pruning.errors import SettingsError
 from cat_pruning.exporter.step_graph import run_step
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
+from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.step_io import CacheRows, cache_names
 
 GRID = (4, 10)
@@ -231,3 +235,37 @@ def test_an_exception_leaves_no_tensors_behind(tiny_transformer: Any, step_input
     assert step.reuse.inputs == {}
     for name, tensor in run_step(step, inputs).items():
         assert torch.equal(tensor, expected[name])
+
+
+def processed(transformer: Any) -> list[Any]:
+    """All attentions, those over the text too."""
+    return [module for module in transformer.modules() if getattr(module, "processor", None) is not None]
+
+
+def test_processors_of_diffusers_are_taken(tiny_transformer: Any) -> None:
+    CatTransformer.from_model(tiny_transformer)
+    tiny_transformer.fuse_qkv_projections()
+    CatTransformer.from_model(tiny_transformer)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_processor_of_ones_own_is_refused_by_name(make_tiny: Any, when: str) -> None:
+    """Ours would take its place and say nothing. Also one that is derived from diffusers' own."""
+    transformer = make_tiny("pixart")
+
+    class Sharper(AttnProcessor2_0):  # type: ignore[misc]
+        pass
+
+    processed(other := make_tiny("sd3"))[0].set_processor(PAGJointAttnProcessor2_0())
+    with pytest.raises(SettingsError, match="PAGJointAttnProcessor2_0: perturbed-attention guidance changes"):
+        CatTransformer.from_model(other)
+    message = "Sharper: a processor of your own changes what attention computes"
+    if when == "before":
+        processed(transformer)[-1].set_processor(Sharper())
+        with pytest.raises(SettingsError, match=message):
+            CatTransformer.from_model(transformer)
+    else:
+        engine = TorchStepEngine(transformer)
+        processed(transformer)[-1].set_processor(Sharper())
+        with pytest.raises(SettingsError, match=message):
+            StepModule(engine.transformer, engine.family)
