@@ -246,6 +246,6 @@ class TensorRTSession(StepSession):
         except ShapeError as error:
             raise ShapeError(
                 error.problem,
-                f"give the --resolution, --batch, --text-length or --keep-ratio that you need to this command "
+                f"give the --resolution, --batch (rows, with --no-guidance), --text-length or --keep-ratio to this command "
                 f"and run it: {engine.rebuild}",
             ) from error
