@@ -246,6 +246,6 @@ class TensorRTSession(StepSession):
         except ShapeError as error:
             raise ShapeError(
                 error.problem,
-                f"give the --resolution, --batch (rows, with --no-guidance), --text-length or --keep-ratio to this command "
+                "give the --resolution, --batch (rows, with --no-guidance), --text-length or --keep-ratio to this command "
                 f"and run it: {engine.rebuild}",
             ) from error
