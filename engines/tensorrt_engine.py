@@ -246,6 +246,6 @@ class TensorRTSession(StepSession):
         except ShapeError as error:
             raise ShapeError(
                 error.problem,
-                "give the --resolution, --batch (rows, with --no-guidance), --text-length or --keep-ratio to this command "
-                f"and run it: {engine.rebuild}",
+                "give the --resolution, --batch (rows, with --no-guidance), --text-length or --keep-ratio to this "
+                f"command and run it: {engine.rebuild}",
             ) from error
