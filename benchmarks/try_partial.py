@@ -66,9 +66,10 @@ class Trial:
         scenes: their kind, scenes or rich.
         size: of a side, in pixels.
         batch: images at once, whose keys and values of every step are kept; and as many are fitted to.
+        policies: of the schedules with partial steps.
     """
 
-    def __init__(self, bundle: Bundle, prompts: int, scenes: str, size: int, batch: int) -> None:
+    def __init__(self, bundle: Bundle, prompts: int, scenes: str, size: int, batch: int, policies: list[str]) -> None:
         self._pipe = load_pipeline(bundle.path, "torch", settings=PruneSettings())
         self._pipe.set_progress_bar_config(disable=True)
         scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)
@@ -76,6 +77,7 @@ class Trial:
         self._timesteps, self._matrix = scheduler.timesteps.tolist(), scheduler_matrix(scheduler)
         self._prompts = load_prompts(f"{scenes}:{prompts}")
         self._scenes, self._size, self._batch = scenes, size, batch
+        self._variants = [variant for variant in VARIANTS if variant[1] in policies]
         self._macs = {
             keep: costs(bundle, size, size, PruneSettings(keep_ratio=keep), True, "").all for keep in (*KEEP, 0.1)
         }
@@ -133,7 +135,7 @@ class Trial:
         for count in (budget, base):
             yield f"{count} full", choices[count], Partial(), float(count)
         full = choices[base]
-        for keep, policy, extrapolated, blended, free in VARIANTS:
+        for keep, policy, extrapolated, blended, free in self._variants:
             count = min(math.ceil((budget - base) / (keep if free else self.cost(keep))), STEPS - base)
             partial = Partial(keep_ratio=keep, extrapolated=extrapolated, policy=policy, blended=blended)
             gains = _gains(images, run, full, partial)
@@ -163,7 +165,10 @@ VARIANTS = (
     (0.1, Policy.RANDOM, True, False, False),
     (0.3, Policy.RANDOM, False, False, False),
     (0.3, Policy.RANDOM, True, False, False),
+    (0.1, Policy.CAT, False, False, False),
+    (0.3, Policy.CAT, False, False, False),
     (0.3, Policy.CAT, True, False, False),
+    (0.3, Policy.CAT, False, True, False),
     (0.3, Policy.RANDOM, True, True, False),
     (0.3, Policy.RANDOM, True, True, True),
 )
@@ -255,11 +260,15 @@ def main() -> None:
     parser.add_argument("--scenes", choices=("scenes", "rich"), default="scenes", help="rich: sd3-mini-256's")
     parser.add_argument("--size", type=int, default=128, help="of a side, in pixels (default: 128)")
     parser.add_argument("--batch", type=int, default=8, help="images at once, and those fitted to (default: 8)")
+    policies = sorted({str(variant[1]) for variant in VARIANTS})
+    parser.add_argument("--policy", action="append", choices=policies, help="of whole images (default: all)")
     parser.add_argument("--name", default="partial", help="of the file in benchmarks/results (default: partial)")
     parser.add_argument("--only", action="append", choices=PARTS, help="a part; repeatable (default: all)")
     arguments = parser.parse_args()
     bundle, path = Bundle.open(arguments.bundle), RESULTS / f"{arguments.name}.json"
-    trial = Trial(bundle, arguments.prompts, arguments.scenes, arguments.size, arguments.batch)
+    trial = Trial(
+        bundle, arguments.prompts, arguments.scenes, arguments.size, arguments.batch, arguments.policy or policies
+    )
     for part in arguments.only or PARTS:
         with torch.no_grad():
             rows = trial.one_step() if part == PARTS[0] else trial.whole_images(int(part.split()[-1]))
