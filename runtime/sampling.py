@@ -116,6 +116,7 @@ class Sampling:
         if self._images:
             self._past = self._images[0].timesteps
             ends += self._past[-1:] if len(self._images) > 1 else []
+        self._look_at_schedule(level)
         for image in list(self._images):
             is_replaced = not image.has_other_schedule(level) and image.has_conditioning(call, level)
             # Where a pipeline hides its schedule, images end at the timestep that others ended at.
@@ -158,6 +159,16 @@ class Sampling:
                 "short",
                 f"every call begins a new image, and so every step is computed in full: {difference}; pass the same "
                 "tensors on every step of an image, or step it by `transformer.image()`",
+            )
+
+    def _look_at_schedule(self, level: NoiseLevel) -> None:
+        """Say it when an image has too few steps for any to be pruned: image to image at a low strength."""
+        steps = len({timestep for timestep in self._expected(level) if timestep <= level.timestep})
+        if self.settings.schedule is None and self._computes_less and 0 < steps <= self.settings.full_steps:
+            self._say_once(
+                "unpruned",
+                f"none of an image's {steps} steps is pruned: the first {self.settings.full_steps} of every image are "
+                "full; give more steps, a higher strength, or settings with fewer full_steps",
             )
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_pipelines import FAMILIES, Use, latents_of, pipeline_of, transformer_of
+from diffusers_pipelines import FAMILIES, IMAGE, Use, latents_of, pipeline_of, transformer_of
 from torch import Tensor
 
 from cat_pruning import CatTransformer, PruneSettings
@@ -163,6 +163,29 @@ def test_the_page_has_these_uses_and_no_others() -> None:
         lambda use, kind, engine: cell(use, kind, engine) if f"{use.name}, {kind}, {engine}" in tried else UNTRIED
     )
     assert rest.partition(END)[0].strip() == as_found
+
+
+@pytest.mark.parametrize(("pipeline", "kind", "silent"), [("StableDiffusion3", "sd3", 0), ("Flux", "flux-dev", 1)])
+def test_a_strength_of_too_few_steps_is_said_once(
+    caplog: pytest.LogCaptureFixture, pipeline: str, kind: str, silent: int
+) -> None:
+    """FLUX's pipelines hide their schedule, so of the first image it is not known."""
+    use = Use(f"{pipeline}Img2ImgPipeline", "a low strength", {"image": IMAGE, "strength": 0.4})
+    transformer = CatTransformer(TorchStepEngine(transformer_of(use, kind)), SETTINGS)
+    pipe, said = pipeline_of(use, kind, transformer), []
+    for _ in range(3):
+        latents_of(use, kind, pipe)
+        said.append(caplog.text.count("none of an image's 2 steps is pruned: the first 2 of every image are full"))
+    assert said == [0] * silent + [1] * (3 - silent)
+
+
+@pytest.mark.parametrize("kind", ["sd3.5", "flux-dev"])
+def test_a_bundle_for_control_nets_makes_images_without_one(kind: str, export_tiny: Callable[..., Any]) -> None:
+    (use,) = (use for _, kinds, use in ROWS if use.feature == "text to image" and kind in kinds)
+    family, directory = family_of(transformer_of(use, kind)), export_tiny(kind, True).directory
+    engine = OnnxRuntimeStepEngine(directory, family, torch.float32)
+    _, latents = run(use, kind, CatTransformer(engine, SETTINGS.replace(keep_ratio=1.0)))
+    torch.testing.assert_close(latents, untouched(use.name, kind), rtol=0, atol=1e-4)
 
 
 def test_every_pipeline_of_diffusers_is_tried() -> None:
