@@ -6,6 +6,7 @@ import functools
 import gc
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -224,3 +225,44 @@ def held_bytes(device: torch.device) -> int:
     tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
     tensors = [each for each in tensors if each.device == device]
     return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
+def test_threads_with_streams_of_their_own(make: Make, sample: Any, assert_same_image: Any) -> None:
+    """One session goes from stream to stream: its next image waits for the last one's work, and its memory too."""
+    device = torch.device("cuda")
+    transformer = make(device)
+    expected = [sample(make(device), seed=seed, size=size) for seed, size in ((1, (16, 16)), (2, (12, 20)))]
+
+    def generate(number: int) -> Any:
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            seed, size = ((1, (16, 16)), (2, (12, 20)))[number % 2]
+            return sample(transformer, seed=seed, size=size)
+
+    for number in range(6):
+        with ThreadPoolExecutor(1) as pool:  # a new thread, and a new stream
+            assert_same_image(pool.submit(generate, number).result(), expected[number % 2], exact=False)
+    assert transformer.sessions.num_sessions == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
+def test_conditioning_made_anew_is_compared_without_a_wait(make: Make) -> None:
+    """Alike: one image. Another prompt from the sixth step on: seen one call later."""
+    device = torch.device("cuda")
+    transformer = make(device)
+    config = transformer.engine.family.config
+    text = torch.zeros(1, 48, config["joint_attention_dim"], device=device)
+    pooled = torch.zeros(1, config["pooled_projection_dim"], device=device)
+    timesteps = torch.linspace(1000, 100, 12, device=device)
+    numbers: list[int] = []
+    for step, timestep in enumerate(timesteps):
+        latents = torch.randn(1, 4, 16, 16, device=device)
+        changed = pooled.clone() + (step > 5)
+        with torch.no_grad():
+            transformer(latents, timestep=timestep.expand(1), encoder_hidden_states=text, pooled_projections=changed)
+        torch.cuda.synchronize()
+        assert transformer.last_step is not None
+        numbers.append(transformer.last_step.step)
+    assert numbers == [*range(7), *range(5)]
