@@ -9,11 +9,10 @@ end is told a few steps later than it happened.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from cat_pruning.engines.host_flag import HostFlag
 from cat_pruning.errors import EngineError
 from cat_pruning.finite import is_finite
 
@@ -22,13 +21,12 @@ class FiniteCheck:
     """The check of one session. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._flag: Tensor | None = None  # on the host
-        self._event: Any = None  # when the flag is there
+        self._flag = HostFlag()
         self._dtype = torch.float32  # of the output that it is about
 
     def forget(self) -> None:
         """The image is another one; nobody needs the answer about the last one."""
-        self._event = None
+        self._flag.forget()
 
     def watch(self, output: Tensor) -> None:
         """Begin to look at the first output of an image. Does not synchronise with a GPU.
@@ -40,13 +38,9 @@ class FiniteCheck:
             return
         finite, self._dtype = is_finite(output), output.dtype
         if output.device.type == "cpu":
-            _check(finite, self._dtype)
-            return
-        if self._flag is None:
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        self._flag.copy_(finite, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(output.device))
+            _check(bool(finite), self._dtype)
+        else:
+            self._flag.send(finite)
 
     def poll(self) -> None:
         """Read the answer if it is there. Does not synchronise.
@@ -54,13 +48,11 @@ class FiniteCheck:
         Raises:
             EngineError: the output was not finite.
         """
-        if self._event is not None and self._event.query():
-            self._event = None
-            assert self._flag is not None
-            _check(self._flag, self._dtype)
+        if (finite := self._flag.poll()) is not None:
+            _check(finite, self._dtype)
 
 
-def _check(finite: Tensor, dtype: torch.dtype) -> None:
+def _check(finite: bool, dtype: torch.dtype) -> None:
     if finite:
         return
     if dtype is torch.float16:

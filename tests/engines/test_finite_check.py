@@ -30,14 +30,14 @@ def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's event that is not there yet is asked again on the next step."""
     answers = [False, False, True]
     check = FiniteCheck()
-    check._flag, check._event = torch.tensor(False), SimpleNamespace(query=lambda: answers.pop(0))
+    check._flag._flag, check._flag._event = torch.tensor(False), SimpleNamespace(query=lambda: answers.pop(0))
     check._dtype = torch.float16
     check.poll()
     check.poll()
     with pytest.raises(EngineError, match=OVERFLOW):
         check.poll()
     check.poll()  # it is told once
-    check._event = SimpleNamespace(query=lambda: True)
+    check._flag._event = SimpleNamespace(query=lambda: True)
     check.forget()
     check.poll()
 
