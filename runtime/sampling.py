@@ -164,7 +164,7 @@ class Sampling:
     def _look_at_schedule(self, level: NoiseLevel) -> None:
         """Say it when an image has too few steps for any to be pruned: image to image at a low strength."""
         steps = len({timestep for timestep in self._expected(level) if timestep <= level.timestep})
-        if self.settings.schedule is None and self._computes_less and 0 < steps <= self.settings.full_steps:
+        if self.settings.schedule is None and self._computes_less and 1 < steps <= self.settings.full_steps:
             self._say_once(
                 "unpruned",
                 f"none of an image's {steps} steps is pruned: the first {self.settings.full_steps} of every image are "
