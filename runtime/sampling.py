@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _ANOTHER_PROMPT: Final = "another prompt"  # the side branch of calls that no context names
 _MOST_IMAGES: Final = 4  # in progress on one thread
+_LATE: Final = 0.95  # of the first timestep of a family; solvers begin text to image at 999 of 1000 at the lowest
 _MOST_SHORT: Final = 3  # images of one step, one after another, until it is said
 
 
@@ -162,9 +163,11 @@ class Sampling:
             )
 
     def _look_at_schedule(self, level: NoiseLevel) -> None:
-        """Say it when an image has too few steps for any to be pruned: image to image at a low strength."""
+        """Say it when an image begins so late that none of its steps is pruned: image to image at a low strength."""
+        begins_late = level.timestep < _LATE * self._pool.engine.family.max_timestep
         steps = len({timestep for timestep in self._expected(level) if timestep <= level.timestep})
-        if self.settings.schedule is None and self._computes_less and 1 < steps <= self.settings.full_steps:
+        is_short = 1 < steps <= self.settings.full_steps
+        if begins_late and is_short and self.settings.schedule is None and self._computes_less:
             self._say_once(
                 "unpruned",
                 f"none of an image's {steps} steps is pruned: the first {self.settings.full_steps} of every image are "
