@@ -10,6 +10,7 @@ the image is known to be over, else when there are `max_sessions`, from the imag
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import deque
@@ -20,6 +21,8 @@ from typing import Any, Final
 from cat_pruning.engines.step_engine import StepEngine, StepSession
 from cat_pruning.errors import EngineError, SettingsError
 from cat_pruning.step_io import StepDims
+
+logger = logging.getLogger(__name__)
 
 MAX_SESSIONS: Final = 16
 
@@ -104,6 +107,7 @@ class SessionPool:
         self._idle: list[Place] = []  # the last used one last
         self._lent: dict[Place, weakref.ref[Lease]] = {}  # in the order of their last use
         self._collected: deque[Place] = deque()  # whose images were collected; appended to at any moment
+        self._has_said = False
         self.max_sessions = max_sessions
         self.max_bytes = max_bytes
 
@@ -184,12 +188,23 @@ class SessionPool:
                 return Place(self.engine.session())
             if over is None and not resting:
                 return None
+            if over is None:
+                self._say_that_it_is_taken()
             self._take_back(over or resting[0])
         while len(self._idle) > 1 and len(self._idle) + len(self._lent) > self._max_sessions:
             self._idle.pop(0).session.free()
         place = next((idle for idle in reversed(self._idle) if idle.session.has_memory_for(dims)), self._idle[-1])
         self._idle.remove(place)
         return place
+
+    def _say_that_it_is_taken(self) -> None:
+        if not self._has_said:
+            self._has_said = True
+            logger.warning(
+                "more images are in progress than max_sessions=%d: the memory of one goes to another, and its next "
+                "step is computed in full; set transformer.sessions.max_sessions to more",
+                self._max_sessions,
+            )
 
     def _leases(self) -> list[Lease]:
         """Those whose images were not collected, the one that was used longest ago first."""

@@ -451,7 +451,7 @@ def test_many_threads_at_once(make: Make, alone: Make) -> None:
     assert transformer.sessions.num_sessions <= 8
 
 
-def test_a_session_that_is_taken_away(make: Make) -> None:
+def test_a_session_that_is_taken_away(make: Make, warnings: Make) -> None:
     """With one for two images, every step is full, and right."""
     transformer, untouched = make(), make(keep_ratio=1.0)
     transformer.sessions.max_sessions = 1
@@ -460,6 +460,8 @@ def test_a_session_that_is_taken_away(make: Make) -> None:
         for image in images:
             image.step()
             assert transformer.sessions.num_sessions == 1
+    (message,) = warnings()
+    assert message.startswith("more images are in progress than max_sessions=1: ")
     for seed, image in zip((1, 2), images, strict=True):
         assert image.kinds == "F" * STEPS
         assert torch.equal(image.latents, loop(untouched, seed=seed).run())
