@@ -209,7 +209,7 @@ def _local(directory: Path, source: Source) -> Checkpoint:
         source=source,
         num_parameters=transformer.num_parameters(),
         directory=directory,
-        components=tuple(name for name, value in index.items() if isinstance(value, list) and value[-1]),
+        components=tuple(name for name, value in index.items() if isinstance(value, list) and any(value)),
         pixels_per_latent=pixels_per_latent,
         text_length=text_length,
     )

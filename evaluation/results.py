@@ -302,6 +302,6 @@ def _change(name: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         return ", ".join(_change(key, before.get(key), now.get(key)) for key in names)
-    if isinstance(before, list):
+    if isinstance(before, list) and isinstance(now, list):
         return f"{name} were {len(before)}, are {len(now)}" if len(before) != len(now) else f"{name} differ"
     return f"{name} was {before!r}, is {now!r}"

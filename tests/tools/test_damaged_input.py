@@ -1,0 +1,49 @@
+"""Manifests, configs, settings, schedules and results that were damaged at random; `benchmarks/fuzz.py` tries more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile_inputs import CONFIGS, RESULTS, RUN, kinds
+from hostile_json import damaged
+from hypothesis import HealthCheck, given, settings
+
+EXAMPLES = {"settings": 100, "schedule": 100, "recordings": 30, "manifest": 20, RUN: 10, RESULTS: 10}
+
+
+@pytest.mark.parametrize("kind", [*EXAMPLES, *CONFIGS])
+def test_what_is_damaged_is_refused_in_words(tmp_path: Path, kind: str) -> None:
+    with kinds(tmp_path) as found:
+        fields, check = found[kind]
+
+        # The same examples on every run; the benchmark's are others.
+        @settings(max_examples=EXAMPLES.get(kind, 4), derandomize=True, database=None, deadline=None,
+                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(damaged(fields))
+        def tried(changed: Any) -> None:
+            check(changed)
+
+        tried()
+
+
+# What the benchmark has found, and what was reported: each ended in a traceback or in no end.
+CORPUS: list[tuple[str, dict[str, Any]]] = [
+    (RUN, {"settings": {"keep_ratio": []}}),  # a list in the place of a number
+    (RUN, {"guidance_scale": float("nan")}),
+    (RESULTS, {"scores": {"psnr_db": float("inf")}}),
+    ("vae/config.json", {"block_out_channels": 3}),
+    ("model_index.json", {"_class_name": ["x"]}),
+    ("model_index.json", {"scheduler": []}),
+    ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}),
+    ("manifest", {"transformer_config": {"num_layers": 10**9}}),
+    ("manifest", {"family": "\0"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "change"), CORPUS, ids=[f"{kind} {[*change]}" for kind, change in CORPUS])
+def test_what_was_found(tmp_path: Path, kind: str, change: dict[str, Any]) -> None:
+    with kinds(tmp_path) as found:
+        fields, check = found[kind]
+        check({**fields, **change})
