@@ -30,6 +30,7 @@ exit code:
   0      this machine can generate: from the bundle, or without one by any engine
   1      it cannot
   2      the arguments are wrong, or there is no whole bundle
+  70     what nobody foresaw
 """
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 _TITLES = {

@@ -15,7 +15,6 @@ import io
 import logging
 import os
 import re
-import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -97,8 +96,8 @@ def check_address_space() -> None:
     Raises:
         SettingsError: it may not.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY and limit < _LIBRARIES_BYTES:
+    limit = _address_space()
+    if limit is not None and limit < _LIBRARIES_BYTES:
         raise SettingsError(
             f"the process is limited to {file_size(limit)} (ulimit -v), and torch, ONNX Runtime and diffusers alone "
             f"take {file_size(_LIBRARIES_BYTES)} of address space",
@@ -107,8 +106,16 @@ def check_address_space() -> None:
 
 
 def _memory_limit() -> str:
+    limit = _address_space()
+    return "" if limit is None else f": the process is limited to {file_size(limit)} (ulimit -v)"
+
+
+def _address_space() -> int | None:
+    """The bytes that the process may map; None where there is no limit."""
+    import resource  # which other platforms lack, and they are to be told so
+
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return "" if limit == resource.RLIM_INFINITY else f": the process is limited to {file_size(limit)} (ulimit -v)"
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _fail(program: str, said: str, code: int) -> int:
