@@ -33,7 +33,7 @@ from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.exporter.macs import count_macs
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import example_inputs, export_step_graph, trace_step
-from cat_pruning.families import family_named, family_of
+from cat_pruning.families import family_class_named, family_of
 from cat_pruning.families.family import Family
 from cat_pruning.families.interception import StepModule
 from cat_pruning.plugins import onnx_ops
@@ -98,7 +98,7 @@ def main() -> None:
     if not settings.keep_ratio:
         parser.error("--keep-ratio 0: a step that computes nothing has no time")
     config = CONFIGS[arguments.family]
-    transformer_class = family_named(arguments.family, config).transformer_class
+    transformer_class = family_class_named(arguments.family).transformer_class
     transformer: Any = random_transformer(transformer_class, config, DType.FP32, seed=0)
     family = family_of(transformer)  # with what an old config leaves out filled in
     num_tokens = GRID[0] * GRID[1]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from cat_pruning.bundle.external_data import external_files
 from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 from cat_pruning.bundle.schema import FileSpec
 from cat_pruning.errors import BundleError, CatError, OutputError
@@ -88,15 +89,14 @@ class Bundle:
         return path
 
     def verify_graphs(self) -> None:
-        """Verify the graphs and their weights, all that runs without a plan.
+        """Verify the graphs and the files that they refer to, all that runs without a plan.
 
         Raises:
-            BundleError: as `verified`.
+            BundleError: as `verified`; also where a graph refers to a file that is not one of the bundle's.
         """
         for graph in self.manifest.graphs:
-            self.verified(graph.file)
-            if (weights := f"{graph.file}.data") in self.manifest.files:
-                self.verified(weights)
+            for name in external_files(self.verified(graph.file)):
+                self.verified(name)
 
     def verified_tree(self, prefix: str) -> Path:
         """The path of a directory, every file below it verified and none there that is not listed.

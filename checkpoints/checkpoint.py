@@ -7,8 +7,10 @@ load_transformer   its weights, as a diffusers module
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from cat_pruning.bundle.schema import LoraSpec, Source
 from cat_pruning.checkpoints.hub import download_checkpoint, is_hub_id
 from cat_pruning.checkpoints.library_logs import first_line
 from cat_pruning.checkpoints.lora import fuse_loras
-from cat_pruning.checkpoints.parts import load_module, read_object
+from cat_pruning.checkpoints.parts import check_has_weights, load_module, read_object
 from cat_pruning.checkpoints.published import Published, published_models
 from cat_pruning.checkpoints.random_weights import random_transformer
 from cat_pruning.dtype import DType
 from cat_pruning.errors import CheckpointError
 from cat_pruning.families import FAMILIES, family_of_class
-from cat_pruning.families.family import Family
+from cat_pruning.families.configs import check_config
+from cat_pruning.families.family import MOST_TEXT, Family
 from cat_pruning.finite import first_not_finite
 from cat_pruning.imports import diffusers_class
 from cat_pruning.models import miniatures
@@ -40,7 +43,8 @@ class Checkpoint:
     family: bound to the transformer's config. directory: a pipeline in the diffusers layout, or a transformer
     alone; None for random weights.
     components: the pipeline's parts by name. pixels_per_latent: the VAE's factor.
-    text_length: T, the text rows of the family's pipeline at its defaults.
+    text_length: T, the text rows of the family's pipeline at its defaults. text_lengths: every T that it makes; of a
+    transformer alone, which runs in whatever pipeline, every T there is.
     """
 
     family: Family
@@ -50,6 +54,7 @@ class Checkpoint:
     components: tuple[str, ...]
     pixels_per_latent: int
     text_length: int
+    text_lengths: range = range(1, MOST_TEXT + 1)
 
     @property
     def default_resolution(self) -> int:
@@ -126,18 +131,38 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
         assert source.seed is not None
         published = published_models()[source.location]
         return random_transformer(published.transformer_class, published.transformer, dtype, source.seed)
+    transformer_class, folder = _transformer_of(source)
+    module = fuse_loras(load_module(transformer_class, folder, dtype.torch), source.loras)
+    check_weights(module, folder, dtype)
+    return module.eval()
+
+
+def _transformer_of(source: Source) -> tuple[Any, Path]:
+    """The class of diffusers of a checkpoint's transformer, and the folder that it is in."""
     if source.kind == "packaged":
         directory = miniatures()[source.location]
     elif source.kind == "hub":
         directory = download_checkpoint(source.location, source.revision)[0]
     else:
         directory = Path(source.location)
-    checkpoint = _local(directory, source)
-    transformer_class = diffusers_class(checkpoint.family.transformer_class)
-    folder = _transformer_directory(directory)
-    module = fuse_loras(load_module(transformer_class, folder, dtype.torch), source.loras)
-    check_weights(module, folder, dtype)
-    return module.eval()
+    family = _local(directory, source).family
+    return diffusers_class(family.transformer_class), _transformer_directory(directory)
+
+
+def check_transformer(source: Source) -> None:
+    """That `load_transformer` finds every weight, without reading one; what is on the hub is not asked for.
+
+    Raises:
+        CheckpointError: as `load_transformer`, but for values that are not finite.
+    """
+    check_source(source)
+    if gone := [lora.path for lora in source.loras if not Path(lora.path).exists()]:
+        raise CheckpointError(f"the adapter {gone[0]} is not there any more", "export it again")
+    if source.kind in ("directory", "packaged"):
+        transformer_class, folder = _transformer_of(source)
+        check_has_weights(folder)
+        if find_spec("accelerate") is not None:  # the extra of exports; without it, a load reads all weights
+            load_module(transformer_class, folder, device_map="meta")
 
 
 def check_weights(transformer: nn.Module, where: object, dtype: DType) -> None:
@@ -197,7 +222,7 @@ def _local(directory: Path, source: Source) -> Checkpoint:
     vae = read_object(directory, "vae/config.json", f"{directory} has no VAE")
     try:
         pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-        text_length = bound.pipeline_text_length(directory)
+        text_length, text_lengths = bound.pipeline_text_length(directory), bound.pipeline_text_lengths(directory)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: vae/config.json or tokenizer/tokenizer_config.json is not a {index.get('_class_name')}'s "
@@ -212,6 +237,7 @@ def _local(directory: Path, source: Source) -> Checkpoint:
         components=tuple(name for name, value in index.items() if isinstance(value, list) and any(value)),
         pixels_per_latent=pixels_per_latent,
         text_length=text_length,
+        text_lengths=text_lengths,
     )
 
 
@@ -262,6 +288,11 @@ def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     transformer_class = diffusers_class(family.transformer_class)
     # As the class itself does, this drops unknown keys and fills in what an old config leaves out.
     arguments, _, _ = transformer_class.extract_init_dict(config)
+    defaults = {name: each.default for name, each in inspect.signature(transformer_class).parameters.items()}
+    try:
+        check_config(family.config_model, family.transformer_class, defaults | arguments)
+    except CheckpointError as error:
+        raise CheckpointError(f"transformer/config.json: {error.problem}", "download the checkpoint again") from error
     try:
         # Accelerate's empty weights would still compute the position tables: 3 GiB for SD3.5.
         with torch.device("meta"):

@@ -249,7 +249,13 @@ def profile_macs(directory: Path, graphs: Sequence[GraphSpec], profile: ProfileS
 
 
 def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
-    family = checkpoint.family
+    family, possible = checkpoint.family, checkpoint.text_lengths
+    if text_length is not None and text_length not in possible:
+        raise SettingsError(
+            f"--text-length {text_length}: the pipeline makes {possible.start} to {possible.stop - 1} text tokens, "
+            f"{checkpoint.text_length} at its defaults",
+            "give one of those, or leave it out",
+        )
     return Geometry(
         pixels_per_latent=checkpoint.pixels_per_latent,
         patch_size=family.patch_size,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from cat_pruning.errors import CheckpointError, SettingsError
+from cat_pruning.families.configs import check_config
 from cat_pruning.families.family import Family
 from cat_pruning.families.flux import Flux
 from cat_pruning.families.pixart import PixArt
@@ -69,13 +70,24 @@ def is_known(transformer_class: str) -> bool:
 
 
 def family_named(name: str, config: Mapping[str, Any]) -> Family:
-    """The family called `name`, bound to a transformer's config.
+    """The family called `name`, bound to a transformer's config, as a manifest has both.
+
+    Raises:
+        CheckpointError: there is none, or the config is not one of it.
+    """
+    family = family_class_named(name)
+    check_config(family.config_model, family.transformer_class, config)
+    return family(config)
+
+
+def family_class_named(name: str) -> type[Family]:
+    """The family called `name`.
 
     Raises:
         CheckpointError: there is none.
     """
     for family in FAMILIES:
         if family.name == name:
-            return family(config)
+            return family
     known = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(f"model family {name!r} is not known to this version of cat-pruning; known are {known}")

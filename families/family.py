@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from typing_extensions import override
 
 from cat_pruning import step_io
 from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.families.configs import ModelConfig
 from cat_pruning.families.interception import TokenReuse
 from cat_pruning.files import read_json
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheSpec, Part, Shape, StepDims, residual_names
+
+MOST_TEXT: Final = 1 << 14  # text rows, where nothing else bounds them
 
 
 class Modulation(NamedTuple):
@@ -50,6 +53,7 @@ class Family(ABC):
         batched_guidance: classifier-free guidance doubles the rows of a batch, [negative; positive].
         noise_is_tokens: the output is what the last scatter returns, not a picture made of it.
         residual_arguments: the arguments that a ControlNet's residuals come in; see `residuals`.
+        config_model: what its config must be; see `cat_pruning.families.configs`.
 
     Args:
         config: of the transformer, by diffusers' names.
@@ -68,6 +72,7 @@ class Family(ABC):
     noise_is_tokens: ClassVar[bool] = False
     residual_arguments: ClassVar[tuple[str, ...]] = ()
     takes_residuals: bool = False  # of an instance: whether exported steps have inputs for a ControlNet's residuals
+    config_model: ClassVar[type[ModelConfig]] = ModelConfig
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -237,6 +242,10 @@ class Family(ABC):
     @abstractmethod
     def pipeline_text_length(self, directory: Path) -> int:
         """T as the family's pipeline passes it at its defaults, for a checkpoint in the diffusers layout."""
+
+    def pipeline_text_lengths(self, directory: Path) -> range:
+        """Every T that the family's pipeline makes of a checkpoint's tokenizers and its `max_sequence_length`."""
+        return range(1, MOST_TEXT + 1)
 
     def tokenizer_length(self, directory: Path) -> int:
         """The most tokens that a tokenizer on disk makes.

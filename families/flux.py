@@ -14,12 +14,13 @@ from typing_extensions import override
 
 from cat_pruning.errors import ShapeError
 from cat_pruning.families.attention import Rotary, intercept_attention
+from cat_pruning.families.configs import FluxConfig
 from cat_pruning.families.family import Family, Modulation
 from cat_pruning.families.interception import TokenReuse
 from cat_pruning.families.residuals import residual_list, without_residuals
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims, residual_names
 
-T5_LENGTH = 512  # FluxPipeline's default max_sequence_length
+T5_LENGTH = 512  # FluxPipeline's default max_sequence_length, and its largest
 PACKING = 2  # FluxPipeline packs 2 x 2 latent pixels into one token
 ROTARY = ("rotary_cos", "rotary_sin")
 
@@ -47,6 +48,7 @@ class Flux(Family):
         "controlnet_single_block_samples",
         "controlnet_blocks_repeat",
     )
+    config_model = FluxConfig
 
     @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
@@ -200,6 +202,10 @@ class Flux(Family):
     def pipeline_text_length(self, directory: Path) -> int:
         """No more than the tokenizer makes."""
         return min(T5_LENGTH, self.tokenizer_length(directory / "tokenizer_2"))
+
+    @override
+    def pipeline_text_lengths(self, directory: Path) -> range:
+        return range(1, T5_LENGTH + 1)
 
     @override
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cat_pruning.families.attention import check_processor, intercept_attention, split_heads
+from cat_pruning.families.configs import PixArtConfig
 from cat_pruning.families.family import PatchFamily
 from cat_pruning.families.interception import TokenReuse
 from cat_pruning.files import read_json
@@ -36,6 +37,7 @@ class PixArt(PatchFamily):
     prompt_inputs = ("encoder_hidden_states", "encoder_attention_mask")
     fp32_inputs = (TIMESTEP, POSITION)
     former_norm_type = "ada_norm_single"
+    config_model = PixArtConfig
 
     @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:

@@ -12,12 +12,14 @@ from typing_extensions import override
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.families.attention import intercept_attention
+from cat_pruning.families.configs import SD3Config
 from cat_pruning.families.family import Modulation, PatchFamily
 from cat_pruning.families.interception import TokenReuse
 from cat_pruning.families.residuals import residual_list, without_residuals
 from cat_pruning.step_io import LATENTS, TIMESTEP, CacheRows, CacheSpec, Shape, StepDims, residual_names
 
 T5_LENGTH = 256  # StableDiffusion3Pipeline's default max_sequence_length
+T5_MOST = 512  # its largest
 LAYER_GATES = "layer_gates"
 
 
@@ -35,6 +37,7 @@ class StableDiffusion3(PatchFamily):
     prompt_inputs = ("encoder_hidden_states",)
     lora_loader = "SD3LoraLoaderMixin"
     residual_arguments = ("block_controlnet_hidden_states",)
+    config_model = SD3Config
 
     @override
     def intercept(self, transformer: Any, reuse: TokenReuse) -> None:
@@ -143,6 +146,12 @@ class StableDiffusion3(PatchFamily):
     def pipeline_text_length(self, directory: Path) -> int:
         """CLIP's tokens, then T5's, or as many empty ones where there is no T5."""
         return self.tokenizer_length(directory / "tokenizer") + T5_LENGTH
+
+    @override
+    def pipeline_text_lengths(self, directory: Path) -> range:
+        """CLIP's tokens, and at least one of T5's."""
+        tokens = self.tokenizer_length(directory / "tokenizer")
+        return range(tokens + 1, tokens + T5_MOST + 1)
 
     @override
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import torch
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
+from cat_pruning.engines.graph_family import family_of_bundle
 from cat_pruning.engines.graph_weights import GraphWeights
 from cat_pruning.engines.plan_caches import runtime_cache_path
 from cat_pruning.engines.plan_choice import plans_for
 from cat_pruning.engines.step_engine import StepEngine, enough_memory
 from cat_pruning.engines.tensorrt_library import tensorrt_library
 from cat_pruning.errors import EngineError
-from cat_pruning.families import family_named
+from cat_pruning.families.family import Family
 from cat_pruning.imports import importing
 from cat_pruning.names import ENGINES, FLAVOURS, TITLES, Flavour
 from cat_pruning.step_io import Part
@@ -38,9 +39,10 @@ def engine_from_bundle(
 
     Raises:
         EngineError: no engine of this name, or one that cannot run here; what is missing, and what to do.
-        BundleError: a file of the bundle was changed.
+        BundleError: a file of the bundle was changed, or its graphs are not its family's.
         CheckpointError: the torch engine's checkpoint is not where the export found it.
     """
+    family = family_of_bundle(bundle)
     if engine not in ENGINES:
         raise EngineError(f"engine {engine!r} is not known; known are {', '.join(ENGINES)}")
     if engine == "auto":
@@ -49,9 +51,9 @@ def engine_from_bundle(
         raise EngineError(f"compiled: torch.compile has no use for the engine {engine}", "leave it out, or take torch")
     for flavour in FLAVOURS:
         if engine == flavour:
-            return _tensorrt(bundle, flavour, cuda_graphs)
+            return _tensorrt(bundle, family, flavour, cuda_graphs)
     if engine == "onnxruntime":
-        return _onnxruntime(bundle)
+        return _onnxruntime(bundle, family)
     with importing:
         from cat_pruning.checkpoints.checkpoint import load_transformer
     from cat_pruning.engines.torch_engine import TorchStepEngine
@@ -75,7 +77,7 @@ def best_engine(bundle: Bundle) -> str:
     return "onnxruntime"
 
 
-def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine:
+def _tensorrt(bundle: Bundle, family: Family, flavour: Flavour, cuda_graphs: bool) -> StepEngine:
     from cat_pruning.engines.plan import Plan
     from cat_pruning.engines.tensorrt_engine import TensorRTStepEngine
 
@@ -92,7 +94,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine
         plans,
         specs[Part.STEP].token_ops,
         manifest.graphs,
-        family=family_named(manifest.family, manifest.transformer_config),
+        family=family,
         dtype=manifest.dtype.torch,
         device=_device(),
         rebuild=bundle.export_command(flavour),
@@ -101,7 +103,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour, cuda_graphs: bool) -> StepEngine
     )
 
 
-def _onnxruntime(bundle: Bundle) -> StepEngine:
+def _onnxruntime(bundle: Bundle, family: Family) -> StepEngine:
     from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
 
     manifest, device = bundle.manifest, onnxruntime_device()
@@ -112,9 +114,8 @@ def _onnxruntime(bundle: Bundle) -> StepEngine:
             bundle.export_command("tensorrt"),
         )
     bundle.verify_graphs()
-    family, dtype = family_named(manifest.family, manifest.transformer_config), manifest.dtype.torch
     weights = functools.partial(_weights, bundle)
-    return OnnxRuntimeStepEngine(bundle.path, family, dtype, device, weights)
+    return OnnxRuntimeStepEngine(bundle.path, family, manifest.dtype.torch, device, weights)
 
 
 def _weights(bundle: Bundle) -> GraphWeights:

@@ -14,6 +14,7 @@ def check_plans_engine(flavour: Flavour, bundle: Bundle | None, graphics: Findin
     """`--engine tensorrt` or `tensorrt_rtx`: with the bundle's plans, or with those that could be built here."""
     from cat_pruning.engines.builder.build import plan_specs
     from cat_pruning.engines.gpu import gpu_architecture
+    from cat_pruning.engines.graph_family import family_of_bundle
 
     if (architecture := gpu_architecture()) is None:
         return Finding(flavour, "problem", "needs an NVIDIA GPU", graphics.remedy)
@@ -23,6 +24,7 @@ def check_plans_engine(flavour: Flavour, bundle: Bundle | None, graphics: Findin
             problem = f"{TITLES[flavour]} builds no plans for {architecture}, this machine's GPU"
             return Finding(flavour, "problem", problem, "pip install 'cat-pruning[tensorrt]' and take TensorRT")
         return Finding(flavour, "ok", f"on the GPU, from plans of version {version} for {architecture}")
+    family_of_bundle(bundle)
     fit = plan_fit(bundle, flavour, version=version, architecture=architecture)
     if fit.problem:
         return Finding(flavour, "problem", f"the bundle has {fit.problem}", bundle.export_command(fit.rebuild))
@@ -33,12 +35,14 @@ def check_plans_engine(flavour: Flavour, bundle: Bundle | None, graphics: Findin
 
 def check_onnxruntime_engine(bundle: Bundle | None) -> Finding:
     """`--engine onnxruntime`."""
+    from cat_pruning.engines.graph_family import family_of_bundle
     from cat_pruning.engines.onnxruntime_engine import check_dtype
     from cat_pruning.runtime.engine_choice import onnxruntime_device
 
     device = onnxruntime_device()
     if bundle is not None:
         check_dtype(bundle.manifest.dtype.torch, device)
+        family_of_bundle(bundle)
         bundle.verify_graphs()
     limit, remedy = onnxruntime_limit()
     if limit:
@@ -51,14 +55,16 @@ def check_torch_engine(bundle: Bundle | None) -> Finding:
     """`--engine torch`, which needs the checkpoint that was exported."""
     import torch
 
-    from cat_pruning.checkpoints.checkpoint import check_source
+    from cat_pruning.checkpoints.checkpoint import check_transformer
     from cat_pruning.engines import torch_engine as _  # noqa: F401  # with all that it imports
+    from cat_pruning.engines.graph_family import family_of_bundle
 
     place = where(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if bundle is None:
         return Finding("torch", "ok", place)
     source = bundle.manifest.source
-    check_source(source)
+    family_of_bundle(bundle)
+    check_transformer(source)
     return Finding("torch", "ok", f"{place}, from the checkpoint {source.location}")
 
 

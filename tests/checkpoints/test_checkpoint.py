@@ -22,6 +22,7 @@ from cat_pruning.checkpoints.variants import variant_of
 from cat_pruning.dtype import DType
 from cat_pruning.errors import CheckpointError
 from cat_pruning.exporter.memory import held_bytes
+from cat_pruning.families.family import MOST_TEXT
 from cat_pruning.models import miniatures
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -56,15 +57,27 @@ def test_a_local_directory(tiny_checkpoint: Path, make_tiny_sd3: Any, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("kind", "family", "text_length"),
-    [("sd3", "sd3", 13 + 256), ("sd3.5", "sd3", 13 + 256), ("pixart", "pixart", 13), ("flux-dev", "flux", 21)],
+    ("kind", "family", "text_length", "text_lengths"),
+    [
+        ("sd3", "sd3", 13 + 256, range(13 + 1, 13 + 513)),
+        ("sd3.5", "sd3", 13 + 256, range(13 + 1, 13 + 513)),
+        ("pixart", "pixart", 13, range(1, MOST_TEXT + 1)),
+        ("flux-dev", "flux", 21, range(1, 513)),
+    ],
 )
 def test_a_pipeline_of_every_family(
-    write_checkpoint: Any, make_tiny: Any, tmp_path: Path, kind: str, family: str, text_length: int
+    write_checkpoint: Any,
+    make_tiny: Any,
+    tmp_path: Path,
+    kind: str,
+    family: str,
+    text_length: int,
+    text_lengths: range,
 ) -> None:
     checkpoint = find_checkpoint(str(write_checkpoint(tmp_path / "pipeline", kind)))
     assert checkpoint.family.name == family
     assert checkpoint.text_length == text_length
+    assert checkpoint.text_lengths == text_lengths
     assert checkpoint.pixels_per_latent == 4
     assert checkpoint.default_resolution == (128 if family == "flux" else 16) * 4
     transformer = load_transformer(checkpoint.source, DType.FP32)

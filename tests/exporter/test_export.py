@@ -9,6 +9,7 @@ import pytest
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import step_dims
+from cat_pruning.engines.graph_family import family_of_bundle
 from cat_pruning.exporter.export import ExportConfig, export
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.verify import Verify
@@ -43,6 +44,7 @@ def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, k
     assert manifest.family == kind.partition("-")[0]
     assert (profile.num_tokens, profile.num_kept, profile.batch) == (30, 9, rows)  # FLUX's guidance is an input
     assert manifest.guidance == (rows == 2)
+    assert family_of_bundle(Bundle.open(tmp_path / "out")).config == manifest.transformer_config
 
     full, pruned = step_dims(profile, manifest.geometry.patch_size)
     counted = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from cat_pruning import families
 from cat_pruning.errors import CheckpointError, SettingsError, ShapeError
 from cat_pruning.exporter.step_graph import run_step
-from cat_pruning.families import FAMILIES, family_named, family_of, family_of_class
+from cat_pruning.families import FAMILIES, family_class_named, family_named, family_of, family_of_class
 from cat_pruning.families.interception import StepModule
 from cat_pruning.step_io import SYMBOLIC, Part, StepDims
 
@@ -215,7 +215,7 @@ def test_families_without_skip_layer_guidance(tiny_transformer: Any) -> None:
 def test_families_are_found_by_name_and_class() -> None:
     assert [family.name for family in FAMILIES] == ["sd3", "pixart", "flux"]
     for family in FAMILIES:
-        assert type(family_named(family.name, {})) is family_of_class(family.transformer_class) is family
+        assert family_class_named(family.name) is family_of_class(family.transformer_class) is family
 
 
 def test_what_is_no_family() -> None:
@@ -238,7 +238,7 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     again = families.register(type("Own", Own.__bases__, {**vars(Own), "__qualname__": Own.__qualname__}))
     assert family_of_class("OwnTransformer2DModel") is again
     families.register(Own)
-    assert type(family_named("own", {})) is Own
+    assert family_class_named("own") is Own
     for taken in ({"name": "own"}, {"name": "other", "transformer_class": "FluxTransformer2DModel"}):
         with pytest.raises(SettingsError, match=r"the name or the class is (Own|Flux)'s; choose another name"):
             families.register(type("Another", (Own,), taken))

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import torch
 from doctor_findings import by_topic, changed, needs_rtx, no_gpu, statuses
+from safetensors.torch import load_file, save_file
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schema import PipelineSpec, Source
+from cat_pruning.bundle.schema import FileSpec, PipelineSpec, Source
 from cat_pruning.dtype import DType
 from cat_pruning.engines import gpu
 from cat_pruning.engines.tensorrt_library import tensorrt_library
+from cat_pruning.errors import BundleError
 from cat_pruning.exporter.export import default_targets
+from cat_pruning.files import sha256
+from cat_pruning.models import miniatures
 from cat_pruning.names import ENGINES, Target
+from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.tools.doctor import examine
 from cat_pruning.tools.findings import Finding
 
@@ -127,3 +135,49 @@ def test_a_damaged_bundle(
     assert "was changed after the export" in finding.text
     assert finding.remedy == f"run cat-export again: {bundle.export_command()}"
     assert report.can_generate == can_generate
+
+
+DAMAGED = [
+    ({"family": "dit"}, r"model family 'dit' is not known"),
+    ({"transformer_config": {}}, r"num_layers is missing"),
+    ({"transformer_class": "FluxTransformer2DModel"}, r"its family sd3 is not that of a FluxTransformer2DModel"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), DAMAGED)
+def test_a_model_that_no_engine_loads(mini_bundle: Path, changes: dict[str, Any], message: str) -> None:
+    """The same checks as loading."""
+    bundle = changed(mini_bundle, **changes)
+    report = examine(bundle)
+    engines = by_topic(report.engines)
+    assert {engines[name].status for name in ENGINES} == {"problem"}
+    assert re.search(message, engines["onnxruntime"].text)
+    assert re.search(message, engines["torch"].text)
+    assert (report.can_generate, report.engine) == (False, None)
+    with pytest.raises(BundleError, match=message):
+        engine_from_bundle(bundle, "onnxruntime")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
+def test_a_checkpoint_with_a_weight_missing(mini_bundle: Path, tmp_path: Path, part: str) -> None:
+    checkpoint = Path(shutil.copytree(miniatures()["sd3-mini"], tmp_path / "checkpoint"))
+    (path,) = (checkpoint / part).glob("*.safetensors")
+    weights = load_file(path)
+    name, _ = weights.popitem()
+    save_file(weights, path, metadata={"format": "pt"})
+    bundle = changed(mini_bundle, source=Source(kind="directory", location=str(checkpoint)))
+    if part != "transformer":  # as an export of a version that did not check them has copied them
+        directory = Path(shutil.copytree(mini_bundle, tmp_path / "bundle"))
+        copied = directory / "pipeline" / part / path.name
+        shutil.copyfile(path, copied)
+        files = dict(bundle.manifest.files)
+        files[copied.relative_to(directory).as_posix()] = FileSpec(size=path.stat().st_size, sha256=sha256(path))
+        bundle = dataclasses.replace(
+            bundle, path=directory, manifest=bundle.manifest.model_copy(update={"files": files})
+        )
+    report = examine(bundle)
+    findings = by_topic(report.engines if part == "transformer" else report.bundle)
+    finding = findings["torch" if part == "transformer" else "pipeline"]
+    assert finding.status == "problem"
+    assert f"/{part} lacks {name}" in finding.text
+    assert report.can_generate == (part == "transformer")  # by onnxruntime
