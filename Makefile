@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-gpu gpu-check clean peers transfer try-tokens
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup soak bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -135,6 +135,10 @@ bench-adapters: install build/eval/sd3-mini
 # What a step costs that computes nothing.
 bench-forecast: install
 	$(BIN)/python benchmarks/bench_forecast.py
+
+# Whether memory stays flat over 1,000 images of 40 shapes.
+soak: install build/eval/sd3-mini
+	$(BIN)/python benchmarks/soak_memory.py build/eval/sd3-mini
 
 # BEFORE=DIRECTORY measures another checkout beside this one.
 bench-startup: install build/eval/sd3-mini

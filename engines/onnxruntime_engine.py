@@ -105,6 +105,9 @@ class OnnxRuntimeStepEngine(StepEngine):
         options.log_severity_level = 3  # errors; the warnings are about the optimizer's own nodes
         # Between two steps the selection and the scheduler run in torch, on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self.device.type == "cpu":
+            # Each of the three graphs would keep its largest activations of every shape; it is no faster with them.
+            options.enable_cpu_mem_arena = False
         for name, value in replaced.items():
             options.add_initializer(name, value)
         path = self._directory / part.onnx

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from cat_pruning.engines.host_memory import give_back_freed_memory
 from cat_pruning.engines.step_engine import StepEngine, StepSession
 from cat_pruning.errors import EngineError, SettingsError
 from cat_pruning.step_io import StepDims
@@ -177,6 +178,7 @@ class SessionPool:
                     self._take_back(lease)
             while self._idle:
                 self._idle.pop().session.free()
+        give_back_freed_memory()
 
     def _free_place(self, dims: StepDims) -> Place | None:
         """An idle place, one of an image that is over, a new one, or one that is taken away; None: all are in use."""

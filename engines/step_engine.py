@@ -26,6 +26,7 @@ from torch import Tensor
 from cat_pruning.engines.cuda_graphs import CudaGraphs
 from cat_pruning.engines.finite_check import FiniteCheck
 from cat_pruning.engines.graph_weights import GraphWeights
+from cat_pruning.engines.host_memory import give_back_freed_memory
 from cat_pruning.engines.residual_inputs import ResidualInputs
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.families.family import Family
@@ -148,6 +149,8 @@ class StepSession(ABC):
             self._come_to_stream()
             if needed != self._allocated:
                 self._free()
+                if engine.device.type == "cpu":
+                    give_back_freed_memory()
                 self._allocate_all(dims)
                 self._allocated = needed
             for name, tensor in given.items():

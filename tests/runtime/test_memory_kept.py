@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from cat_pruning.engines import session_pool, step_engine
+from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
+from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.runtime.image_in_progress import ImageInProgress
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
@@ -65,3 +69,47 @@ def test_what_is_over_is_freed(draw: Draw) -> None:
     assert selector() is not None
     draw(side=12)
     assert selector() is None
+
+
+@pytest.fixture(params=["torch", "onnxruntime"])
+def small_engine(request: pytest.FixtureRequest, make_tiny: Callable[..., Any], export_tiny: Any) -> StepEngine:
+    if request.param == "torch":
+        return TorchStepEngine(make_tiny("sd3"))
+    export = export_tiny("sd3")
+    return OnnxRuntimeStepEngine(export.directory, export.step.family, torch.float32)
+
+
+def draw_shapes(transformer: CatTransformer, *shapes: tuple[int, int, int]) -> CatTransformer:
+    """An image of each shape in turn: batch, latent height and width."""
+    with torch.no_grad():
+        for batch, height, width in shapes:
+            for timestep in TIMESTEPS.clone():
+                transformer(
+                    torch.ones(batch, 4, height, width),
+                    timestep=timestep,
+                    encoder_hidden_states=torch.ones(batch, 5, 24),
+                    pooled_projections=torch.ones(batch, 20),
+                )
+    return transformer
+
+
+def test_many_shapes_hold_what_the_last_one_does(small_engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[None] = []
+    for module in (step_engine, session_pool):
+        monkeypatch.setattr(module, "give_back_freed_memory", lambda: given_back.append(None))
+    settings = PruneSettings(full_steps=2, num_clusters=3)
+    shapes = [(1 + index % 3, 8 + 2 * (index % 5), 8 + 2 * (index % 4)) for index in range(10)]
+    every = draw_shapes(CatTransformer(small_engine, settings), *shapes, (2, 8, 8), (2, 8, 8))
+    assert len(given_back) == 11  # once a change of shape
+    last = draw_shapes(CatTransformer(small_engine, settings), (2, 8, 8))
+    assert (every.sessions.num_sessions, every.sessions.num_bytes) == (1, last.sessions.num_bytes)
+    assert last.sessions.num_bytes > 0
+    every.release()
+    assert len(given_back) == 13
+    assert every.sessions.num_bytes == 0
+
+
+def test_graphs_on_a_processor_keep_no_activations(export_tiny: Any) -> None:
+    export = export_tiny("sd3")
+    engine = OnnxRuntimeStepEngine(export.directory, export.step.family, torch.float32)
+    assert [graph.get_session_options().enable_cpu_mem_arena for graph in engine.graphs.values()] == [False] * 3
