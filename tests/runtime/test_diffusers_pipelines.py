@@ -91,7 +91,6 @@ def drop_in(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any], s
 
 def tried(use: Use, kind: str, engine: str, make: Callable[[PruneSettings], Any]) -> str:
     """Keeping every token it is the untouched pipeline; keeping fewer it prunes, and is not."""
-    expected = untouched(use.name, kind)
     try:
         kept, latents = run(use, kind, make(SETTINGS.replace(keep_ratio=1.0)))
     except CatError:
@@ -101,6 +100,7 @@ def tried(use: Use, kind: str, engine: str, make: Callable[[PruneSettings], Any]
         if engine == "torch" or "PAG layer" not in str(error):
             raise
         return REFUSED
+    expected = untouched(use.name, kind)
     if engine == "torch":
         assert torch.equal(latents, expected)
     else:
