@@ -6,7 +6,7 @@ torch.compile runs with its `eager` backend here but once: that follows the same
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -41,7 +41,9 @@ def inputs_of(engine: TorchStepEngine, seed: int, batch: int) -> dict[str, Tenso
     return inputs
 
 
-def three_steps(engine: TorchStepEngine, seed: int = 0, batch: int = 2, **changes: Tensor) -> list[Tensor]:
+def three_steps(
+    engine: TorchStepEngine, seed: int = 0, batch: int = 2, residuals: Sequence[Tensor] = (), **changes: Tensor
+) -> list[Tensor]:
     """The noise after a full and two pruned steps, and the caches then."""
     inputs = inputs_of(engine, seed, batch) | changes
     scale = engine.family.max_timestep / 1000
@@ -53,7 +55,7 @@ def three_steps(engine: TorchStepEngine, seed: int = 0, batch: int = 2, **change
     for timestep, kept in zip(
         TIMESTEPS, (every, every[:, 5:17].contiguous(), every[:, 1:24:2].contiguous()), strict=True
     ):
-        outputs.append(session.step(latents, scale * timestep, kept))
+        outputs.append(session.step(latents, scale * timestep, kept, residuals))
         latents = latents * 0.9
     return [*outputs, *session._caches]
 
@@ -68,6 +70,18 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_computes_what_the_plain_steps_do(tiny_transformer: Any) -> None:
     plain, fast = (TorchStepEngine(tiny_transformer, compiled=compiled) for compiled in (False, True))
     assert_close(three_steps(fast), three_steps(plain))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("compile_eagerly")
+@pytest.mark.parametrize("kind", ["sd3.5", "flux-dev"])
+def test_a_control_nets_residuals(make_tiny: Any, kind: str) -> None:
+    plain, fast = (TorchStepEngine(make_tiny(kind), compiled=compiled) for compiled in (False, True))
+    generator = torch.Generator().manual_seed(0)
+    residuals = [torch.randn(2, 48, 32, generator=generator) for _ in range(plain.family.num_residuals)]
+    expected = three_steps(plain, residuals=residuals)
+    assert_close(three_steps(fast, residuals=residuals), expected)
+    assert not torch.allclose(three_steps(fast)[1], expected[1], atol=1e-2)
 
 
 @pytest.mark.long

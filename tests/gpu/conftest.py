@@ -102,6 +102,7 @@ def sample() -> Callable[..., Sampled]:
         size: tuple[int, int] = (16, 16),
         steps: int = STEPS,
         on_step: Callable[[int], None] = lambda step: None,
+        arguments_of: Callable[[int], dict[str, Any]] = lambda step: {},
     ) -> Sampled:
         device, config = transformer.device, transformer.config
         generator = torch.Generator().manual_seed(seed)
@@ -124,6 +125,7 @@ def sample() -> Callable[..., Sampled]:
                 encoder_hidden_states=text,
                 pooled_projections=pooled,
                 return_dict=False,
+                **arguments_of(index),
             )[0]
             negative, positive = noise.chunk(2)
             latents = scheduler.step(negative + 4 * (positive - negative), timestep, latents, return_dict=False)[0]

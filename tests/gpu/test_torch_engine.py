@@ -56,6 +56,24 @@ def test_settings_between_images(device: torch.device, make: Make, sample: Any, 
 
 
 @pytest.mark.long
+def test_a_control_nets_residuals(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
+    """Other ones on every step, in other numbers and none at all, which are captured apart."""
+
+    def residuals(step: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(step)
+        made = [torch.randn(2, 64, 192, generator=generator).to(device) for _ in range(step % 3)]
+        return {"block_controlnet_hidden_states": made}
+
+    settings = {"full_steps": 4, "num_clusters": 9}
+    plain, fast = make(device, captures=False, **settings), make(device, **settings)
+    for seed in (0, 1):
+        expected = sample(plain, seed, arguments_of=residuals)
+        assert_same_image(sample(fast, seed, arguments_of=residuals), expected, exact=device.type == "cpu")
+    assert captured(fast) == 7  # full steps and pruned ones, with none, one and two; the first pruned one
+    assert not torch.allclose(sample(plain, 1).latents, expected.latents, atol=1e-2)
+
+
+@pytest.mark.long
 def test_adapters_between_images(device: torch.device, make: Make, sample: Any, assert_same_image: Any) -> None:
     peft = pytest.importorskip("peft")
     plain, fast = make(device, captures=False), make(device)
