@@ -110,7 +110,7 @@ def _found(model: str, revision: str | None) -> Checkpoint:
             raise CheckpointError(f"--revision {revision!r}: {model!r} is a local directory, which has no revisions")
         if model in miniatures():
             return _local(local, Source(kind="packaged", location=model))
-        return _local(local, Source(kind="directory", location=str(local.resolve())))
+        return _local(local, Source(kind="directory", location=os.path.realpath(local)))
     if model not in published and not is_hub_id(model):
         raise CheckpointError(
             f"--model {model!r}: no such directory, and neither a hub id (owner/name) nor a known name "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +51,7 @@ def parse_lora(text: str) -> LoraSpec:
         path, scale = text, 1.0
     if not math.isfinite(scale):
         raise SettingsError(f"--lora {text}: expected a finite scale")
-    return LoraSpec(path=str(Path(path or text).resolve()), scale=scale)
+    return LoraSpec(path=os.path.realpath(path or text), scale=scale)
 
 
 def fuse_loras(transformer: nn.Module, loras: Sequence[LoraSpec]) -> nn.Module:

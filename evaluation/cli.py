@@ -164,7 +164,7 @@ def _spec(
         engine=engine,
     )
     return RunSpec(
-        bundle=arguments.bundle.resolve().name,
+        bundle=bundle.path.name,
         bundle_sha256=manifest.digest,
         engine=engine,
         prompts=tuple(prompts),

@@ -9,6 +9,7 @@ between the two libraries and mend both.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _load(model: str | Path) -> tuple[Any, Any]:
     """The `CLIPModel`, in fp32, and its `CLIPProcessor`."""
     from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPProcessor
 
-    local = Path(model).is_dir()
+    local = os.path.isdir(model)  # noqa: PTH112  # a Path of a name too long raises
     if not local and not is_hub_id(str(model)):
         raise SettingsError(f"{model}: expected a directory with a CLIPModel, or the id of one on the hub")
     try:

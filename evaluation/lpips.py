@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cat_pruning.checkpoints.library_logs import first_line
 from cat_pruning.errors import SettingsError, ShapeError
+from cat_pruning.files import open_file
 
 WEIGHTS = "alexnet-owt-7be5be79.pth, which torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url names"
 _CHANNELS = (64, 192, 384, 256, 256)
@@ -92,7 +93,8 @@ def _alexnet_features(file: Path) -> nn.Sequential:
     )
     remedy = f"give the file {WEIGHTS}"
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with open_file(file) as opened:
+            loaded = torch.load(opened, map_location="cpu", weights_only=True)
         prefix = "features."
         weights = {name.removeprefix(prefix): each for name, each in loaded.items() if name.startswith(prefix)}
         features.load_state_dict(weights)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 _MOST_BYTES: Final = 1 << 30  # of a text; what is larger was not written by us, and would fill the memory
 
@@ -86,25 +86,38 @@ def check_writable_directory(directory: Path) -> None:
         place = place.parent
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{'it' if place == directory else place} is no directory")
-    check_writable(place / "a")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read, which never waits.
+
+    A pipe that has a name is refused: nobody may ever write to it. One that a shell has made, as `<(…)` does, is read.
+
+    Raises:
+        OSError: there is no such file, or it is a directory, a named pipe or a device.
+        ValueError: the path has a null character.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and _is_nameless(path)):
+        file.close()
+        raise OSError(errno.EINVAL, "this is no file")
+    os.set_blocking(file.fileno(), True)
+    return file
 
 
 def read_text(path: Path) -> str:
     """The text of a file, which is UTF-8 and may begin with a mark that says so.
 
-    A pipe that has a name is refused: nobody may ever write to it. One that a shell has made, as `<(…)` does, is read.
-
     Raises:
-        OSError: there is no such file, or it is a directory, a named pipe, a device or larger than 1 GiB.
+        OSError: as `open_file`, or it is larger than 1 GiB.
         ValueError: it is not UTF-8, or the path has a null character.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) and not (stat.S_ISFIFO(found.st_mode) and _is_nameless(path)):
-            raise OSError(errno.EINVAL, "this is no file")
-        if found.st_size > _MOST_BYTES:
-            raise OSError(errno.EFBIG, f"{found.st_size} bytes, expected {_MOST_BYTES} at most")
-        os.set_blocking(file.fileno(), True)
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
+            raise OSError(errno.EFBIG, f"{size} bytes, expected {_MOST_BYTES} at most")
         return file.read().decode("utf-8-sig")
 
 

@@ -161,6 +161,8 @@ def test_a_file_that_is_write_protected(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # as for anyone but root
     with pytest.raises(PermissionError):
         check_writable(tmp_path / "file")
+    with pytest.raises(PermissionError):
+        check_writable_directory(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
