@@ -4,55 +4,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tensorrt_double import TensorRTDouble, write_plan
 from torch import Tensor
 
-from cat_pruning.bundle.profiles import plan_profiles, profile_spec
-from cat_pruning.bundle.schema import Geometry
 from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
-from cat_pruning.engines.plan import Plan
 from cat_pruning.engines.step_engine import StepEngine, StepSession
-from cat_pruning.engines.tensorrt_engine import TensorRTStepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import SettingsError
-from cat_pruning.exporter.export import graph_spec
 from cat_pruning.runtime.image import every_token
-from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import NOISE, is_changed_in_place, output_name
 
 KINDS = ["sd3.5", "flux-dev"]
 SIDE = 8  # tokens
 NUM_TOKENS = SIDE**2
 KEPT = 19
-SETTINGS = PruneSettings(keep_ratio=0.3, num_clusters=6)
 
 
 @pytest.fixture(params=["onnxruntime", "plugin", "function"])
 def make_engine(
-    request: pytest.FixtureRequest, export_tiny: Callable[..., Any], library: TensorRTDouble, tmp_path: Path
+    request: pytest.FixtureRequest, export_tiny: Callable[..., Any], tiny_plans: Callable[..., StepEngine]
 ) -> Callable[[str], StepEngine]:
     """An engine of the exported graphs: ONNX Runtime's, and TensorRT's whose caches share memory or do not."""
 
     def make(kind: str) -> StepEngine:
         tiny = export_tiny(kind, True)
-        family, directory, cpu = tiny.step.family, tiny.directory, torch.device("cpu")
         if request.param == "onnxruntime":
-            return OnnxRuntimeStepEngine(directory, family, torch.float32)
-        geometry = Geometry(pixels_per_latent=1, patch_size=2, latent_channels=4, max_latent_size=None, text_length=7)
-        profiles = [profile_spec(16, 16, 2, geometry=geometry, settings=SETTINGS, guidance=False)]
-        specs = tuple(graph_spec(part, graph) for part, graph in tiny.graphs.items())
-        for spec in specs:
-            names = [each.name for each in spec.inputs if is_changed_in_place(each.name) and request.param == "plugin"]
-            aliases = {output_name(name): name for name in names if name != NOISE or family.noise_is_tokens}
-            write_plan(tmp_path / f"{spec.part}.plan", directory / spec.file, plan_profiles(spec, profiles, 2), aliases)
-        plans = {spec.part: Plan("tensorrt", tmp_path / f"{spec.part}.plan", cpu) for spec in specs}
-        options = {"family": family, "dtype": torch.float32, "device": cpu, "rebuild": "", "cuda_graphs": False}
-        return TensorRTStepEngine("tensorrt", plans, request.param, specs, **options)
+            return OnnxRuntimeStepEngine(tiny.directory, tiny.step.family, torch.float32)
+        return tiny_plans(tiny, (16, 16), prompts=2, token_ops=request.param)
 
     return make
 

@@ -190,6 +190,18 @@ def test_a_bundle_for_control_nets_makes_images_without_one(kind: str, export_ti
     torch.testing.assert_close(latents, untouched(use.name, kind), rtol=0, atol=1e-4)
 
 
+def test_plans_of_twice_the_pixels_take_a_reference_image(
+    export_tiny: Callable[..., Any], tiny_plans: Callable[..., Any]
+) -> None:
+    """Of Kontext, as large as the image: 128 tokens, of which pruned steps compute as many as of one such image."""
+    (use,) = (use for _, _, use in ROWS if use.feature == "FLUX.1 Kontext")
+    kind = "flux-dev"
+    kept, latents = run(use, kind, CatTransformer(tiny_plans(export_tiny(kind), (16, 32)), SETTINGS))
+    assert kept == [128, 128, 38, 38, 38]
+    reference = CatTransformer(TorchStepEngine(transformer_of(use, kind)), SETTINGS)
+    torch.testing.assert_close(latents, run(use, kind, reference)[1], rtol=0, atol=1e-4)
+
+
 def test_every_pipeline_of_diffusers_is_tried() -> None:
     """A new release shows what is new."""
     classes = {family.transformer_class for family in MODEL_FAMILIES}
