@@ -6,7 +6,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.errors import BundleError, CheckpointError
 from cat_pruning.families import family_named
 from cat_pruning.families.family import Family
-from cat_pruning.step_io import SYMBOLIC, Part, cache_names
+from cat_pruning.step_io import SYMBOLIC, Part, cache_names, is_residual
 
 
 def family_of_bundle(bundle: Bundle) -> Family:
@@ -30,7 +30,9 @@ def _fault(bundle: Bundle, family: Family) -> str | None:
     manifest = bundle.manifest
     if manifest.transformer_class != family.transformer_class:
         return f"its family {family.name} is not that of a {manifest.transformer_class}"
-    shapes = family.step_shapes(SYMBOLIC)
+    takes_residuals = any(is_residual(tensor.name) for tensor in manifest.graph(Part.STEP).inputs)
+    exported = family.with_residuals() if takes_residuals and family.num_residuals else family
+    shapes = exported.step_shapes(SYMBOLIC)
     states = {tensor.name for graph in manifest.graphs if graph.part is not Part.STEP for tensor in graph.outputs}
     for graph in manifest.graphs:
         for tensor in graph.inputs:
