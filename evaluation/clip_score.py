@@ -22,7 +22,8 @@ from torch import Tensor
 
 from cat_pruning.checkpoints.hub import is_hub_id
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
-from cat_pruning.errors import SettingsError
+from cat_pruning.checkpoints.parts import check_has_weights
+from cat_pruning.errors import CheckpointError, SettingsError
 
 DEFAULT_CLIP_MODEL = "openai/clip-vit-base-patch16"
 
@@ -97,6 +98,8 @@ def _load(model: str | Path) -> tuple[Any, Any]:
         raise SettingsError(f"{model}: expected a directory with a CLIPModel, or the id of one on the hub")
     try:
         with quiet_diffusers(errors=False):
+            if local:
+                check_has_weights(Path(model))
             config = AutoConfig.from_pretrained(model)
             if not isinstance(config, CLIPConfig):
                 raise SettingsError(f"{model} is a model of type {config.model_type!r}: expected a CLIPModel, 'clip'")
@@ -104,6 +107,8 @@ def _load(model: str | Path) -> tuple[Any, Any]:
             processor = CLIPProcessor.from_pretrained(model)
     except SettingsError:
         raise
+    except CheckpointError as error:
+        raise SettingsError(f"the CLIP model {error.problem}", error.remedy) from error
     except (OSError, ValueError, TypeError, RuntimeError, hub_errors.HTTPError) as error:  # type: ignore[attr-defined]
         remedy = (
             "give a directory with a CLIPModel and its CLIPProcessor"

@@ -102,7 +102,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
         ClipScorer("nowhere/clip")
     with pytest.raises(SettingsError, match="expected a directory with a CLIPModel, or the id of one on the hub"):
         ClipScorer(tmp_path / "none")
-    with pytest.raises(SettingsError, match="give a directory with a CLIPModel and its CLIPProcessor"):
+    with pytest.raises(SettingsError, match=r"the CLIP model \S+ has no \*\.safetensors weights; download or convert"):
         ClipScorer(tmp_path)
 
 
@@ -116,9 +116,20 @@ def test_a_model_without_one_of_its_files_is_refused(clip_directory, tmp_path, m
     for file in clip_directory.iterdir():
         if file.name != missing:
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(SettingsError, match=r"cannot be loaded|has no tokenizer") as caught:
+    with pytest.raises(SettingsError, match=r"cannot be loaded|has no tokenizer|has no \*\.safetensors") as caught:
         ClipScorer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused(clip_directory, tmp_path):
+    from safetensors.torch import load_file
+
+    for file in clip_directory.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    torch.save(load_file(clip_directory / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SettingsError, match=r"has no \*\.safetensors weights, only pickled ones \(pytorch_mod"):
+        ClipScorer(tmp_path)
 
 
 def test_a_model_that_lacks_weights_is_refused(clip_directory, tmp_path):
