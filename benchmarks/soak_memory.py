@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from machine import RESULTS, write_result
+from machine import write_result
+from source_tree import ROOT
 
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.runtime.pipeline import load_pipeline
@@ -30,7 +31,7 @@ PROMPTS: Final = ("a blue star", "a large red circle above a small green square"
 
 
 def main() -> int:
-    """Measure, draw, write benchmarks/results/NAME.json and NAME.png; 1 where memory grows."""
+    """Measure, draw, write benchmarks/results/NAME.json and docs/NAME.png; 1 where memory grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle of sd3-mini")
     parser.add_argument("--engine", default="onnxruntime")
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--shapes", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--name", default="soak-memory", help="of the files in benchmarks/results")
+    parser.add_argument("--name", default="soak-memory", help="of the files that are written")
     arguments = parser.parse_args()
     pipe = plain_pipeline(arguments.bundle) if arguments.plain else pruned_pipeline(arguments.bundle, arguments.engine)
     pipe.set_progress_bar_config(disable=True)
@@ -59,7 +60,7 @@ def main() -> int:
         "resident_mib": [round(value) for value in curve[:: max(1, len(curve) // 200)]],
     }
     print(write_result(arguments.name, result))  # noqa: T201
-    print(draw(curve, RESULTS / f"{arguments.name}.png", result["engine"]))  # noqa: T201
+    print(draw(curve, ROOT / "docs" / f"{arguments.name}.png", result["engine"]))  # noqa: T201
     print(f"quarters {result['quarter_means_mib']} MiB: {growth:+.1%}, at most {MOST_GROWTH:.0%}")  # noqa: T201
     return int(growth > MOST_GROWTH)
 
