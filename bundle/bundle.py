@@ -213,11 +213,12 @@ def check_replaceable(out: Path, *, force: bool) -> None:
         return
     if out.is_mount():
         raise OutputError(f"{out} is a mount point, which cannot be replaced", f"give --out {out / 'bundle'}")
-    if not force:
-        raise OutputError(f"{out} exists", "pass --force to replace it or give another --out")
+    # First what --force would not help.
     if not out.is_dir():
         raise OutputError(f"{out} is a file, and --force replaces only bundles", "give another --out")
     check_ours(out, _listed_files(out), ("*",), f"a bundle's {MANIFEST_NAME}", "give another --out")
+    if not force:
+        raise OutputError(f"{out} exists", "pass --force to replace it or give another --out")
 
 
 def _listed_files(out: Path) -> set[str]:

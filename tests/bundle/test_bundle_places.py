@@ -47,7 +47,11 @@ def test_force_replaces_a_bundle_of_another_version_and_an_empty_directory(tmp_p
 @pytest.mark.parametrize(
     "content", [None, "", "[]", '{"format_version": 6}', "[" * 9999, '{"files": {"holiday.jpg": 1}}']
 )
-def test_force_never_deletes_what_is_not_a_bundle(tmp_path: Path, manifest: Manifest, content: str | None) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_not_a_bundle_is_never_deleted(
+    tmp_path: Path, manifest: Manifest, content: str | None, force: bool
+) -> None:
+    """Without --force nothing is said of it, which would be refused as well."""
     out = tmp_path / "photos"
     out.mkdir()
     (out / "holiday.jpg").touch()
@@ -55,14 +59,15 @@ def test_force_never_deletes_what_is_not_a_bundle(tmp_path: Path, manifest: Mani
         (out / MANIFEST_NAME).write_text(content)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OutputError, match=rf"{out} has holiday.jpg.*, not listed by a bundle's manifest.json: .*move"):
-        export(out, manifest, force=True)
+        export(out, manifest, force=force)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_force_never_deletes_a_file(tmp_path: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_never_deleted(tmp_path: Path, manifest: Manifest, force: bool) -> None:
     (tmp_path / "photos").write_text("mine")
     with pytest.raises(OutputError, match=r"photos is a file, and --force replaces only bundles; give another --out"):
-        export(tmp_path / "photos", manifest, force=True)
+        export(tmp_path / "photos", manifest, force=force)
     assert (tmp_path / "photos").read_text() == "mine"
 
 
