@@ -186,8 +186,12 @@ def test_steps_that_compute_nothing(mini_bundle: Path, tmp_path: Path, capsys: p
 
 
 def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
-    run(mini_bundle, PROMPT, "a large red circle", "-o", tmp_path / "out.png", *SHORT)
-    assert {path.name for path in tmp_path.iterdir()} == {"out-0.png", "out-1.png"}
+    """In a file each, of the format that was asked for."""
+    run(mini_bundle, PROMPT, "a large red circle", "-o", tmp_path / "out.webp", *SHORT)
+    assert {path.name for path in tmp_path.iterdir()} == {"out-0.webp", "out-1.webp"}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            assert (image.format, image.size) == ("WEBP", (96, 64))
     contents = {path.read_bytes() for path in tmp_path.iterdir()}
     assert len(contents) == 2
 
@@ -243,6 +247,15 @@ def test_bad_arguments(
 
 
 @pytest.mark.parametrize("prompts", [[""], ["  "], [PROMPT, ""]])
+def test_nothing_is_written_into_the_bundle(mini_bundle: Path, fails: Fails) -> None:
+    """Where it would not load again."""
+    for place in ("pipeline/out.png", "pipeline/vae/../out.png"):
+        assert "would be among the bundle's own files" in fails(mini_bundle, PROMPT, "-o", mini_bundle / place)
+    line = fails(mini_bundle, PROMPT, "--compare", "--summary", mini_bundle / "manifest.json")
+    assert "--summary" in line
+    assert "would be among the bundle's own files" in line
+
+
 def test_an_empty_prompt(mini_bundle: Path, fails: Fails, prompts: list[str]) -> None:
     assert "empty prompt; say what to draw" in fails(mini_bundle, *prompts)
 
