@@ -287,7 +287,8 @@ def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     """The diffusers module of this config, without memory for its weights."""
     transformer_class = diffusers_class(family.transformer_class)
     # As the class itself does, this drops unknown keys and fills in what an old config leaves out.
-    arguments, _, _ = transformer_class.extract_init_dict(config)
+    told = {name: value for name, value in config.items() if not name.startswith("_")}
+    arguments, _, _ = transformer_class.extract_init_dict(told)
     defaults = {name: each.default for name, each in inspect.signature(transformer_class).parameters.items()}
     try:
         check_config(family.config_model, family.transformer_class, defaults | arguments)
