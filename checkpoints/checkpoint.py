@@ -286,6 +286,9 @@ def config_of(transformer: Any) -> dict[str, Any]:
 def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
     """The diffusers module of this config, without memory for its weights."""
     transformer_class = diffusers_class(family.transformer_class)
+    if not isinstance(name := config.get("_class_name", ""), str):
+        problem = f"transformer/config.json: _class_name is {name!r}, expected a name"
+        raise CheckpointError(problem, "download the checkpoint again")
     # As the class itself does, this drops unknown keys and fills in what an old config leaves out.
     told = {name: value for name, value in config.items() if not name.startswith("_")}
     arguments, _, _ = transformer_class.extract_init_dict(told)

@@ -25,6 +25,7 @@ from cat_pruning.imports import importing
 
 INDEX: Final = "model_index.json"
 _AGAIN: Final = "download or convert it again"
+_MOST_LAYERS: Final = 1024
 _MOST_NAMED: Final = 3  # of many weights that are wrong alike
 
 
@@ -133,7 +134,10 @@ def _check_files(part_class: Any, folder: Path) -> None:
     """That a part has the files without which transformers and diffusers make it from defaults, or look on the hub."""
     vocabulary: dict[str, str] | None = getattr(part_class, "vocab_files_names", None)
     if vocabulary is None:
-        read_object(folder, getattr(part_class, "config_name", None) or "config.json", f"{folder} is incomplete")
+        name = getattr(part_class, "config_name", None) or "config.json"
+        for key, value in read_object(folder, name, f"{folder} is incomplete").items():
+            if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:  # or they would be made, for hours
+                raise CheckpointError(f"{folder / name}: {key} is {value}, expected at most {_MOST_LAYERS}", _AGAIN)
         return
     read_object(folder, "tokenizer_config.json", f"{folder} is incomplete")
     whole, *apart = sorted(vocabulary.values(), key=lambda name: name != "tokenizer.json")

@@ -205,6 +205,7 @@ def test_a_directory_that_is_no_pipeline(refused: Callable[..., None], tmp_path:
          "PixArtTransformer2DModel, FluxTransformer2DModel"),
         ("transformer/config.json", None, r"has no transformer: transformer/config\.json is missing"),
         ("transformer/config.json", '{"num_layers": "two"}', r"transformer/config\.json: .* num_layers is two \("),
+        ("transformer/config.json", '{"_class_name": null}', "config.json: _class_name is None, expected a"),
         ("transformer/config.json", '{"num_layers": 1000000000}', "num_layers is 1000000000 .*; download"),
         ("vae/config.json", None, r"has no VAE: vae/config\.json is missing"),
         ("vae/config.json", "{}", r"vae/config\.json"),
