@@ -205,8 +205,8 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         self.sessions.release()
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """What diffusers' pipelines say of the calls that they make within: "cond", "uncond"."""
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """What diffusers' pipelines say of the calls that they make within: "cond", "uncond". The rest is not read."""
         before = getattr(self._threads, "context", MAIN_CONTEXT)
         self._threads.context = name
         try:

@@ -40,7 +40,7 @@ SOURCES = (
 WORKS: dict[str, Use] = {
     "active_adapters": lambda t: t.active_adapters(),
     "attn_processors": lambda t: t.attn_processors,
-    "cache_context": lambda t: t.cache_context("cond").__enter__(),
+    "cache_context": lambda t: t.cache_context("cond", step_index=0).__enter__(),
     "config": lambda t: t.config.in_channels,
     "config_name": lambda t: t.config_name,
     "cuda": lambda t: hasattr(t, "cuda"),  # as torch's own
