@@ -134,7 +134,7 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
                 another as `schedule`; or an attention processor of the user's own.
             ScheduleError: the schedule was fitted to another model.
         """
-        if isinstance(transformer, CatTransformer):
+        if isinstance(getattr(transformer, "_orig_mod", transformer), CatTransformer):  # compiled or not
             raise CheckpointError("the transformer is a CatTransformer already", "set its `settings`")
         settings = _with_schedule(settings, schedule)
         if not is_known(type(getattr(transformer, "_orig_mod", transformer)).__name__):

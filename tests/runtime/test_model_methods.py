@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cat_pruning.engines.onnxruntime_engine import OnnxRuntimeStepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
-from cat_pruning.errors import CatError, SettingsError
+from cat_pruning.errors import CatError, CheckpointError, SettingsError
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -313,3 +313,11 @@ def test_adapters_by_peft_names(tmp_path: Any, make_tiny: Callable[..., Any]) ->
     assert transformer.active_adapters() == ["default"]
     transformer.save_lora_adapter(tmp_path, adapter_name="other")
     assert list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when its compiler is first imported
+def test_a_compiled_stand_in_is_one(make_tiny: Callable[..., Any]) -> None:
+    transformer: Any = CatTransformer.from_model(make_tiny("sd3"), PRUNED)
+    compiled: Any = torch.compile(transformer, backend="eager")
+    with pytest.raises(CheckpointError, match="is a CatTransformer already; set its `settings`"):
+        CatTransformer.from_model(compiled)
