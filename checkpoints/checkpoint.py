@@ -301,6 +301,6 @@ def _without_weights(family: type[Family], config: dict[str, Any]) -> Any:
         # Accelerate's empty weights would still compute the position tables: 3 GiB for SD3.5.
         with torch.device("meta"):
             return transformer_class(**arguments)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # of a config that is damaged, whatever it leads to
         problem = f"is not a {family.transformer_class}'s ({first_line(error)})"
         raise CheckpointError(f"transformer/config.json {problem}", "download the checkpoint again") from error

@@ -310,3 +310,11 @@ def test_text_rows_of_pixarts_pipelines(tmp_path: Path, write_checkpoint: Any, n
     (directory / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
     (directory / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 512}')
     assert find_checkpoint(str(directory)).text_length == length
+
+
+def test_a_config_over_which_diffusers_stumbles(write_checkpoint: Any, tmp_path: Path) -> None:
+    """With an UnboundLocalError here."""
+    path = write_checkpoint(tmp_path / "pixart", "pixart") / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation_fn": None}))
+    with pytest.raises(CheckpointError, match=r"transformer/config\.json is not a PixArtTransformer2DModel's \("):
+        find_checkpoint(str(tmp_path / "pixart"))
