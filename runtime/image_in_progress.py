@@ -321,5 +321,5 @@ def _settings_for(settings: PruneSettings, level: NoiseLevel) -> PruneSettings:
     """
     settings = at_timesteps(settings, level.expected, level.precision)
     table = settings.schedule
-    is_late = table is not None and table.timesteps and table.number_at(level.timestep, level.precision) > 0
-    return begun_late(settings) if is_late else settings
+    number = table.number_at(level.timestep, level.precision) if table is not None and table.timesteps else 0
+    return begun_late(settings, table.num_steps - number) if table is not None and number else settings

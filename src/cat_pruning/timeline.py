@@ -7,6 +7,7 @@ because an image changes most at its start: with F = 4 and every third step, 5, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -84,17 +85,29 @@ def at_timesteps(settings: PruneSettings, timesteps: Sequence[float], precision:
     return settings
 
 
-def begun_late(settings: PruneSettings) -> PruneSettings:
+@functools.lru_cache(maxsize=64)
+def begun_late(settings: PruneSettings, steps_left: int) -> PruneSettings:
     """The settings of an image that begins late in its schedule, as image-to-image does: the forecast by rule.
 
     A schedule is fitted to whole runs. What its later rows read was never computed in such an image; as full steps they
     would cost nearly as much as a full run, and the rule is nearer to that at the same cost (`benchmarks/transfer.py`).
-    The share of full steps is the schedule's.
+    The share of full steps is the schedule's, and two more, which a beginning takes. As in the preset `forecast` four
+    of them come first, or two where there are fewer than six.
+
+    Args:
+        settings: with a schedule.
+        steps_left: how many steps the image has.
     """
     assert settings.schedule is not None
-    every = max(2, round(settings.schedule.num_steps / len(settings.schedule.full_steps)))
-    changes = {"schedule": None, "full_steps": 2, "refresh_every": every}
-    return settings.replace(**{**PRESETS[Preset.FORECAST], **changes})
+    rule = PRESETS[Preset.FORECAST]
+    budget = 2 + round(steps_left * len(settings.schedule.full_steps) / settings.schedule.num_steps)
+    fewest = rule["full_steps"] if budget >= rule["full_steps"] + 2 else 2
+    possible = [
+        settings.replace(**{**rule, "schedule": None, "full_steps": first, "refresh_every": every})
+        for first in range(fewest, budget + 1)
+        for every in range(2, max(3, steps_left))
+    ]
+    return min(possible, key=lambda each: abs(step_kinds(steps_left, each).count(StepKind.FULL) - budget))
 
 
 def last_read(number: int, settings: PruneSettings) -> float:

@@ -7,7 +7,7 @@ import pytest
 from cat_pruning.errors import ScheduleError
 from cat_pruning.schedule import FULL_STEP, Schedule, ScheduledStep, StepKind
 from cat_pruning.settings import PruneSettings
-from cat_pruning.timeline import last_read, reference_step, scheduled_step, step_kind, step_kinds
+from cat_pruning.timeline import begun_late, last_read, reference_step, scheduled_step, step_kind, step_kinds
 
 TABLE = Schedule.of(6, (0, 1, 4), {3: {0: -1.0, 1: 2.0}}, pruned=(2,))
 FORECAST = PruneSettings.preset("forecast")
@@ -103,3 +103,20 @@ def test_the_reference_is_the_last_but_one_of_the_full_steps_at_the_start() -> N
     assert reference_step(PruneSettings(full_steps=8)) == 6
     assert reference_step(PruneSettings.tuned(TABLE)) == 0
     assert reference_step(PruneSettings.tuned(Schedule.of(9, range(5)))) == 3
+
+
+@pytest.mark.parametrize(
+    ("full", "left", "kinds"),
+    [
+        (9, 22, "FFFF-F---F---F---F---F"),  # 9 / 28 of 22, and two: 9
+        (7, 11, "FF-F--F--F-"),  # 5 of them, fewer than six: two at the start
+        (9, 2, "FF"),
+        (9, 1, "F"),
+    ],
+)
+def test_an_image_that_begins_late_has_the_share_of_its_schedule(full: int, left: int, kinds: str) -> None:
+    weights = {step: {0: 1.0} for step in range(full, 28)}
+    settings = PruneSettings.tuned(Schedule.of(28, list(range(full)), weights))
+    rule = begun_late(settings, left)
+    assert "".join("F" if kind is StepKind.FULL else "-" for kind in step_kinds(left, rule)) == kinds
+    assert rule.schedule is None

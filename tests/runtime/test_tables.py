@@ -86,12 +86,12 @@ def test_the_negative_prompt_s_rows_have_their_own_weights(
 def test_an_image_that_starts_late_goes_by_the_rule(
     tuned: Make, sample: Make, engine: StepEngine, drop_in: Make
 ) -> None:
-    """Half of the table's steps are full, so half of such an image's are."""
+    """Half of the table's steps are full, so half of such an image's are, and two more."""
     late = {"image": torch.zeros(1, 3, *SIZE), "strength": 6 / 8}
     pipe = tuned(StableDiffusion3Img2ImgPipeline)
     run = sample(pipe, STEPS, SIZE, **late)
-    assert run.kinds == "FFF-F-"
-    rule = {"keep_ratio": 0.0, "full_steps": 2, "refresh_every": 2, "reuse": "extrapolate"}
+    assert run.kinds == "FFFF-F"
+    rule = {"keep_ratio": 0.0, "full_steps": 3, "refresh_every": 2, "reuse": "extrapolate"}
     expected = sample(drop_in(engine, StableDiffusion3Img2ImgPipeline, **rule), STEPS, SIZE, **late)
     assert torch.equal(run.final, expected.final)
     assert sample(pipe, STEPS, SIZE, **late | {"strength": 1.0}).kinds == "FF-F--F-"  # the whole of it again
