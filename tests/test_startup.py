@@ -95,7 +95,7 @@ def test_the_runtime_imports_torch_and_no_pipeline(mini_bundle: Path) -> None:
     assert heavy.split() == []
     assert exporter.split() == []
     # The pipeline's libraries are imported meanwhile, by another thread: see `runtime.pipeline`.
-    assert set(by_the_engine.split()) <= {"cat_pruning", "onnxruntime", "onnx"}
+    assert set(by_the_engine.split()) <= {"cat_pruning", "encodings", "onnxruntime", "onnx"}
 
 
 @pytest.mark.parametrize("importer", _IMPORTS_ONNXRUNTIME)

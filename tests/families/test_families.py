@@ -147,7 +147,7 @@ PROCESSORS = {
     "sd3.5": ("perturbed-attention guidance", PAGCFGJointAttnProcessor2_0),
     "flux-dev": ("an IP-adapter", lambda: FluxIPAdapterAttnProcessor(32, 24)),
     "pixart": ("perturbed-attention guidance", PAGIdentitySelfAttnProcessor2_0),
-    "pixart-alpha": ("an attention processor", type("RegionalAttnProcessor", (AttnProcessor2_0,), {})),
+    "pixart-alpha": ("a processor of your own", type("RegionalAttnProcessor", (AttnProcessor2_0,), {})),
 }
 
 

@@ -12,7 +12,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, PixArtSigmaPipeline
 from safetensors.torch import load_file, save_file
 
 from cat_pruning.engines.step_engine import StepEngine
-from cat_pruning.errors import SettingsError
+from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.models import miniatures
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.tuning.guidance import check_parts, parts_of
@@ -99,7 +99,7 @@ def test_a_batch_on_disk_that_is_not_finite_or_of_another_shape_is_named(pipe: A
 
 def test_a_run_file_that_is_damaged_is_named(pipe: Any, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(SettingsError, match=r"run\.json cannot be read"):
+    with pytest.raises(OutputError, match=r"has run\.json, not listed by the run\.json of recordings"):
         record(pipe, RUN, TEXT, tmp_path, lambda count: None)
 
 

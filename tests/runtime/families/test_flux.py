@@ -247,7 +247,6 @@ def test_handles_in_turn(models: Make) -> None:
         {
             "encoder_hidden_states": torch.randn(1, 8, config.joint_attention_dim, generator=generator),
             "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
-            "guidance": torch.tensor([3.5]),
             "txt_ids": torch.zeros(8, 3),
             "img_ids": ids.view(-1, 3),
         }
