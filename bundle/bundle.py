@@ -63,8 +63,10 @@ class Bundle:
             if not directory.is_dir():
                 raise BundleError(f"{directory} is a file, expected a directory", "give the --out of cat-export")
             bundle = cls(path=directory, manifest=read_manifest(directory))
-            for name in bundle.manifest.files:
-                bundle._checked_size(name)
+            while (error := bundle._incomplete()) is not None:
+                if (manifest := read_manifest(directory)) == bundle.manifest:
+                    raise error
+                bundle = cls(path=directory, manifest=manifest)  # schedules were put there meanwhile
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
             raise BundleError(f"{path} cannot be read ({error})", "make it readable") from error
         return bundle
@@ -119,6 +121,15 @@ class Bundle:
     def export_command(self, *flavours: Flavour) -> str:
         """The shell command that makes this bundle again in place, with plans for `flavours` besides those it has."""
         return self.manifest.export_command(self.path, *flavours)
+
+    def _incomplete(self) -> BundleError | None:
+        """What is wrong with a file's presence or size."""
+        try:
+            for name in self.manifest.files:
+                self._checked_size(name)
+        except BundleError as error:
+            return error
+        return None
 
     def _checked_size(self, name: str) -> Path:
         path, expected = self.path / name, self.manifest.files[name].size

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import MANIFEST_NAME, read_manifest
 from cat_pruning.bundle.schema import FileSpec
-from cat_pruning.errors import OutputError, ScheduleError
+from cat_pruning.errors import BundleError, OutputError, ScheduleError
 from cat_pruning.files import write_whole
 from cat_pruning.schedule import Schedule
 
@@ -26,7 +29,13 @@ def read_schedules(bundle: Bundle) -> dict[str, Schedule]:
         ScheduleError: one is of another version, or was made for another model.
     """
     manifest = bundle.manifest
-    schedules = [Schedule.load(bundle.verified(name)) for name in manifest.schedules]
+    try:
+        schedules = [Schedule.load(bundle.verified(name)) for name in manifest.schedules]
+    except BundleError:
+        now = Bundle.open(bundle.path)
+        if now.manifest == manifest:
+            raise
+        return read_schedules(now)  # others took their place since the bundle was opened
     for schedule in schedules:
         schedule.check_model(manifest.transformer_class, manifest.transformer_config)
     return {each.name: each for each in sorted(schedules, key=lambda each: (each.num_steps, -len(each.full_steps)))}
@@ -60,38 +69,61 @@ def speed_of(schedule: Schedule) -> float:
     return schedule.measured.speedup if schedule.measured else schedule.num_steps / len(schedule.full_steps)
 
 
-def write_schedules(directory: Path, schedules: Iterable[Schedule]) -> Bundle:
-    """Put schedules into a bundle, in the place of those of the same names.
+def write_schedules(directory: Path, schedules: Iterable[Schedule], *, digest: str | None = None) -> Bundle:
+    """Put schedules into a bundle, in the place of those of the same names. Waits for another process that does.
 
     A file's name has its content's hash, so what the manifest lists is never overwritten; the manifest is replaced in
-    one step, and files that it no longer lists go after that. So whatever a process dies of, the bundle is whole.
+    one step, and the files that it listed before, and lists no longer, go after that. So whatever a process dies of,
+    the bundle is whole, and files that it never listed stay.
+
+    Args:
+        directory: the bundle's.
+        schedules: to put there.
+        digest: of the manifest that they were made with (`Manifest.digest`); None: not asked.
 
     Raises:
         BundleError: there is no bundle.
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or is not the one that they were made with.
     """
     bundle = Bundle.open(directory)
     new = {each.name: each for each in schedules}
     try:
-        manifest = read_manifest(bundle.path)  # once more: another process may have tuned other steps meanwhile
-        kept = [name for name in manifest.schedules if Path(name).name.split(".")[0] not in new]
-        files = {name: spec for name, spec in manifest.files.items() if name not in set(manifest.schedules) - set(kept)}
-        (bundle.path / FOLDER).mkdir(exist_ok=True)
-        written = []
-        for name, schedule in new.items():
-            content = schedule.to_json().encode()
-            digest = hashlib.sha256(content).hexdigest()
-            file = f"{FOLDER}/{name}.{digest[:12]}.json"
-            write_whole(bundle.path / file, content)
-            files[file] = FileSpec(size=len(content), sha256=digest)
-            written.append(file)
-        changed = manifest.model_copy(update={"schedules": (*kept, *written)}).with_files(files)
-        write_whole(bundle.path / MANIFEST_NAME, changed.model_dump_json(indent=2) + "\n")
-        for path in (bundle.path / FOLDER).glob("*.json"):
-            if f"{FOLDER}/{path.name}" not in changed.schedules:
-                path.unlink()
+        with _alone(bundle.path):
+            manifest = read_manifest(bundle.path)  # once more: another process may have tuned other steps meanwhile
+            if digest not in (None, manifest.digest):
+                raise OutputError(
+                    f"{bundle.path} was replaced by another export meanwhile, which these schedules were not made for",
+                    "tune it again",
+                )
+            kept = [name for name in manifest.schedules if Path(name).name.split(".")[0] not in new]
+            gone = set(manifest.schedules) - set(kept)
+            files = {name: spec for name, spec in manifest.files.items() if name not in gone}
+            (bundle.path / FOLDER).mkdir(exist_ok=True)
+            written = []
+            for name, schedule in new.items():
+                content = schedule.to_json().encode()
+                sha256 = hashlib.sha256(content).hexdigest()
+                file = f"{FOLDER}/{name}.{sha256[:12]}.json"
+                write_whole(bundle.path / file, content)
+                files[file] = FileSpec(size=len(content), sha256=sha256)
+                written.append(file)
+            changed = manifest.model_copy(update={"schedules": (*kept, *written)}).with_files(files)
+            write_whole(bundle.path / MANIFEST_NAME, changed.model_dump_json(indent=2) + "\n")
+            for name in gone - set(written):
+                (bundle.path / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"{bundle.path} cannot be written ({error.strerror or error})", "make room, or make it writable"
         ) from error
     return Bundle(path=bundle.path, manifest=changed)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keep others that write schedules out of a bundle meanwhile, by a lock of the directory itself."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
+        yield
+    finally:
+        os.close(descriptor)

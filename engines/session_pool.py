@@ -128,6 +128,21 @@ class SessionPool:
         self._max_sessions = number
 
     @property
+    def max_bytes(self) -> int | None:
+        """What idle ones are freed beyond; None: they are kept.
+
+        Raises:
+            SettingsError: where it is set, it is no number of bytes.
+        """
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, number: int | None) -> None:
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
+            raise SettingsError(f"max_bytes={number!r}: expected a whole number of bytes, or None")
+        self._max_bytes = number
+
+    @property
     def num_sessions(self) -> int:
         """Those that there are, in use or idle."""
         with self._changed:

@@ -79,7 +79,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         directory / NUMBERS,
     )
     draw(compared, full.contender.macs, directory / PICTURE)
-    write_schedules(bundle.path, measured)
+    write_schedules(bundle.path, measured, digest=bundle.manifest.digest)
     terminal().print(table(compared, full))
     say(f"{directory / PICTURE}")
     names = ", ".join(each.name for each in measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,42 @@ def test_what_there_is_is_named() -> None:
     assert caught.value.remedy == "make one: cat-tune b --steps 28 --speedup 3"
     with pytest.raises(ScheduleError, match="nor any other"):
         choose_schedule({}, 3.0, 28, tune="cat-tune b")
+
+
+def test_files_that_it_never_listed_stay(bundle: Bundle) -> None:
+    write_schedules(bundle.path, [make(28, 9)])
+    own = bundle.path / "schedules/my-own.json"
+    own.write_text("{}")
+    (bundle.path / "schedules/folder.json").mkdir()
+    write_schedules(bundle.path, [make(28, 9, weight=2.0)])
+    assert own.read_text() == "{}"
+    assert len([*(bundle.path / "schedules").iterdir()]) == 3
+
+
+def test_schedules_of_another_export_are_refused(bundle: Bundle) -> None:
+    digest = bundle.manifest.digest
+    other = bundle.manifest.model_copy(update={"settings": bundle.manifest.settings.replace(full_steps=5)})
+    write_whole(bundle.path / MANIFEST_NAME, other.model_dump_json())
+    with pytest.raises(OutputError, match=r"was replaced by another export meanwhile.*; tune it again"):
+        write_schedules(bundle.path, [make(28, 9)], digest=digest)
+    assert Bundle.open(bundle.path).manifest == other
+
+
+def _tuned(path: Path, full: int, barrier: Any) -> None:
+    barrier.wait()
+    for weight in (1.0, 2.0, 3.0):
+        write_schedules(path, [make(28, full, weight=weight)])
+
+
+def test_several_processes_that_tune_one_bundle(bundle: Bundle) -> None:
+    """One lost its schedules, or the bundle listed files that the other had deleted."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    tuning = [context.Process(target=_tuned, args=(bundle.path, full, barrier)) for full in (9, 12, 14, 16)]
+    for process in tuning:
+        process.start()
+    while any(process.is_alive() for process in tuning):
+        read_schedules(Bundle.open(bundle.path))  # whole at every moment
+    assert [process.exitcode for process in tuning] == [0] * 4
+    schedules = read_schedules(Bundle.open(bundle.path))
+    assert schedules == {f"28-{full}": make(28, full, weight=3.0) for full in (16, 14, 12, 9)}

@@ -516,3 +516,9 @@ def test_idle_memory_is_bounded_by_bytes(make: Make) -> None:
 def test_a_bound_that_is_none(make: Make, number: Any) -> None:
     with pytest.raises(SettingsError, match=r"max_sessions=.*expected a whole number"):
         make().sessions.max_sessions = number
+
+
+@pytest.mark.parametrize("number", [-1, 2.5, "2", True, float("nan")])
+def test_a_number_of_bytes_that_is_none(make: Make, number: Any) -> None:
+    with pytest.raises(SettingsError, match=r"max_bytes=.*expected a whole number of bytes"):
+        make().sessions.max_bytes = number
