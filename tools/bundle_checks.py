@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.engines.plan_choice import plan_fit
 from cat_pruning.errors import EngineError
 from cat_pruning.names import TITLES, Flavour
@@ -22,6 +23,15 @@ def check_pipeline(bundle: Bundle) -> Finding:
     pipeline_parts(bundle, directory)
     files = [path for path in directory.rglob("*") if path.is_file()]
     return Finding("pipeline", "ok", f"all {len(files)} files as they were exported")
+
+
+def check_schedules(bundle: Bundle) -> Finding:
+    """The schedules that `cat-tune` put there, and the script that feeds the graphs: read only when they are used."""
+    schedules = read_schedules(bundle)
+    for name in bundle.manifest.files:
+        if "/" not in name and name.endswith(".py"):
+            bundle.verified(name)
+    return Finding("schedules", "ok", ", ".join(schedules) or "none; cat-tune makes them")
 
 
 def check_plans(flavour: Flavour, bundle: Bundle) -> Finding:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from cat_pruning import __version__
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.names import FLAVOURS, TITLES
-from cat_pruning.tools.bundle_checks import check_pipeline, check_plans
+from cat_pruning.tools.bundle_checks import check_pipeline, check_plans, check_schedules
 from cat_pruning.tools.engine_checks import (
     check_auto,
     check_onnx_target,
@@ -88,7 +88,8 @@ def examine(bundle: Bundle | None = None) -> Report:
     parts: tuple[Finding, ...] = ()
     if bundle is not None:
         plans = (isolated(f"plans {flavour}", check_plans, flavour, bundle) for flavour in TITLES)
-        parts = (isolated("pipeline", check_pipeline, bundle), *plans)
+        own = (isolated("pipeline", check_pipeline, bundle), isolated("schedules", check_schedules, bundle))
+        parts = (*own, *plans)
     running = [finding.topic for finding in engines if finding.status != "problem"]
     auto, choice = check_auto(bundle, running)
     complete = all(finding.status != "problem" for finding in (pipelines, *parts) if finding.topic in _NEEDED)

@@ -64,7 +64,8 @@ def test_every_engine_and_every_target_is_told_of() -> None:
 def test_a_bundle_on_this_machine(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle)
     report = examine(bundle)
-    assert statuses(report.bundle) == {"pipeline": "ok", "plans tensorrt": "warning", "plans tensorrt_rtx": "warning"}
+    own, plans = {"pipeline": "ok", "schedules": "ok"}, {"plans tensorrt": "warning", "plans tensorrt_rtx": "warning"}
+    assert statuses(report.bundle) == own | plans
     tensorrt, rtx = report.bundle[1:]
     assert tensorrt.text == "no plans for TensorRT"
     assert tensorrt.remedy == f"on the machine with the GPU: {bundle.export_command('tensorrt')}"
@@ -116,6 +117,7 @@ def test_a_pipeline_on_the_hub_is_not_asked_for(mini_bundle: Path) -> None:
     [
         ("step.onnx.data", "engines", "onnxruntime", True),  # by torch
         ("pipeline/model_index.json", "bundle", "pipeline", False),
+        ("data_loader.py", "bundle", "schedules", True),
         ("plans/", "bundle", "plans tensorrt_rtx", True),
     ],
 )
