@@ -92,7 +92,7 @@ def begun_late(settings: PruneSettings, steps_left: int) -> PruneSettings:
     A schedule is fitted to whole runs. What its later rows read was never computed in such an image; as full steps they
     would cost nearly as much as a full run, and the rule is nearer to that at the same cost (`benchmarks/transfer.py`).
     The share of full steps is the schedule's, and two more, which a beginning takes. As in the preset `forecast` four
-    of them come first, or two where there are fewer than six.
+    of them come first, or two where there are fewer than seven.
 
     Args:
         settings: with a schedule.
@@ -101,7 +101,7 @@ def begun_late(settings: PruneSettings, steps_left: int) -> PruneSettings:
     assert settings.schedule is not None
     rule = PRESETS[Preset.FORECAST]
     budget = 2 + round(steps_left * len(settings.schedule.full_steps) / settings.schedule.num_steps)
-    fewest = rule["full_steps"] if budget >= rule["full_steps"] + 2 else 2
+    fewest = rule["full_steps"] if budget >= rule["full_steps"] + 3 else 2
     possible = [
         settings.replace(**{**rule, "schedule": None, "full_steps": first, "refresh_every": every})
         for first in range(fewest, budget + 1)
