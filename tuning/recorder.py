@@ -198,7 +198,13 @@ def _begin(directory: Path, run: RecordedRun) -> None:
 
 
 def _stored(path: Path) -> dict[str, Tensor] | None:
-    """A batch that is on disk; None if it is not, or damaged: it is recorded anew."""
+    """A batch that is on disk; None if it is not, or damaged: it is recorded anew.
+
+    Raises:
+        OutputError: a directory, a pipe or a device is in its place.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise OutputError(f"{path} is no file", f"move it away, or {_REMEDY}")
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError):

@@ -40,15 +40,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, in UTF-8 if it is text: see `replacing`. What a link leads to is replaced, and the link stays.
 
-    Pipes and devices are written to.
+    Devices are written to, and pipes that somebody reads.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: it cannot be written, as where nobody reads a pipe; what was there is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if _is_stream(target):
-        target.write_bytes(data)
+        with open(target, "wb", opener=_never_waiting) as stream:
+            os.set_blocking(stream.fileno(), True)
+            stream.write(data)
         return
     with replacing(target) as part:
         part.write_bytes(data)
@@ -58,7 +60,7 @@ def check_writable(path: Path) -> None:
     """Check that `write_whole` can write a file, by beginning to. Nothing is changed.
 
     Raises:
-        OSError: it cannot, and why.
+        OSError: it cannot, and why; or it is a pipe, a socket or a disk. Who reads a pipe cannot be told beforehand.
     """
     if not path.name or "\0" in str(path):
         raise OSError(errno.EINVAL, "this is no name of a file")
@@ -67,7 +69,10 @@ def check_writable(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if _exists(target) and not os.access(target, os.W_OK):  # a rename would not ask
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    if not _is_stream(target):
+    if _is_stream(target):
+        if not target.is_char_device():  # as /dev/null is, and a terminal
+            raise OSError(errno.EINVAL, "it is no file, but a pipe, a socket or a disk")
+    else:
         part = _beside(target)
         part.touch()
         part.unlink()
@@ -99,7 +104,7 @@ def open_file(path: Path) -> BinaryIO:
         OSError: there is no such file, or it is a directory, a named pipe or a device.
         ValueError: the path has a null character.
     """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    file = open(path, "rb", opener=_never_waiting)  # noqa: SIM115
     mode = os.fstat(file.fileno()).st_mode
     if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and _is_nameless(path)):
         file.close()
@@ -147,6 +152,11 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _never_waiting(name: str, flags: int) -> int:
+    """An opener that waits for no other end of a pipe."""
+    return os.open(name, flags | os.O_NONBLOCK, 0o666)
 
 
 def _beside(path: Path) -> Path:

@@ -78,6 +78,12 @@ def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device"):
+        write_whole(tmp_path / "pipe", "for nobody")
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "nowhere" / "file", "")
@@ -131,7 +137,7 @@ def below(directory: Path) -> list[str]:
         ("new", None),
         ("file", None),
         ("link", None),
-        ("pipe", None),
+        ("pipe", "no file, but a pipe"),
         ("folder", "Is a directory"),
         ("file/new", "Not a directory"),
         ("nowhere/new", "No such file"),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cat_pruning.errors import OutputError
-from cat_pruning.tuning.recorder import RecordedRun, existing_run, forget
+from cat_pruning.settings import PruneSettings
+from cat_pruning.tuning.recorder import RecordedRun, existing_run, forget, record
 
 RUN = RecordedRun(
     bundle="0" * 64,
@@ -63,3 +67,13 @@ def test_another_batch_than_the_runs_is_kept(tmp_path: Path) -> None:
         forget(tmp_path)
     assert names(tmp_path) == sorted([*FILES, "batch-0002.safetensors"])
     assert dataclasses.replace(RUN, batch=1).files() == {*FILES, "batch-0002.safetensors"}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_a_batchs_place_is_told(tmp_path: Path, make: Any) -> None:
+    """A pipe would be waited for without end."""
+    write(tmp_path, "run.json")
+    make(tmp_path / "batch-0000.safetensors")
+    pipe = SimpleNamespace(transformer=SimpleNamespace(settings=PruneSettings()))
+    with pytest.raises(OutputError, match=r"batch-0000\.safetensors is no file; move it away, or give another --rec"):
+        record(pipe, RUN, {}, tmp_path, lambda count: None)
