@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cat_pruning.errors import EngineError
+from cat_pruning.finite import is_finite
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import StepKind
@@ -51,12 +53,15 @@ def generate(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Run:
     """Generate with `pipe`, whose transformer is a `CatTransformer`, under `settings`.
 
     The first image of a process is slower: it warms up allocators and thread pools. Synchronises with a GPU after
-    every step, to time it.
+    every step, to time it, and when the images are decoded.
+
+    Raises:
+        EngineError: the decoded images are not finite: they would be black.
     """
     transformer: CatTransformer = pipe.transformer
     transformer.settings = settings
     generators = [torch.Generator().manual_seed(config.seed + index) for index in range(len(config.prompts))]
-    with _timed_steps(transformer) as (records, step_ms):
+    with _timed_steps(transformer) as (records, step_ms), _finite_images(pipe.vae):
         started = time.perf_counter()
         images = pipe(
             list(config.prompts),
@@ -105,6 +110,31 @@ def _timed_steps(transformer: CatTransformer) -> Iterator[tuple[list[StepRecord]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _finite_images(vae: Any) -> Iterator[None]:
+    """Meanwhile, what the VAE decodes is looked at: as 8-bit pixels, NaN is black."""
+
+    def check(module: torch.nn.Module, arguments: Any, image: torch.Tensor) -> None:
+        if is_finite(image):
+            return
+        if image.dtype is torch.float16:
+            raise EngineError(
+                "the decoded image has values that are not finite: the VAE, or the model on a late step, overflows in "
+                "fp16",
+                'export it with --dtype bf16; where it is the VAE, load_pipeline(…, dtype="fp32") helps as well',
+            )
+        raise EngineError(
+            "the decoded image has values that are not finite: the VAE's weights or the latents are damaged",
+            "export it again, from a checkpoint whose VAE is sound",
+        )
+
+    hook = vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _synchronise(transformer: CatTransformer) -> None:
