@@ -30,6 +30,7 @@ from cat_pruning.ours import check_ours
 
 _log = logging.getLogger(__name__)
 
+_NAMED: Final = 3  # how many files an error names
 _PARTIAL: Final = re.compile(r"\..+\.partial-\d+")
 _SCHEDULE: Final = re.compile(r"\d+-\d+\.[0-9a-f]{12}\.json")  # as `write_schedules` names them
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -113,7 +114,8 @@ class Bundle:
             raise self._error(f"lists no files below {prefix}/")
         present = {path.relative_to(self.path).as_posix() for path in _files_below(self.path / prefix)}
         if added := sorted(present - set(listed)):
-            raise self._error(f"{', '.join(added)} added after the export", "remove that, or ")
+            more = f" and {len(added) - _NAMED} more" if len(added) > _NAMED else ""
+            raise self._error(f"{', '.join(added[:_NAMED])}{more} added after the export", "remove that, or ")
         for name in listed:
             self.verified(name)
         return self.path / prefix
@@ -218,11 +220,15 @@ def check_replaceable(out: Path, *, force: bool) -> None:
     """Check that nothing is at `out`, or, with `force`, nothing but a bundle or an empty directory.
 
     Raises:
-        OutputError: something else is. Of a directory, the files that no manifest of a bundle there lists are named.
+        OutputError: something else is, or `out` is in another bundle. Of a directory, the files that no manifest of a
+            bundle there lists are named.
     """
+    place = Path(os.path.realpath(out))
+    if around := next((parent for parent in place.parents if _listed_files(parent)), None):
+        raise OutputError(f"{out} would be in the bundle {around}, among its own files", "give another --out")
     if not out.exists():
         return
-    if out.is_mount():
+    if place.is_mount():  # "." itself always seems one: its parent is itself
         raise OutputError(f"{out} is a mount point, which cannot be replaced", f"give --out {out / 'bundle'}")
     # First what --force would not help.
     if not out.is_dir():

@@ -34,6 +34,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     require("cat-eval", "eval")
     console.check_address_space()
     from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.outside import check_directory_outside
     from cat_pruning.evaluation.clip_score import DEFAULT_CLIP_MODEL
     from cat_pruning.evaluation.evaluate import evaluate
     from cat_pruning.evaluation.metrics import Metrics
@@ -47,6 +48,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     existing_spec(arguments.out, force=arguments.force)  # before the bundle is loaded
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = Bundle.open(arguments.bundle)
+    check_directory_outside(bundle, "--out", arguments.out)
     metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))
     clip_model = arguments.clip_model or DEFAULT_CLIP_MODEL
     scorer = Metrics(metrics, prompts, clip_model, lpips_weights=arguments.lpips_weights)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cat_pruning.arguments import MOST_STEPS, Parser, check_outputs, guidance, number, path, resolution, text, whole
 from cat_pruning.errors import OutputError, SettingsError
@@ -14,9 +12,6 @@ from cat_pruning.installation import require
 from cat_pruning.names import ENGINES
 from cat_pruning.settings import Preset, Reuse
 from cat_pruning.tools.image_files import ENDINGS
-
-if TYPE_CHECKING:
-    from cat_pruning.bundle.bundle import Bundle
 
 SETTINGS = ("keep_ratio", "full_steps", "refresh_every", "reuse")
 _EXAMPLES = """\
@@ -145,19 +140,6 @@ def outputs_of(arguments: argparse.Namespace) -> list[tuple[str, Path]]:
     files += [beside(arguments.out, ".token_map.png")] if arguments.token_map else []
     outputs = [("--out", file) for file in files]
     return outputs + ([("--summary", arguments.summary)] if arguments.summary is not None else [])
-
-
-def check_outside(bundle: Bundle, outputs: Iterable[tuple[str, Path]]) -> None:
-    """Check that nothing is written over a bundle's files or into its folders: it would not load again.
-
-    Raises:
-        SettingsError: an output is there.
-    """
-    own = {"manifest.json", *(name.split("/")[0] for name in bundle.manifest.files)}
-    for option, file in outputs:
-        place = Path(os.path.realpath(file))
-        if place.is_relative_to(bundle.path) and place.relative_to(bundle.path).parts[0] in own:
-            raise SettingsError(f"{option} {file} would be among the bundle's own files", "give another path")
 
 
 def images_of(arguments: argparse.Namespace) -> list[Path]:

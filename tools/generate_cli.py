@@ -17,7 +17,7 @@ from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
 from cat_pruning.terminal import say, terminal, waiting
 from cat_pruning.timeline import step_kinds
-from cat_pruning.tools.generate_arguments import SETTINGS, beside, check, check_outside, images_of, outputs_of, parse
+from cat_pruning.tools.generate_arguments import SETTINGS, beside, check, images_of, outputs_of, parse
 from cat_pruning.tools.image_files import save_image
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     screen = terminal(stderr=True)
     with console.collector_paused(), waiting(screen, "Import torch …") as status:
         from cat_pruning.bundle.bundle import Bundle
+        from cat_pruning.bundle.outside import check_outside
         from cat_pruning.families import family_named
         from cat_pruning.runtime.pipeline import load_pipeline
         from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned

@@ -40,6 +40,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     console.check_address_space()
     from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.bundle.manifest import MANIFEST_NAME
+    from cat_pruning.bundle.outside import check_directory_outside
     from cat_pruning.bundle.schedules import write_schedules
     from cat_pruning.evaluation.prompts import load_prompts, tuning_prompts
     from cat_pruning.tuning.recorder import NUMBERS, PICTURE, existing_run, forget
@@ -51,6 +52,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     _check_prompts(arguments, prompts, others)
     bundle = Bundle.open(arguments.bundle)
     directory = arguments.recordings or bundle.path.with_name(f"{bundle.path.name}.tune")
+    check_directory_outside(bundle, "--recordings", directory)
     # Before the bundle is loaded, and the hour that recording takes.
     check_outputs([("the bundle's", bundle.path / MANIFEST_NAME)])
     existing_run(directory, force=arguments.force)

@@ -129,6 +129,13 @@ def test_a_file_added_to_the_pipeline(bundle: Bundle) -> None:
         opened.verified_tree("pipeline")
 
 
+def test_of_many_files_that_were_added_three_are_named(bundle: Bundle) -> None:
+    for number in range(50):
+        (bundle.path / "pipeline" / f"added-{number:02d}").touch()
+    with pytest.raises(BundleError, match=r"added-00, \S+-01, \S+-02 and 47 more added after the export; remove that"):
+        bundle.verified_tree("pipeline")
+
+
 def test_a_directory_linked_into_the_pipeline(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "elsewhere").mkdir()
     (bundle.path / "pipeline" / "unet").symlink_to(tmp_path / "elsewhere")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bundle_files import export, names
 
-from cat_pruning.bundle.bundle import Bundle, new_bundle
+from cat_pruning.bundle.bundle import Bundle, check_replaceable, new_bundle
 from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest
 from cat_pruning.errors import OutputError
 
@@ -127,6 +127,13 @@ def test_a_mount_point_is_refused_before_the_work() -> None:
         new_bundle(Path("/proc"), force=True, needed_bytes=1),
     ):
         pytest.fail("entered")
+
+
+def test_the_folder_one_is_in_is_no_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_replaceable(Path(), force=True)
+    with pytest.raises(OutputError, match=r"\. exists; pass --force"):
+        check_replaceable(Path(), force=False)
 
 
 def test_too_little_space_is_told_before_the_work(tmp_path: Path) -> None:

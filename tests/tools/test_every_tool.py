@@ -200,6 +200,21 @@ def test_a_directory_that_cannot_be_written(refused: Refused, tool: str, kind: s
         assert kind in line
 
 
+@pytest.mark.parametrize("place", ["bundle", "bundle/pipeline", "bundle/pipeline/new", "bundle/new"])
+@pytest.mark.parametrize("tool", ["cat-eval", "cat-export", "cat-tune"])
+def test_results_are_not_written_into_the_bundle(refused: Refused, tool: str, place: str) -> None:
+    """Where it would not load again; an export may replace a bundle, and be in none."""
+    export(refused.place / "bundle", small_manifest())
+    line = refused(tool, changed={"bundle": "bundle", "out": place})
+    assert f"{place} would be " in line or (tool, place) == ("cat-export", "bundle")
+    assert "give another" in line
+
+
+def test_a_pipe_in_an_images_place(refused: Refused) -> None:
+    os.mkfifo(refused.place / "out.png")
+    assert "--out out.png cannot be written (it is no file, but a pipe" in refused("cat-generate")
+
+
 @pytest.mark.parametrize("option", ["--out", "--summary"])
 @pytest.mark.parametrize(
     "name", ["folder.png", "loop.png", "file/in.png", "nowhere/a.png", f"{LONG}.png", "dangling.png"]
