@@ -1,0 +1,50 @@
+"""The commands: each imports its tool and runs it. Ctrl-C is a line from the first moment, and no traceback."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Final
+
+_TOOLS: Final = {
+    "cat-doctor": "cat_pruning.tools.doctor_cli",
+    "cat-eval": "cat_pruning.evaluation.cli",
+    "cat-export": "cat_pruning.exporter.cli",
+    "cat-generate": "cat_pruning.tools.generate_cli",
+    "cat-tune": "cat_pruning.tuning.cli",
+}
+
+
+def doctor() -> int:
+    """`cat-doctor`."""
+    return _run("cat-doctor")
+
+
+def evaluate() -> int:
+    """`cat-eval`."""
+    return _run("cat-eval")
+
+
+def export() -> int:
+    """`cat-export`."""
+    return _run("cat-export")
+
+
+def generate() -> int:
+    """`cat-generate`."""
+    return _run("cat-generate")
+
+
+def tune() -> int:
+    """`cat-tune`."""
+    return _run("cat-tune")
+
+
+def _run(program: str) -> int:
+    try:
+        main = importlib.import_module(_TOOLS[program]).main
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted; nothing was begun\n")
+        return 130
+    code: int = main()
+    return code
