@@ -15,7 +15,7 @@ from cat_pruning.engines.plan_caches import runtime_cache_path
 from cat_pruning.engines.plan_choice import plans_for
 from cat_pruning.engines.step_engine import StepEngine, enough_memory
 from cat_pruning.engines.tensorrt_library import tensorrt_library
-from cat_pruning.errors import EngineError
+from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.families.family import Family
 from cat_pruning.imports import importing
 from cat_pruning.names import ENGINES, FLAVOURS, TITLES, Flavour
@@ -115,7 +115,16 @@ def _onnxruntime(bundle: Bundle, family: Family) -> StepEngine:
         )
     bundle.verify_graphs()
     weights = functools.partial(_weights, bundle)
-    return OnnxRuntimeStepEngine(bundle.path, family, manifest.dtype.torch, device, weights)
+    engine = OnnxRuntimeStepEngine(bundle.path, family, manifest.dtype.torch, device, weights)
+    for graph in manifest.graphs:
+        expected = ({tensor.name for tensor in graph.inputs}, {tensor.name for tensor in graph.outputs})
+        loaded = engine.graphs[graph.part]
+        if ({value.name for value in loaded.get_inputs()}, {value.name for value in loaded.get_outputs()}) != expected:
+            raise BundleError(
+                f"{bundle.path / graph.file} has other inputs or outputs than the manifest says",
+                f"run cat-export again: {bundle.export_command()}",
+            )
+    return engine
 
 
 def _weights(bundle: Bundle) -> GraphWeights:

@@ -12,7 +12,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.graph_family import family_of_bundle
 from cat_pruning.errors import BundleError
 from cat_pruning.runtime.engine_choice import engine_from_bundle
-from cat_pruning.step_io import cache_names
+from cat_pruning.step_io import Part, cache_names
 
 
 def edited(path: Path, config: dict[str, Any] | None = None, **changes: Any) -> Bundle:
@@ -57,3 +57,16 @@ def test_what_does_not_belong_together(mini_bundle: Path, changes: dict[str, Any
     with pytest.raises(BundleError, match=rf"{message}.*; run cat-export again: cat-export --model") as caught:
         engine_from_bundle(edited(mini_bundle, **changes), "onnxruntime")
     assert "\n" not in str(caught.value)
+
+
+def test_graphs_in_each_other_s_place(mini_bundle: Path) -> None:
+    """What the manifest says of each is the other's."""
+    bundle = Bundle.open(mini_bundle)
+    prompt, timestep = (bundle.manifest.graph(part) for part in (Part.PROMPT, Part.TIMESTEP))
+    graphs = tuple(
+        graph.model_copy(update={"inputs": other.inputs, "outputs": other.outputs})
+        for graph, other in ((prompt, timestep), (timestep, prompt))
+    )
+    step = bundle.manifest.graph(Part.STEP)
+    with pytest.raises(BundleError, match=r"onnx has other inputs or outputs than the manifest says; run cat-export"):
+        engine_from_bundle(edited(mini_bundle, graphs=(*graphs, step)), "onnxruntime")
