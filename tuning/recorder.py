@@ -1,7 +1,8 @@
 """Runs of the full model, recorded on disk: made a batch at a time, and gone on with after an interruption.
 
 DIR/run.json                 all that the recordings depend on; a run goes on only under the same
-DIR/batch-0000.safetensors   start, parts, final (float32) and the transformer's timesteps, of a batch of prompts
+DIR/batch-0000.safetensors   start, parts, final (float32) and the transformer's timesteps, of a batch of prompts; its
+                             metadata says which: the run's digest, the prompts, the seed
 DIR/tune.json, tune.png      what `report` writes when all is done
 
 Only these are ever deleted or written over, and only where run.json is a run's: it is written first and deleted last.
@@ -10,6 +11,7 @@ Only these are ever deleted or written over, and only where run.json is a run's:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ import pydantic
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cat_pruning.errors import OutputError, SettingsError
@@ -32,6 +34,7 @@ from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 from cat_pruning.tuning.guidance import check_parts, parts_of
 from cat_pruning.tuning.recordings import Recordings
+from cat_pruning.tuning.stored_batch import as_recordings, check_batch, stored_batch
 
 RUN, NUMBERS, PICTURE = "run.json", "tune.json", "tune.png"
 _PLACES: Final = (RUN, NUMBERS, PICTURE, "batch-*.safetensors")
@@ -75,6 +78,11 @@ class RecordedRun:
             for first in range(0, len(self.prompts), self.batch)
         ]
 
+    def marks(self, config: GenerateConfig) -> dict[str, str]:
+        """What a batch's file says of itself, so that no other is taken for it."""
+        run = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return {"run": run, "prompts": json.dumps(config.prompts), "seed": str(config.seed)}
+
     def files(self) -> set[str]:
         """The files in its directory: what may be deleted and written over."""
         return {RUN, NUMBERS, PICTURE, *(batch_name(n) for n in range(math.ceil(len(self.prompts) / self.batch)))}
@@ -108,34 +116,34 @@ def record(
         advance: called with the number of prompts that were recorded, or found.
 
     Raises:
-        SettingsError: the directory holds the recordings of another run; the scheduler calls the model more than once
-            a step; the pipeline has other guidance than the plain one.
+        SettingsError: the directory holds the recordings of another run, or a file in it those of other prompts, or
+            what no run leaves; the scheduler calls the model more than once a step; the pipeline has other guidance
+            than the plain one.
         OutputError: it cannot be written, or holds files that no run lists where the recordings would be.
     """
     _begin(directory, run)
     settings = never_pruned(pipe.transformer.settings, run.steps)
-    batches = []
+    batches: list[dict[str, Tensor]] = []
     for number, config in enumerate(run.configs(text_arguments)):
         path = directory / batch_name(number)
-        tensors = _stored(path)
-        if tensors is None:
+        marks = run.marks(config)
+        tensors = stored_batch(path, marks)
+        if tensors is not None:
+            first = batches[0]["timesteps"] if batches else None
+            check_batch(path, tensors, len(config.prompts), config.steps, first)
+        else:
             tensors = _recorded(pipe, settings, config)
             try:
                 with replacing(path) as part:
-                    save_file(tensors, part)
+                    save_file(tensors, part, metadata=marks)
             except (OSError, SafetensorError) as error:
                 raise OutputError(f"{path} cannot be written ({error})", "make room") from error
         batches.append(tensors)
         advance(len(config.prompts))
-    recordings = Recordings.joined([_as_recordings(number, batch) for number, batch in enumerate(batches)])
+    recordings = Recordings.joined(
+        [as_recordings(f"batch {number} of the prompts", batch) for number, batch in enumerate(batches)]
+    )
     return Recorded(recordings=recordings, timesteps=tuple(batches[0]["timesteps"].tolist()))
-
-
-def _as_recordings(number: int, batch: dict[str, Tensor]) -> Recordings:
-    try:
-        return Recordings(start=batch["start"], parts=batch["parts"], final=batch["final"])
-    except SettingsError as error:
-        raise SettingsError(f"batch {number} of the prompts: {error.problem}", error.remedy) from error
 
 
 def batch_name(number: int) -> str:
@@ -195,21 +203,6 @@ def _begin(directory: Path, run: RecordedRun) -> None:
         write_whole(directory / RUN, json.dumps(fields, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"{directory} cannot be written ({error.strerror or error})", _REMEDY) from error
-
-
-def _stored(path: Path) -> dict[str, Tensor] | None:
-    """A batch that is on disk; None if it is not, or damaged: it is recorded anew.
-
-    Raises:
-        OutputError: a directory, a pipe or a device is in its place.
-    """
-    if path.exists() and not path.is_file():  # a pipe would be waited for without end
-        raise OutputError(f"{path} is no file", f"move it away, or {_REMEDY}")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError):
-        return None
-    return tensors if tensors.keys() == {"start", "parts", "final", "timesteps"} else None
 
 
 def _recorded(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> dict[str, Tensor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.models import miniatures
 from cat_pruning.runtime.transformer import CatTransformer
+from cat_pruning.settings import PruneSettings
 from cat_pruning.tuning.guidance import check_parts, parts_of
 from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.replay import Replay
@@ -33,6 +37,29 @@ RUN = RecordedRun(
     guidance_scale=3.0,
 )
 TEXT: dict[str, Any] = {"max_sequence_length": 24}
+
+
+NAMES = ("batch-0000.safetensors", "batch-0001.safetensors")
+SCHEDULED: Any = SimpleNamespace(transformer=SimpleNamespace(settings=PruneSettings()))  # for what calls no model
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings of noise, as `record` leaves them."""
+    directory = tmp_path_factory.mktemp("recorded")
+    (directory / "run.json").write_text(json.dumps(RUN.to_dict()))
+    for name, config in zip(NAMES, RUN.configs(TEXT), strict=True):
+        runs = len(config.prompts)
+        parts = torch.randn(runs, 4, 2, 3, generator=torch.Generator().manual_seed(config.seed))
+        tensors = {
+            "start": parts[:, 0, 0],
+            "parts": parts,
+            "final": parts[:, 1, 0],
+            "timesteps": torch.arange(4.0).flip(0),
+        }
+        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+        save_file(tensors, directory / name, metadata=RUN.marks(config))
+    return directory
 
 
 @pytest.fixture
@@ -85,16 +112,68 @@ def test_what_is_on_disk_is_not_recorded_again(pipe: Any, tmp_path: Path) -> Non
     assert again.timesteps == first.timesteps
 
 
-def test_a_batch_on_disk_that_is_not_finite_or_of_another_shape_is_named(pipe: Any, tmp_path: Path) -> None:
-    record(pipe, RUN, TEXT, tmp_path, lambda count: None)
-    path = tmp_path / "batch-0001.safetensors"
-    stored = load_file(path)
-    save_file(stored | {"final": stored["final"] / 0.0}, path)
-    with pytest.raises(SettingsError, match=r"batch 1 of the prompts: recordings \[0\] have infinities or NaNs"):
-        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
-    save_file(stored | {"parts": stored["parts"][:, :2]}, path)
-    with pytest.raises(SettingsError, match="recordings of 2 shapes"):
-        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: {"final": t["final"] / 0.0}, r"recordings \[0\] have infinities or NaNs"),
+        (lambda t: {"parts": t["parts"][:, :2]}, r"parts \(1, 2, .*expected \(1, 4, parts"),
+        (
+            lambda t: {name: t[name][:0] for name in ("start", "parts", "final")},
+            r"parts \(0, 4, .*expected \(1, 4, parts",
+        ),
+        (lambda t: {"start": t["start"][:, 1:]}, "of a start"),
+        (lambda t: {"start": t["start"].int()}, "start is torch.int32: expected torch.float32"),
+        (lambda t: {"timesteps": t["timesteps"][1:]}, r"timesteps \(3,\): expected 4"),
+        (lambda t: {"timesteps": t["timesteps"][None]}, r"timesteps \(1, 4\): expected 4"),
+        (lambda t: {"timesteps": t["timesteps"] / 0.0}, "expected 4 finite"),
+        (lambda t: {"timesteps": t["timesteps"] + 1.0}, "other ones than the first batch's"),
+        (lambda t: {"more": t["start"]}, "it has final, more, parts, start, timesteps: expected final"),
+    ],
+)
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_batch_on_disk_that_no_run_leaves_is_named(
+    recorded: Path, tmp_path: Path, change: Any, says: str, marked: bool
+) -> None:
+    """A former version's file, too, which does not say whose it is."""
+    stored = load_file(recorded / NAMES[1])
+    for name in ("run.json", NAMES[0]):
+        shutil.copy(recorded / name, tmp_path)
+    config = RUN.configs(TEXT)[1]
+    changed = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in (stored | change(stored)).items()
+    }
+    save_file(changed, tmp_path / NAMES[1], metadata=RUN.marks(config) if marked else None)
+    with pytest.raises(SettingsError, match=rf"{NAMES[1]} is no recording of its batch \(.*{says}.*; delete it"):
+        record(SCHEDULED, RUN, TEXT, tmp_path, lambda count: None)
+
+
+@pytest.mark.parametrize(
+    ("run", "names", "says"),
+    [
+        (
+            dataclasses.replace(RUN, prompts=(*RUN.prompts, "a bar")),
+            NAMES[::-1],
+            "of another batch or run: its run, prompts, seed",
+        ),
+        (RUN, (NAMES[1], NAMES[1]), "of another batch or run: its prompts, seed"),
+        (dataclasses.replace(RUN, guidance_scale=4.0), NAMES, "of another batch or run: its run"),
+    ],
+)
+def test_a_batch_of_others_is_named(
+    recorded: Path, tmp_path: Path, run: RecordedRun, names: tuple[str, ...], says: str
+) -> None:
+    for source, name in zip(names, NAMES, strict=True):
+        shutil.copy(recorded / source, tmp_path / name)
+    (tmp_path / "run.json").write_text(json.dumps(run.to_dict()))
+    with pytest.raises(SettingsError, match=f"{NAMES[0]} is no recording of its batch .{says}"):
+        record(SCHEDULED, run, TEXT, tmp_path, lambda count: None)
+
+
+def test_what_is_no_file_is_not_recorded_over(recorded: Path, tmp_path: Path) -> None:
+    shutil.copy(recorded / "run.json", tmp_path)
+    (tmp_path / NAMES[0]).mkdir()
+    with pytest.raises(OutputError, match=f"{NAMES[0]} is no file; move it away"):
+        record(SCHEDULED, RUN, TEXT, tmp_path, lambda count: None)
 
 
 def test_a_run_file_that_is_damaged_is_named(pipe: Any, tmp_path: Path) -> None:
