@@ -23,7 +23,7 @@ class Outcome:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.spec = directory, load_spec(directory)
-        found = load_results(directory)
+        found = load_results(directory, self.spec)
         if not found:
             raise SettingsError(f"{directory} has no results yet", "start the same cat-eval again, it goes on there")
         grouped: dict[str, dict[tuple[int, int], ImageResult]] = {}

@@ -9,13 +9,15 @@ import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
+from pydantic import Field
 
 from cat_pruning.errors import OutputError, SettingsError
-from cat_pruning.evaluation.candidates import Candidate
+from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.former import current_result, current_spec
+from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.place import (
     IMAGES,
     PLACES,
@@ -33,6 +35,7 @@ from cat_pruning.ours import remove_ours
 from cat_pruning.versions import versions_of
 
 FORMAT = 3
+_MAY_BE_NONE = "psnr_db"  # of equal images
 _T = TypeVar("_T")
 
 
@@ -110,8 +113,8 @@ class ImageResult:
     candidate: str
     prompt: int
     seed: int
-    seconds: float
-    scores: dict[str, float | None]
+    seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    scores: dict[str, Annotated[float, Field(allow_inf_nan=False)] | None]
 
 
 _SPEC, _RESULT = pydantic.TypeAdapter(RunSpec), pydantic.TypeAdapter(ImageResult)
@@ -151,7 +154,7 @@ class ResultStore:
                 self._save_spec()
         except OSError as error:
             raise OutputError(f"{directory} cannot be written ({error.strerror})", REMEDY) from error
-        self.results = load_results(directory)
+        self.results = load_results(directory, self.spec)
 
     def _grown(self, before: RunSpec, now: RunSpec) -> RunSpec:
         """The spec that both are parts of; SettingsError if they differ in more than which candidates they have."""
@@ -193,8 +196,20 @@ class ResultStore:
             self.added = ()
 
     def append(self, results: Iterable[ImageResult]) -> None:
-        """Add results, as whole lines."""
+        """Add results, as whole lines.
+
+        Raises:
+            SettingsError: one is not of the run, or not finite; nothing is written.
+            OutputError: the file cannot be written.
+        """
         new = list(results)
+        for result in new:
+            try:
+                _of_run(dataclasses.asdict(result), self.spec)
+            except ValueError as error:
+                raise SettingsError(
+                    f"{result.candidate}, prompt {result.prompt}, seed {result.seed}: {error}"
+                ) from error
         lines = "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in new)
         try:
             self.list_added()
@@ -263,11 +278,15 @@ def load_spec(directory: Path) -> RunSpec:
         raise SettingsError(f"{directory / RUN} is not this version's ({error})", REMEDY) from error
 
 
-def load_results(directory: Path) -> list[ImageResult]:
+def load_results(directory: Path, spec: RunSpec) -> list[ImageResult]:
     """The results of a directory. A last line that an interruption cut off is removed from the file.
 
+    Args:
+        directory: of the evaluation.
+        spec: of its run. Of two lines of one image both are there; a report reads the last.
+
     Raises:
-        SettingsError: the file is no text, or a line in the middle is no result.
+        SettingsError: the file is no text, or a line in the middle is no result of the run.
     """
     file = directory / RESULTS
     try:
@@ -281,12 +300,34 @@ def load_results(directory: Path) -> list[ImageResult]:
     results = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            results.append(_checked(_RESULT, dataclasses.asdict(ImageResult(**current_result(parse_json(line))))))
+            results.append(_of_run(dataclasses.asdict(ImageResult(**current_result(parse_json(line)))), spec))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SettingsError(
                 f"{file}, line {number} is no result ({error})", "remove it or give another --out"
             ) from error
     return results
+
+
+def _of_run(fields: dict[str, Any], spec: RunSpec) -> ImageResult:
+    """The result of these fields; ValueError where it is none of the run's."""
+    result = _checked(_RESULT, fields)
+    candidate = next((each for each in spec.candidates if each.key == result.candidate), None)
+    if candidate is None:
+        raise ValueError(f"candidate {result.candidate!r} is not in {RUN}")
+    for name, number, count in (
+        ("prompt", result.prompt, len(spec.prompts)),
+        ("seed", result.seed, spec.seeds),
+    ):
+        if not 0 <= number < count:
+            raise ValueError(f"{name} {number}: expected 0 to {count - 1}")
+    if strange := sorted(result.scores.keys() - set(spec.metrics)):
+        raise ValueError(f"scores of {', '.join(strange)}, which {RUN} does not have")
+    needed = [name for name in spec.metrics if candidate.method != FULL or measure_of(name).of_prompt]
+    if missing := [name for name in needed if name not in result.scores]:
+        raise ValueError(f"no score of {', '.join(missing)}")
+    if null := [name for name, score in result.scores.items() if score is None and name != _MAY_BE_NONE]:
+        raise ValueError(f"the score of {', '.join(null)} is null")
+    return result
 
 
 def _checked(adapter: pydantic.TypeAdapter[_T], fields: dict[str, Any]) -> _T:

@@ -74,7 +74,11 @@ def store(directory: Path, spec: RunSpec = SPEC, only: tuple[Candidate, ...] = C
     for one in only:
         values = SCORES.get(one.key, (0.5, 0.6, 0.3, 0.4))
         psnrs = (None, 20.0, 22.0, 24.0) if one is CAT else (20.0, 20.5, 21.0, 22.0)
-        made.append(result(one, k, values[k], psnrs[k], seconds.get(one.key, 3.0)) for k in range(4))
+        results = [result(one, k, values[k], psnrs[k], seconds.get(one.key, 3.0)) for k in range(4)]
+        for each in results:
+            for name in each.scores.keys() - set(spec.metrics):
+                del each.scores[name]
+        made.append(results)
         folder = directory / IMAGES / one.key
         folder.mkdir()
         for prompt in range(2):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,10 +84,11 @@ def test_it_grows_by_prompts_and_by_candidates(tmp_path: Path) -> None:
     """What was asked for before stays, results too; fewer prompts than before take nothing away."""
     half = dataclasses.replace(CANDIDATE, keep_ratio=0.5, prompts=1)
     more = dataclasses.replace(CANDIDATE, prompts=3)
-    ResultStore(tmp_path, SPEC).append([RESULT])
+    spec = dataclasses.replace(SPEC, prompts=("a", "b", "c", "d"))
+    ResultStore(tmp_path, spec).append([RESULT])
     for asked, together in (((half,), (CANDIDATE, half)), ((more,), (more, half)), ((CANDIDATE,), (more, half))):
         before = load_spec(tmp_path)
-        store = ResultStore(tmp_path, dataclasses.replace(SPEC, candidates=asked))
+        store = ResultStore(tmp_path, dataclasses.replace(spec, candidates=asked))
         assert store.spec.candidates == together
         assert store.results[0] == RESULT
         assert load_spec(tmp_path) == before  # until there is something new
@@ -181,7 +184,7 @@ def test_a_line_cut_off_is_removed(tmp_path: Path) -> None:
     again = ResultStore(tmp_path, SPEC)
     assert again.results == [RESULT]
     again.append([dataclasses.replace(RESULT, prompt=1)])
-    assert [result.prompt for result in load_results(tmp_path)] == [0, 1]
+    assert [result.prompt for result in load_results(tmp_path, SPEC)] == [0, 1]
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
@@ -190,13 +193,51 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     for line in ('{"candidate": 1}', "[" * 9999, json.dumps(fields | {"prompt": "0"}), json.dumps({**fields, "x": 1})):
         (tmp_path / RESULTS).write_text(line + "\n")
         with pytest.raises(SettingsError, match="line 1 is no result"):
-            load_results(tmp_path)
+            load_results(tmp_path, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"candidate": "cat-28-0.4"}, "candidate 'cat-28-0.4' is not in run.json"),
+        ({"prompt": 2}, "prompt 2: expected 0 to 1"),
+        ({"prompt": -1}, "prompt -1: expected 0 to 1"),
+        ({"seed": 1}, "seed 1: expected 0 to 0"),
+        ({"seconds": 0.0}, "seconds: Input should be greater than 0"),
+        ({"seconds": math.inf}, "seconds: Input should be a finite number"),
+        ({"scores": {}}, "no score of psnr_db, coverage"),
+        ({"scores": {"psnr_db": math.nan, "coverage": 0.5}}, "scores.psnr_db: Input should be a finite number"),
+        ({"scores": {"psnr_db": None, "coverage": None}}, "the score of coverage is null"),
+        (
+            {"scores": {"psnr_db": 9.0, "coverage": 0.5, "beauty": 1.0}},
+            "scores of beauty, which run.json does not have",
+        ),
+        ({"candidate": "full-28", "scores": {}}, "no score of coverage"),
+    ],
+)
+def test_a_result_that_is_not_of_the_run_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    """Neither read nor written. The full run alone has no score against itself."""
+    full = dataclasses.replace(CANDIDATE, method="full")
+    spec = dataclasses.replace(SPEC, metrics=("psnr_db", "coverage"), candidates=(CANDIDATE, full))
+    good = dataclasses.replace(RESULT, scores={"psnr_db": None, "coverage": 0.5})
+    store = ResultStore(tmp_path, spec)
+    store.append([good, dataclasses.replace(good, candidate=full.key, scores={"coverage": 0.5})])
+    bad = dataclasses.replace(good, **change)
+    with pytest.raises(
+        SettingsError, match=f"{bad.candidate}, prompt {bad.prompt}, seed {bad.seed}: {re.escape(says)}"
+    ):
+        store.append([good, bad])
+    assert len(load_results(tmp_path, spec)) == 2
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write(json.dumps(dataclasses.asdict(bad)) + "\n")
+    with pytest.raises(SettingsError, match=rf"results.jsonl, line 3 is no result \({re.escape(says)}"):
+        load_results(tmp_path, spec)
 
 
 def test_results_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_bytes(b"\xff\xfe\n")
     with pytest.raises(SettingsError, match=r"results.jsonl cannot be read .*remove it, or give another --out"):
-        load_results(tmp_path)
+        load_results(tmp_path, SPEC)
 
 
 def former(directory: Path, spec: RunSpec, results: list[ImageResult]) -> None:
@@ -222,7 +263,7 @@ def test_a_directory_of_an_earlier_version_is_read_and_grows(tmp_path: Path) -> 
     former(tmp_path, spec, [result])
     assert "scene_score" in (tmp_path / RUN).read_text()
     assert load_spec(tmp_path).to_dict() == spec.to_dict()
-    assert load_results(tmp_path) == [result]
+    assert load_results(tmp_path, spec) == [result]
     store = ResultStore(tmp_path, spec)
     assert store.done(CANDIDATE, 0) == {0}
     assert not store.added
@@ -232,7 +273,7 @@ def test_a_directory_of_an_earlier_version_is_read_and_grows(tmp_path: Path) -> 
     store.append([new])
     assert load_spec(tmp_path).candidates == (CANDIDATE, more)
     assert "scene_score" not in (tmp_path / RUN).read_text()
-    assert load_results(tmp_path) == [result, new]
+    assert load_results(tmp_path, store.spec) == [result, new]
 
 
 def test_a_lock_that_cannot_be_taken(tmp_path: Path) -> None:
