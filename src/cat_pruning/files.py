@@ -45,6 +45,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written, as where nobody reads a pipe; what was there is as it was.
     """
+    _check_name(path)
     data = content.encode() if isinstance(content, str) else content
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if _is_stream(target):
@@ -62,8 +63,7 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: it cannot, and why; or it is a pipe, a socket or a disk. Who reads a pipe cannot be told beforehand.
     """
-    if not path.name or "\0" in str(path):
-        raise OSError(errno.EINVAL, "this is no name of a file")
+    _check_name(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -157,6 +157,11 @@ def sha256(path: Path) -> str:
 def _never_waiting(name: str, flags: int) -> int:
     """An opener that waits for no other end of a pipe."""
     return os.open(name, flags | os.O_NONBLOCK, 0o666)
+
+
+def _check_name(path: Path) -> None:
+    if not path.name or "\0" in str(path):
+        raise OSError(errno.EINVAL, "this is no name of a file")
 
 
 def _beside(path: Path) -> Path:

@@ -22,11 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cat_pruning.checked import checked
+from cat_pruning.checked import shown as shown_value
 from cat_pruning.errors import ScheduleError
 from cat_pruning.files import parse_json, read_text, write_whole
 
@@ -43,10 +44,11 @@ class StepKind(StrEnum):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-_Weights = dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(allow_inf_nan=False)]]
+_LARGEST: Final = 1e6  # of a weight: sums in float32 stay finite
+_Weights = dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]]
 
 
 class ScheduledStep(_Model):
@@ -116,7 +118,7 @@ class Schedule(_Model):
         ScheduleError: from `load` and `of`, where the rows make no schedule; pydantic's own from the constructor.
     """
 
-    format_version: Literal[1] = SCHEDULE_VERSION
+    format_version: Annotated[int, Field(ge=SCHEDULE_VERSION, le=SCHEDULE_VERSION)] = SCHEDULE_VERSION
     steps: Annotated[tuple[ScheduledStep, ...], Field(strict=False, min_length=1)]
     timesteps: (
         Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(strict=False, min_length=1)] | None
@@ -201,11 +203,16 @@ class Schedule(_Model):
         """
         try:
             text = read_text(Path(path))
-            version = parse_json(text).get("format_version")
-        except (OSError, ValueError, AttributeError) as error:
+            fields = parse_json(text)
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or f"it is no schedule's JSON: {error}"
             raise ScheduleError(f"{path} cannot be read ({reason})", "give a schedule that cat-tune wrote") from error
-        if version != SCHEDULE_VERSION:
+        if not isinstance(fields, dict):
+            raise ScheduleError(
+                f"{path} is no schedule: {shown_value(fields)}, expected an object", "make it with cat-tune"
+            )
+        version = fields.get("format_version")
+        if type(version) is not int or version != SCHEDULE_VERSION:
             raise ScheduleError(
                 f"{path} has format version {version!r}, this cat-pruning reads version {SCHEDULE_VERSION}",
                 "make it again with cat-tune",
@@ -219,7 +226,13 @@ class Schedule(_Model):
         Raises:
             ScheduleError: the rows make no schedule.
         """
-        return cls._validated("a schedule", lambda: cls.model_validate_json(json.dumps(fields)))
+        try:
+            text = json.dumps(fields)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ScheduleError(
+                f"a schedule is no JSON data ({error})", "give what model_dump(mode='json') returned"
+            ) from error
+        return cls._validated("a schedule", lambda: cls.model_validate_json(text))
 
     @classmethod
     def _validated(cls, what: str, made: Any) -> Self:

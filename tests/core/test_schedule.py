@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ def test_timesteps_that_do_not_fit_are_refused(timesteps: tuple[float, ...]) -> 
         (lambda fields: fields.update(more=1), "more: Extra inputs"),
         (lambda fields: fields["steps"][2]["weights"].update({"1": "x"}), "steps.2.weights.1"),
         (lambda fields: fields["measured"].update(error=-1.0), "measured.error"),
+        (lambda fields: fields["measured"].update(speedup=math.inf), "measured.speedup: Input should be a finite"),
+        (lambda fields: fields["made_for"].update(guidance_scale=math.nan), "guidance_scale: Input should be a finite"),
+        (lambda fields: fields.update(format_version=True), "format version True"),
+        (lambda fields: fields.update(format_version=1.0), "format version 1.0"),
+        (lambda fields: fields["steps"][2]["weights"].update({"1": 1e308}), "weights.1: .*less than or equal"),
     ],
 )
 def test_an_edited_file_is_refused_in_a_line(tmp_path: Path, edit: Any, reason: str) -> None:
@@ -107,10 +113,22 @@ def test_an_edited_file_is_refused_in_a_line(tmp_path: Path, edit: Any, reason: 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{", b"[" * 100_000])
 def test_a_file_that_is_no_schedule_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ScheduleError, match=r"cannot be read|format version"):
+    with pytest.raises(ScheduleError, match=r"cannot be read|is no schedule: \[\], expected an object"):
         Schedule.load(tmp_path / "a.json")
     with pytest.raises(ScheduleError, match="No such file"):
         Schedule.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_what_is_no_name_of_a_file_is_not_written(name: str) -> None:
+    with pytest.raises(OSError, match="this is no name of a file"):
+        make().save(name)
+
+
+@pytest.mark.parametrize("steps", [{1}, [object()], {(0,): 1}])
+def test_a_schedule_of_no_json_data_is_refused(steps: Any) -> None:
+    with pytest.raises(SettingsError, match="a schedule is no JSON data"):
+        PruneSettings.from_dict({"schedule": {"steps": steps}})
 
 
 def test_a_timestep_finds_its_row() -> None:
