@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
+from cat_pruning.checked import shown
 from cat_pruning.engines.torch_engine import TorchStepEngine
 from cat_pruning.errors import SettingsError
 from cat_pruning.runtime.adapters import Adapters
@@ -18,14 +20,27 @@ def split_attention_kwargs(arguments: Mapping[str, Any]) -> tuple[dict[str, Any]
 
     `joint_attention_kwargs={"scale": 0.5, "ip_adapter_masks": masks}` gives `joint_attention_kwargs[ip_adapter_masks]`
     and 0.5; without a scale it is 1.
+
+    Raises:
+        SettingsError: the scale is no finite number.
     """
     flat, scale = dict(arguments), 1.0
     for name in _NAMES:
         if isinstance(given := flat.get(name), Mapping):
             del flat[name]
             flat |= {f"{name}[{key}]": value for key, value in given.items() if key != "scale"}
-            scale = float(given.get("scale", 1.0))
+            scale = _number(name, given.get("scale", 1.0))
     return flat, scale
+
+
+def _number(name: str, scale: Any) -> float:
+    try:
+        number = math.nan if isinstance(scale, str | bytes) else float(scale)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is a tensor's of several numbers
+        number = math.nan
+    if not math.isfinite(number):
+        raise SettingsError(f"{name}: scale={shown(scale)}: expected a finite number")
+    return number
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.checked import checked
+from cat_pruning.checked import checked, shown
 from cat_pruning.engines.session_pool import SessionPool
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.engines.torch_engine import TorchStepEngine
@@ -275,6 +275,8 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             raise SettingsError(f"timestep: expected a tensor, got {type(timestep).__name__}")
         if tuple(timestep.shape) not in ((), (1,), tuple(hidden_states.shape[:1])):
             raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, expected {tuple(hidden_states.shape[:1])}")
+        if not isinstance(context, str):
+            raise SettingsError(f"context={shown(context)}: expected a name")
         if skip_layers is not None and not _are_numbers(skip_layers):
             raise SettingsError(f"skip_layers: expected a list of blocks, got {skip_layers!r}")
         arguments, lora_scale = split_attention_kwargs(arguments)
@@ -352,7 +354,7 @@ def _with_schedule(settings: PruneSettings | None, schedule: Schedule | None) ->
 
 
 def _are_numbers(layers: object) -> bool:
-    return isinstance(layers, Sequence) and all(isinstance(layer, int) for layer in layers)
+    return isinstance(layers, Sequence) and all(type(layer) is int for layer in layers)  # no bool
 
 
 def _is_given(value: object) -> bool:

@@ -126,6 +126,22 @@ def test_blocks_that_are_not_there_cannot_be_skipped(engine: StepEngine, layers:
         transformer(**inputs(engine), skip_layers=layers)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        *(
+            ({"joint_attention_kwargs": {"scale": scale}}, "joint_attention_kwargs: scale=.*: expected a finite number")
+            for scale in ("x", "0.5", None, [1.0], float("nan"), 10**400, torch.ones(2))
+        ),
+        ({"skip_layers": [True]}, r"skip_layers: expected a list of blocks, got \[True\]"),
+        ({"context": []}, r"context=\[\]: expected a name"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(engine: StepEngine, arguments: dict[str, Any], says: str) -> None:
+    with CatTransformer(engine, SETTINGS).image() as image, pytest.raises(SettingsError, match=says):
+        image(**inputs(engine), **arguments)
+
+
 def test_a_cache_context_ends_with_an_error(engine: StepEngine) -> None:
     """Or the next image would be taken for a call on the side."""
     transformer = CatTransformer(engine, SETTINGS)
