@@ -66,7 +66,7 @@ def test_a_bundle_on_this_machine(mini_bundle: Path) -> None:
     report = examine(bundle)
     own, plans = {"pipeline": "ok", "schedules": "ok"}, {"plans tensorrt": "warning", "plans tensorrt_rtx": "warning"}
     assert statuses(report.bundle) == own | plans
-    tensorrt, rtx = report.bundle[1:]
+    tensorrt, rtx = report.bundle[2:]
     assert tensorrt.text == "no plans for TensorRT"
     assert tensorrt.remedy == f"on the machine with the GPU: {bundle.export_command('tensorrt')}"
     assert rtx.text.endswith("the installed version, but there is no GPU to run them")
