@@ -159,7 +159,7 @@ def expected(fresh: Callable[[], CatTransformer]) -> Callable[..., tuple[Tensor,
     return whole
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     actions=st.lists(ACTIONS, max_size=14),
     number=st.integers(0, 2),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from bundle_files import export, small_manifest
 
+from cat_pruning import entry
 from cat_pruning.evaluation import arguments as eval_arguments
 from cat_pruning.evaluation import cli as eval_cli
 from cat_pruning.exporter import cli as export_cli
@@ -356,7 +357,8 @@ def test_the_tools_are_all() -> None:
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    for tool, place in project["project"]["scripts"].items():
-        module: Any = importlib.import_module(place.partition(":")[0])
+    assert TOOLS.keys() == project["project"]["scripts"].keys() == entry._TOOLS.keys()
+    for tool, place in entry._TOOLS.items():
+        module: Any = importlib.import_module(place)
         assert TOOLS[tool][0] is module
         assert isinstance(module.main, Callable)
