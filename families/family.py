@@ -254,7 +254,10 @@ class Family(ABC):
             OSError, KeyError, ValueError: it is not there, or is none.
         """
         config = read_json(directory / "tokenizer_config.json")
-        return int(config["model_max_length"])
+        try:
+            return int(config["model_max_length"])
+        except OverflowError as error:
+            raise ValueError(f"model_max_length: {error}") from error
 
     @abstractmethod
     def pipeline_arguments(self, pipeline: Any, text_length: int) -> dict[str, Any]:

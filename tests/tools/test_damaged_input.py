@@ -41,6 +41,7 @@ CORPUS: list[tuple[str, dict[str, Any]]] = [
     ("model_index.json", {"_class_name": ["x"]}),
     ("model_index.json", {"scheduler": []}),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}),
+    ("tokenizer/tokenizer_config.json", {"model_max_length": float("inf")}),
     ("manifest", {"transformer_config": {"num_layers": 10**9}}),
     ("manifest", {"family": "\0"}),
 ]
