@@ -198,6 +198,7 @@ class SessionPool:
     def _free_place(self, dims: StepDims) -> Place | None:
         """An idle place, one of an image that is over, a new one, or one that is taken away; None: all are in use."""
         self._collect()
+        self._shrink()
         if not self._idle:
             resting = [lease for lease in self._leases() if not lease.is_in_use and not lease.is_kept]
             over = next((lease for lease in resting if lease.is_over()), None)
@@ -208,11 +209,19 @@ class SessionPool:
             if over is None:
                 self._say_that_it_is_taken()
             self._take_back(over or resting[0])
-        while len(self._idle) > 1 and len(self._idle) + len(self._lent) > self._max_sessions:
-            self._idle.pop(0).session.free()
         place = next((idle for idle in reversed(self._idle) if idle.session.has_memory_for(dims)), self._idle[-1])
         self._idle.remove(place)
         return place
+
+    def _shrink(self) -> None:
+        """Free sessions above a bound that was set lower, but for those that are in use or kept."""
+        while len(self._idle) + len(self._lent) > self._max_sessions:
+            resting = [lease for lease in self._leases() if not lease.is_in_use and not lease.is_kept]
+            if not self._idle and not resting:
+                return
+            if not self._idle:
+                self._take_back(resting[0])
+            self._idle.pop(0).session.free()
 
     def _say_that_it_is_taken(self) -> None:
         if not self._has_said:

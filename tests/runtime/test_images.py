@@ -489,6 +489,19 @@ def test_an_image_that_was_broken_off_is_over_with_its_tensors(make: Make, kind:
     assert transformer.sessions.num_sessions == 1
 
 
+def test_a_bound_that_is_set_lower(make: Make) -> None:
+    """It held only for sessions that nobody had; those of images that rest go, too."""
+    transformer = make()
+    images = [loop(transformer, seed=seed) for seed in range(4)]
+    for image in images:
+        image.step()
+    assert transformer.sessions.num_sessions == 4
+    transformer.sessions.max_sessions = 2
+    with transformer.image() as image:
+        loop(image).step()
+        assert transformer.sessions.num_sessions == 2
+
+
 def test_a_copy_shares_the_bound(make: Make) -> None:
     import copy
 
