@@ -159,6 +159,7 @@ def expected(fresh: Callable[[], CatTransformer]) -> Callable[..., tuple[Tensor,
     return whole
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     actions=st.lists(ACTIONS, max_size=14),
