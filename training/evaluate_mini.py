@@ -74,6 +74,7 @@ class EvaluateConfig:
         text_tokens: the pipeline's `max_sequence_length`.
         scheduler: the sampler.
         autoencoder_only: generate nothing.
+        device: of torch. The noise is drawn on the CPU on every device.
     """
 
     pipeline: Path
@@ -83,6 +84,7 @@ class EvaluateConfig:
     text_tokens: int = TEXT_LENGTH
     scheduler: SchedulerName = SchedulerName.OWN
     autoencoder_only: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.captions < 2 or self.steps < 1:
@@ -94,7 +96,7 @@ def load(config: EvaluateConfig) -> DiffusionPipeline:
     pipeline = miniature_in(config.pipeline).load_pipeline(config.pipeline)
     if config.scheduler is SchedulerName.EULER_KARRAS:
         pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
-    return pipeline
+    return pipeline.to(config.device)
 
 
 def generate(pipeline: DiffusionPipeline, captions: list[str], config: EvaluateConfig) -> NDArray[np.uint8]:
@@ -121,7 +123,8 @@ def generate(pipeline: DiffusionPipeline, captions: list[str], config: EvaluateC
 def through_autoencoder(pipeline: DiffusionPipeline, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The images, encoded and decoded."""
     batches = to_pixels(images).split(BATCH)
-    decoded = [pipeline.vae.decode(pipeline.vae.encode(batch).latent_dist.mode()).sample for batch in batches]
+    vae = pipeline.vae
+    decoded = [vae.decode(vae.encode(batch.to(vae.device)).latent_dist.mode()).sample.cpu() for batch in batches]
     return to_images(torch.cat(decoded))
 
 
@@ -177,6 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     schedulers = list(SchedulerName)
     parser.add_argument("--scheduler", type=SchedulerName, choices=schedulers, default=SchedulerName.OWN)
     parser.add_argument("--autoencoder-only", action="store_true", help="generate nothing")
+    parser.add_argument("--device", default="cpu", help="of torch: cpu or cuda")
     parser.add_argument("--json", type=Path, help="write here instead of to the standard output")
     parser.add_argument("--samples", type=Path, help="also draw four fixed captions into this PNG")
     options = vars(parser.parse_args(arguments))

@@ -122,8 +122,9 @@ class PixArtMini(Miniature):
     ) -> Tensor:
         """Squared error of the predicted velocity, at uniform timesteps; `TrainConfig` admits no shift but 1."""
         schedule = self.noise_schedule
-        timesteps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
+        steps, device = schedule.config.num_train_timesteps, latents.device
+        timesteps = torch.randint(steps, (len(latents),), generator=generator, device=device)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         velocity = denoiser(schedule.add_noise(latents, noise, timesteps), timesteps, input_ids)
         return functional.mse_loss(velocity.float(), schedule.get_velocity(latents, noise, timesteps))
 

@@ -139,8 +139,10 @@ class Sd3Mini(Miniature):
     ) -> Tensor:
         """Squared error of the predicted velocity, at logit-normal sigmas, shifted."""
         # The same as `shift * sigma / (1 + (shift - 1) * sigma)`, what a scheduler's `shift` does.
-        sigmas = torch.sigmoid(torch.randn(len(latents), generator=generator) + math.log(sigma_shift))
-        noise = torch.randn(latents.shape, generator=generator)
+        sigmas = torch.sigmoid(
+            torch.randn(len(latents), generator=generator, device=latents.device) + math.log(sigma_shift)
+        )
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         weight = sigmas[:, None, None, None]
         velocity = denoiser((1 - weight) * latents + weight * noise, sigmas, input_ids)
         return functional.mse_loss(velocity.float(), noise - latents)

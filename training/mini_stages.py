@@ -46,5 +46,5 @@ def to_images(pixels: Tensor) -> NDArray[np.uint8]:
 def encode_round(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
     """The images' latents as the pipeline expects them, (B, C, h, w): shifted, if the VAE says so, and scaled."""
     batches = to_pixels(images).split(ENCODE_BATCH)
-    latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
+    latents = torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mode() for batch in batches])
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -55,6 +55,8 @@ class TrainConfig:
         checkpoint_every_s: seconds by the clock on the wall.
         precision: the dtype that the denoiser computes in.
         threads: of torch.
+        device: of torch. The noise of a step is another one on another kind of device.
+        workers: processes that draw the scenes of the rounds to come; 0 draws each when it is needed.
         seed: of everything random.
         size: of a new miniature.
 
@@ -84,6 +86,8 @@ class TrainConfig:
     checkpoint_every_s: float = 300.0
     precision: Precision = Precision.FP32
     threads: int = 2
+    device: str = "cpu"
+    workers: int = 0
     seed: int = 0
     size: ModelSize = field(default_factory=ModelSize)
 
@@ -103,7 +107,18 @@ class TrainConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that a checkpoint must share with the run that resumes it: all but the budget and the folder."""
-        free = {"out", "init", "vae", "steps", "seconds", "checkpoint_every_s", "threads", "precision"}
+        free = {
+            "out",
+            "init",
+            "vae",
+            "steps",
+            "seconds",
+            "checkpoint_every_s",
+            "threads",
+            "device",
+            "workers",
+            "precision",
+        }
         settings = {key: value for key, value in dataclasses.asdict(self).items() if key not in free}
         return {**settings, "optimizer": str(self.optimizer)}  # an enum would not load with weights_only
 

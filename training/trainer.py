@@ -11,11 +11,15 @@ import copy
 import logging
 import re
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +27,7 @@ from mini_models import Miniature, quiet_libraries, sigterm_requests
 from mini_stages import encode_round, sample_round
 from miniatures import MINIATURES
 from muon import Muon
+from scene_kinds import SceneKind
 from train_autoencoder import AutoencoderConfig, trained_autoencoder
 from train_config import Optimizer, Precision, TrainConfig
 
@@ -39,6 +44,7 @@ NUMBERS = (
     "sigma_shift",
     "checkpoint_every_s",
     "threads",
+    "workers",
     "seed",
 )
 MUON_LAYERS = re.compile(r"transformer_blocks|encoder\.layers|encoder\.block")
@@ -52,29 +58,34 @@ class Run:
     ) -> None:
         self.config = config
         self.miniature = MINIATURES[config.miniature]
-        self.denoiser = denoiser.float().train().requires_grad_(True)
+        self.device = torch.device(config.device)
+        self.denoiser = denoiser.float().to(self.device).train().requires_grad_(True)
         self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        self.vae = vae.float().eval().requires_grad_(False)
+        self.vae = vae.float().to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._tokenize = copy.deepcopy(tokenizer)  # a call changes the padding that a tokenizer saves
         self.optimizers = _new_optimizers(self.denoiser, config)
         self.step = 0
         self.seconds_before = 0.0
-        self._clock_start = time.process_time()
+        # A GPU's work is no time of the process.
+        self._clock = time.process_time if self.device.type == "cpu" else time.monotonic
+        self._clock_start = self._clock()
+        self._rounds = Rounds(config, self.miniature.scenes)
         self._round: tuple[int, Tensor, Tensor] | None = None
 
     @property
     def seconds(self) -> float:
-        """Seconds of `threads` processors used so far, by all processes of this run."""
-        return self.seconds_before + (time.process_time() - self._clock_start) / self.config.threads
+        """Seconds of `threads` processors used so far, by all processes of this run; on a GPU, by the clock."""
+        passed = self._clock() - self._clock_start
+        return self.seconds_before + (passed / self.config.threads if self.device.type == "cpu" else passed)
 
     def advance(self) -> float:
         """One optimizer step; returns its loss."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + self.step)
         latents, input_ids = self._batch()
-        dropped = torch.rand(len(input_ids), generator=generator) < self.config.caption_dropout
+        dropped = torch.rand(len(input_ids), generator=generator, device=self.device) < self.config.caption_dropout
         input_ids = torch.where(dropped[:, None], self._input_ids([""]), input_ids)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision is Precision.BF16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision is Precision.BF16):
             loss = self.miniature.loss(self.denoiser, latents, input_ids, generator, self.config.sigma_shift)
         self.denoiser.zero_grad()
         loss.backward()
@@ -86,8 +97,8 @@ class Run:
         self.step += 1
         decay = self.config.ema_weight(self.step)
         with torch.no_grad():
-            for average, current in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
-                average.lerp_(current, 1 - decay)
+            averages, currents = list(self.average.parameters()), list(self.denoiser.parameters())
+            torch._foreach_lerp_(averages, currents, 1 - decay)
         return loss.item()
 
     def save(self) -> None:
@@ -109,6 +120,10 @@ class Run:
         """Write the averaged weights as the pipeline `name`."""
         self.miniature.save_pipeline(self.config.out / name, self.average, self.vae, self.tokenizer)
 
+    def close(self) -> None:
+        """End the processes that draw scenes."""
+        self._rounds.close()
+
     def resume(self) -> bool:
         """Take up the run's checkpoint, if there is one.
 
@@ -118,7 +133,7 @@ class Run:
         file = self.config.out / "checkpoint.pt"
         if not file.exists():
             return False
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location=self.device, weights_only=True)
         if state["identity"] != self.config.identity:
             raise ValueError(f"{file} has {state['identity']}, not {self.config.identity}; use another folder")
         self.denoiser.load_state_dict(state["denoiser"])
@@ -133,18 +148,44 @@ class Run:
         epoch, position = divmod(self.step, self.config.steps_per_epoch)
         index = epoch // self.config.round_epochs
         if self._round is None or self._round[0] != index:
-            side = self.config.side or self.config.size.side
-            count, kind = self.config.round_scenes, self.miniature.scenes
-            images, captions = sample_round(self.config.seed, index, count, side, kind, self.config.things)
+            images, captions = self._rounds.drawn(index)
             self._round = index, encode_round(self.vae, images), self._input_ids(captions)
         _, latents, input_ids = self._round
         order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(self.config.seed + epoch))
-        picked = order[position * self.config.batch_size :][: self.config.batch_size]
+        picked = order[position * self.config.batch_size :][: self.config.batch_size].to(self.device)
         return latents[picked], input_ids[picked]
 
     def _input_ids(self, captions: list[str]) -> Tensor:
         options = {"padding": "max_length", "max_length": self.miniature.text_length, "return_tensors": "pt"}
-        return self._tokenize(captions, **options).input_ids
+        return self._tokenize(captions, **options).input_ids.to(self.device)
+
+
+class Rounds:
+    """The scenes of a run's rounds: drawn when they are asked for, or ahead of it by `config.workers` processes."""
+
+    def __init__(self, config: TrainConfig, kind: SceneKind) -> None:
+        self.config, self.kind = config, kind
+        self._workers = ProcessPoolExecutor(config.workers, get_context("spawn")) if config.workers else None
+        self._ahead: dict[int, Future[tuple[NDArray[np.uint8], list[str]]]] = {}
+
+    def drawn(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """The images and captions of a round, a function of the seed and the index."""
+        if self._workers is None:
+            return sample_round(*self._arguments(index))
+        for later in range(index, index + self.config.workers):
+            if later not in self._ahead:
+                self._ahead[later] = self._workers.submit(sample_round, *self._arguments(later))
+        return self._ahead.pop(index).result()
+
+    def _arguments(self, index: int) -> tuple[int, int, int, int, SceneKind, tuple[int, ...]]:
+        config = self.config
+        side = config.side or config.size.side
+        return config.seed, index, config.round_scenes, side, self.kind, config.things
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._workers is not None:
+            self._workers.shutdown(cancel_futures=True)
 
 
 def _new_optimizers(denoiser: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -171,6 +212,7 @@ def prepare(config: TrainConfig) -> Run:
     miniature = MINIATURES[config.miniature]
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
     config.out.mkdir(parents=True, exist_ok=True)
     if config.init is not None:
         pipeline = miniature.load_pipeline(config.init)
@@ -225,6 +267,7 @@ def train(config: TrainConfig) -> Run:
                 run.save()
                 saved_at = time.monotonic()
         run.save()
+    run.close()
     if terminated:
         logger.info("terminated at step %d; the same command resumes", run.step)
     else:
@@ -249,6 +292,7 @@ def parse_arguments(
         default = defaults.get(name, TrainConfig.__dataclass_fields__[name].default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
     parser.add_argument("--things", type=_numbers, default=(), help="in a rich scene, as 1,2; default: four to six")
+    parser.add_argument("--device", default="cpu", help="of torch: cpu or cuda")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
     parser.add_argument(
         "--optimizer", type=Optimizer, choices=list(Optimizer), default=defaults.get("optimizer", Optimizer.ADAMW)
