@@ -20,7 +20,8 @@ MOST_GRAPHS = 16  # of one session
 MOST_FAILURES = 2
 
 
-# Torch allows one capture at a time in a process, and whatever waits for the whole device must not come in between.
+# Torch allows one capture at a time in a process. No step of another thread may be launched in between, nor whatever
+# waits for the whole device.
 capturing = threading.RLock()
 
 
@@ -28,7 +29,12 @@ def capture(body: Callable[[], None], device: torch.device, others: Sequence[Any
     """Capture what `body` launches on `device`; nothing runs before the graph's `replay`. Synchronises.
 
     The memory of what is computed on the way is shared with the `others`: no two run at once, and none leaves anything
-    there for another.
+    there for another. No memory is shared with any other graph, which may run at the same time: cuBLAS has a workspace
+    for each thread and stream, which a later capture, for another session, would find and use too. So it goes back to
+    the memory of this graph.
+
+    Raises:
+        RuntimeError: the capture failed. Then the memory of the `others` is lost for captures to come.
     """
     graph = torch.cuda.CUDAGraph()
     pool = others[0].pool() if others else None
@@ -37,7 +43,10 @@ def capture(body: Callable[[], None], device: torch.device, others: Sequence[Any
         try:
             # Other threads may allocate meanwhile, for images of their own: their calls must not break this capture.
             with torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"):
-                body()
+                try:
+                    body()
+                finally:
+                    torch._C._cuda_clearCublasWorkspaces()
         finally:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
     return graph
@@ -79,6 +88,7 @@ class CudaGraphs:
     def __init__(self, capture: Callable[[Callable[[], None], torch.device, Sequence[Any]], Any] = capture) -> None:
         self._capture = capture
         self._graphs: dict[Hashable, Any] = {}  # None where the key ran once
+        self._sharing: list[Any] = []  # those whose memory the next one shares
         self._failures = 0
 
     def run(self, key: Hashable, body: Callable[[], None], device: torch.device) -> None:
@@ -90,28 +100,37 @@ class CudaGraphs:
                 that existed before.
             device: of the work.
         """
-        graph = self._graphs.get(key)
-        if graph is None and key in self._graphs and self._failures < MOST_FAILURES:
-            graph = self._captured(body, device)
-        body() if graph is None else graph.replay()
-        self._keep(key, graph)
+        with capturing:
+            graph = self._graphs.get(key)
+            if graph is None and key in self._graphs and self._failures < MOST_FAILURES:
+                graph = self._captured(body, device)
+            body() if graph is None else graph.replay()
+            self._keep(key, graph)
 
     def _keep(self, key: Hashable, graph: Any) -> None:
         """Keep as the latest; the one that has not run for longest goes."""
         self._graphs.pop(key, None)
         while len(self._graphs) >= MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+            gone = self._graphs.pop(next(iter(self._graphs)))
+            self._sharing = [each for each in self._sharing if each is not gone]
         self._graphs[key] = graph
 
     def _captured(self, body: Callable[[], None], device: torch.device) -> Any:
         try:
-            return self._capture(body, device, [graph for graph in self._graphs.values() if graph is not None])
+            graph = self._capture(body, device, self._sharing)
         except (RuntimeError, EngineError) as error:
-            # A capture only records, so nothing has run. Another thread may have disturbed it: it is tried once more.
+            # A capture only records, so nothing has run. Another thread may have disturbed it: it is tried once more,
+            # with memory of its own, because torch does not end a failed capture's use of the shared one.
             self._failures += 1
+            self._sharing = []
+            reason = str(error).splitlines()[0]
             if self._failures == MOST_FAILURES:
-                logger.warning("steps cannot be captured as CUDA graphs and are slower: %s", str(error).splitlines()[0])
+                logger.warning("steps cannot be captured as CUDA graphs and are slower: %s", reason)
+            else:
+                logger.info("a step was not captured as a CUDA graph and is tried once more: %s", reason)
             return None
+        self._sharing.append(graph)
+        return graph
 
     @property
     def num_captured(self) -> int:
@@ -121,4 +140,5 @@ class CudaGraphs:
     def clear(self) -> None:
         """Forget every graph: the memory that they work on is about to go."""
         self._graphs.clear()
+        self._sharing.clear()
         self._failures = 0

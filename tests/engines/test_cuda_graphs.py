@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -247,6 +248,52 @@ def test_a_failed_capture_is_tried_once_more() -> None:
     assert tried == ["body", "capture", "body"]
 
 
+class Graph:
+    def replay(self) -> None:
+        pass
+
+
+def test_memory_of_a_failed_capture_is_not_shared_again() -> None:
+    """Torch does not end a failed capture's use of the memory that it shared: another one there would fail."""
+    shared: list[int] = []
+    failures = iter([False, True, False, False])
+
+    def capture(body: Callable[[], None], device: torch.device, others: Sequence[Any]) -> Graph:
+        shared.append(len(others))
+        if next(failures):
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return Graph()
+
+    graphs = CudaGraphs(capture)
+    for key in ("one", "one", "two", "two", "two", "three", "three"):
+        graphs.run(key, lambda: None, CPU)
+    assert shared == [0, 1, 0, 1]
+    assert graphs.num_captured == 3
+
+
+def test_nothing_is_launched_amid_a_capture() -> None:
+    """Sessions of other threads wait for it."""
+    captures, launched = threading.Event(), []
+
+    def capture(body: Callable[[], None], *arguments: Any) -> Graph:
+        captures.set()
+        other.join(timeout=0.2)
+        launched.append("captured")
+        return Graph()
+
+    def launch() -> None:
+        captures.wait(10)
+        CudaGraphs(capture).run("key", lambda: launched.append("launched"), CPU)
+
+    other = threading.Thread(target=launch)
+    other.start()
+    graphs = CudaGraphs(capture)
+    for _ in range(2):
+        graphs.run("key", lambda: None, CPU)
+    other.join()
+    assert launched == ["captured", "launched"]
+
+
 def test_what_was_captured_is_replayed_whatever_fails_later() -> None:
     ran: list[str] = []
 
@@ -294,6 +341,9 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: f"{device} {priority}")
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "current", stream))
+        self.cleared_on: list[str] = []
+        clear = "_cuda_clearCublasWorkspaces"
+        monkeypatch.setattr(torch._C, clear, lambda: self.cleared_on.append(self.current), raising=False)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -308,5 +358,6 @@ def test_the_callers_stream_is_current_again(monkeypatch: pytest.MonkeyPatch, fa
     finally:
         cuda_graphs._stream.cache_clear()
     assert seen == [("cuda:1 -1", False)]  # a stream of that device, which no other work is on
+    assert cuda.cleared_on == ["cuda:1 -1"]  # amid the capture: cuBLAS' workspace is of this graph alone
     assert cuda.current == "the caller's"
     assert gc.isenabled()

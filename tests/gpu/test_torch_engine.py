@@ -256,7 +256,9 @@ def test_threads_with_streams_of_their_own(make: Make, sample: Any, assert_same_
     def generate(number: int) -> Any:
         with torch.cuda.stream(torch.cuda.Stream(device)):
             seed, size = ((1, (16, 16)), (2, (12, 20)))[number % 2]
-            return sample(transformer, seed=seed, size=size)
+            sampled = sample(transformer, seed=seed, size=size)
+            torch.cuda.current_stream().synchronize()  # it is read on another stream
+            return sampled
 
     for number in range(6):
         with ThreadPoolExecutor(1) as pool:  # a new thread, and a new stream
