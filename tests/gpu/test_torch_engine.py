@@ -268,6 +268,29 @@ def test_threads_with_streams_of_their_own(make: Make, sample: Any, assert_same_
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
+def test_threads_at_once(make: Make, sample: Any, assert_same_image: Any) -> None:
+    """Two sessions whose steps one thread captured are replayed at once: they share no memory, cuBLAS' neither."""
+    device = torch.device("cuda")
+    transformer = make(device)
+    expected = [sample(make(device), seed=seed) for seed in (1, 2)]
+
+    def generate(seed: int) -> Any:
+        sampled = sample(transformer, seed=seed)
+        torch.cuda.current_stream().synchronize()  # it is read on another stream
+        return sampled
+
+    def begin() -> None:
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+    with ThreadPoolExecutor(2, initializer=begin) as pool:
+        for _ in range(5):
+            together = list(pool.map(generate, (1, 2)))
+            for mine, alone in zip(together, expected, strict=True):
+                assert_same_image(mine, alone, exact=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
 def test_conditioning_made_anew_is_compared_without_a_wait(make: Make) -> None:
     """Alike: one image. Another prompt from the sixth step on: seen one call later."""
     device = torch.device("cuda")
