@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup soak bench-gpu gpu-check clean peers transfer try-tokens
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup soak bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -84,18 +84,29 @@ eval-schedules: install build/eval/sd3-mini
 	  --methods cat,cat+refresh,forecast --out build/eval/schedules
 	$(BIN)/python benchmarks/keep_eval.py build/eval/schedules --name eval-schedules
 
-# Half an hour: schedules fitted and measured, at 28 and 50 steps, and for pixart-mini. Interrupted, it goes on.
+# An hour: schedules fitted and measured, at 28 and 50 steps, for pixart-mini and a FLUX of random weights. Interrupted, it goes on.
 TUNE := --prompts scenes:48 --measure scenes:64
-tune: install build/eval/sd3-mini build/eval/pixart-mini
+tune: install build/eval/sd3-mini build/eval/pixart-mini build/eval/random-flux
 	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --full 16,12,9,7,6
 	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini.tune --name tune-sd3-mini-28
-	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --steps 50 --full 28,16,12 --recordings build/eval/sd3-mini.tune-50
+	$(BIN)/cat-tune build/eval/sd3-mini $(GENERATE_sd3-mini) $(TUNE) --steps 50 --full 28,16,12,9,7 --recordings build/eval/sd3-mini.tune-50
 	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini.tune-50 --name tune-sd3-mini-50
 	$(BIN)/cat-tune build/eval/pixart-mini $(GENERATE_pixart-mini) $(TUNE) --steps 28 --full 16,12,9,7,6
 	$(BIN)/python benchmarks/keep_tune.py build/eval/pixart-mini.tune --name tune-pixart-mini-28
+	$(BIN)/cat-tune build/eval/random-flux --prompts scenes:24 --measure scenes:64 --steps 28 --full 16,12,9,7,6
+	$(BIN)/python benchmarks/keep_tune.py build/eval/random-flux.tune --name tune-random-flux-28
 
 build/eval/pixart-mini: | .venv/installed
 	$(BIN)/cat-export --model pixart-mini $(EXPORT_pixart-mini) --target onnx --out $@
+
+build/eval/random-flux: | .venv/installed
+	$(BIN)/python benchmarks/random_flux.py build/random-flux
+	$(BIN)/cat-export --model build/random-flux --target onnx --text-length 24 --resolution 128x128 --out $@
+
+# On a GPU it takes two minutes.
+tune-256: install build/eval/sd3-mini-256
+	$(BIN)/cat-tune build/eval/sd3-mini-256 $(GENERATE_sd3-mini-256) --prompts rich:48 --measure rich:24 --full 16,12,9,7,6
+	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini-256.tune --name tune-sd3-mini-256-28
 
 # cache-dit is no dependency of ours: pip install --no-deps cache-dit==1.5.3
 peers: install
@@ -109,10 +120,10 @@ try-settings: install build/eval/sd3-mini
 
 # Do tokens pay where they differ? Every policy, and tokens between full steps, on 1,024 tokens of a textured scene.
 try-tokens: install build/eval/sd3-mini-256
-	$(BIN)/cat-eval build/eval/sd3-mini-256 $(GENERATE_sd3-mini-256) --prompts rich:8 --batch 4 --out build/eval/rich-results \
+	$(BIN)/cat-eval build/eval/sd3-mini-256 $(GENERATE_sd3-mini-256) --prompts rich:32 --curve-prompts 32 --out build/eval/rich-results \
 	  --methods cat,random,forecast,noise,stale,cluster,ras,cat+refresh
 	$(BIN)/python benchmarks/keep_eval.py build/eval/rich-results --name eval-256
-	$(BIN)/python benchmarks/try_partial.py build/eval/sd3-mini-256 --scenes rich --size 256 --batch 4 --prompts 8 --name partial-256
+	$(BIN)/python benchmarks/try_partial.py build/eval/sd3-mini-256 --scenes rich --size 256 --batch 4 --prompts 4 --name partial-256
 
 build/eval/sd3-mini-256: | .venv/installed
 	$(BIN)/cat-export --model sd3-mini-256 $(EXPORT_sd3-mini-256) --target onnx --out $@
