@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup soak bench-gpu gpu-check clean peers transfer try-tokens
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup soak bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -107,6 +107,12 @@ build/eval/random-flux: | .venv/installed
 tune-256: install build/eval/sd3-mini-256
 	$(BIN)/cat-tune build/eval/sd3-mini-256 $(GENERATE_sd3-mini-256) --prompts rich:48 --measure rich:24 --full 16,12,9,7,6
 	$(BIN)/python benchmarks/keep_tune.py build/eval/sd3-mini-256.tune --name tune-sd3-mini-256-28
+
+# How far from a converged run, the full one included: ten minutes.
+truth: install build/eval/sd3-mini
+	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) --prompts scenes:16 --curve-prompts 16 --keep-ratio 0.3,0.02 \
+	  --methods cat,tuned,forecast,multistep,ab2 --metrics latents,truth,coverage --out build/eval/truth
+	$(BIN)/python benchmarks/keep_eval.py build/eval/truth --name eval-truth
 
 # cache-dit is no dependency of ours: pip install --no-deps cache-dit==1.5.3
 peers: install
