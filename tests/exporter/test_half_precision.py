@@ -38,9 +38,8 @@ def types_of(directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["sd3.5", "pixart-alpha", "flux-dev"])
-def test_fp16_loads_and_runs(make_tiny: Any, step_inputs: Any, tmp_path: Path, kind: str) -> None:
-    step = exported(make_tiny(kind, num_layers=1).half(), tmp_path)
+def test_fp16_loads_and_runs(make_tiny: Any, step_inputs: Any, tmp_path: Path) -> None:
+    step = exported(make_tiny("sd3.5", num_layers=1).half(), tmp_path)
     for part in Part:
         onnx.checker.check_model(tmp_path / part.onnx, full_check=True)
     sessions = [onnxruntime.InferenceSession(tmp_path / part.onnx, providers=["CPUExecutionProvider"]) for part in Part]

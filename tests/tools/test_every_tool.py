@@ -31,7 +31,7 @@ TOOLS: dict[str, tuple[ModuleType, ModuleType, str, list[str]]] = {
     "cat-generate": (generate_cli, generate_arguments, "_generate", ["{bundle}", "a star", "--out", "{out}.png"]),
     "cat-tune": (tune_cli, tune_arguments, "_tune", ["{bundle}", "--recordings", "{out}"]),
 }
-SECONDS = 20  # in which a refusal has to come, however busy the machine
+SECONDS = 60  # in which a refusal has to come, however busy the machine
 
 
 @contextmanager
