@@ -15,16 +15,19 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+import pydantic
+
 from cat_pruning.bundle.external_data import external_files
-from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
-from cat_pruning.bundle.schema import FileSpec
+from cat_pruning.bundle.manifest import CHANGING_NAME, MANIFEST_NAME, Manifest, read_manifest
+from cat_pruning.bundle.schema import BundlePath, FileSpec
 from cat_pruning.errors import BundleError, CatError, OutputError
-from cat_pruning.files import read_json, sha256
+from cat_pruning.files import read_json, read_text, sha256
 from cat_pruning.names import Flavour
 from cat_pruning.ours import check_ours
 
@@ -32,7 +35,6 @@ _log = logging.getLogger(__name__)
 
 _NAMED: Final = 3  # how many files an error names
 _PARTIAL: Final = re.compile(r"\..+\.partial-\d+")
-_SCHEDULE: Final = re.compile(r"\d+-\d+\.[0-9a-f]{12}\.json")  # as `write_schedules` names them
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # shutil.copytree, safetensors and numpy's tofile lose the errno and keep the words.
 _DISK_FULL_WORDS: Final = re.compile("|".join([*map(os.strerror, _DISK_FULL), r"\d+ requested and \d+ written"]))
@@ -135,10 +137,14 @@ class Bundle:
 
     def _checked_size(self, name: str) -> Path:
         path, expected = self.path / name, self.manifest.files[name].size
-        if not path.is_file():
+        try:
+            status = path.stat()  # once: it may be dropped meanwhile
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
             raise self._error(f"{name} is missing, expected {expected} bytes")
-        if (size := path.stat().st_size) != expected:
-            raise self._error(f"{name} has {size} bytes, expected {expected}: truncated or edited")
+        if status.st_size != expected:
+            raise self._error(f"{name} has {status.st_size} bytes, expected {expected}: truncated or edited")
         return path
 
     def _error(self, problem: str, remedy: str = "") -> BundleError:
@@ -239,7 +245,7 @@ def check_replaceable(out: Path, *, force: bool) -> None:
 
 
 def _listed_files(out: Path) -> set[str]:
-    """The files of the bundle in a directory: its manifest, what that lists, and schedules that it no longer lists.
+    """The files of the bundle in a directory: its manifest, what that lists, and what a change was adding or dropping.
 
     Manifests of other format versions list their files in the same way. Of what is no bundle nothing is listed.
     """
@@ -250,8 +256,15 @@ def _listed_files(out: Path) -> set[str]:
     files = fields.get("files") if isinstance(fields, dict) and "format_version" in fields else None
     if not isinstance(files, dict):
         return set()
-    schedules = {f"schedules/{path.name}" for path in (out / "schedules").glob("*") if _SCHEDULE.fullmatch(path.name)}
-    return {MANIFEST_NAME, *files, *schedules}
+    return {MANIFEST_NAME, CHANGING_NAME, *files, *changing_files(out)}
+
+
+def changing_files(directory: Path) -> list[str]:
+    """The files that a change in place was adding to a bundle or dropping when its process died; see `change_bundle`."""
+    try:
+        return pydantic.TypeAdapter(list[BundlePath]).validate_json(read_text(directory / CHANGING_NAME))
+    except (OSError, ValueError):
+        return []
 
 
 def _swap_in(partial: Path, out: Path) -> None:

@@ -47,6 +47,7 @@ from cat_pruning.step_io import Part, is_residual
 
 FORMAT_VERSION: Final = 6
 MANIFEST_NAME: Final = "manifest.json"
+CHANGING_NAME: Final = ".changing.json"  # the names of the files that a change in place adds and drops
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:
@@ -150,9 +151,10 @@ class Manifest(Spec):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest without its schedules: the same before and after they are tuned."""
-        others = {name: spec for name, spec in self.files.items() if name not in self.schedules}
-        text = self.model_copy(update={"schedules": (), "files": others}).model_dump_json()
+        """SHA-256 of the manifest without its schedules and plans: the same when some are added later, or dropped."""
+        later = {*self.schedules, *(plan.file for plan in self.plans)}
+        others = {name: spec for name, spec in self.files.items() if name not in later}
+        text = self.model_copy(update={"schedules": (), "plans": (), "files": others}).model_dump_json()
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileSpec]) -> Self:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.manifest import MANIFEST_NAME, read_manifest
-from cat_pruning.bundle.schema import FileSpec
+from cat_pruning.bundle.changes import Change, change_bundle
+from cat_pruning.bundle.manifest import Manifest
 from cat_pruning.errors import BundleError, OutputError, ScheduleError
-from cat_pruning.files import write_whole
 from cat_pruning.schedule import Schedule
 
 FOLDER: Final = "schedules"
@@ -31,7 +27,7 @@ def read_schedules(bundle: Bundle) -> dict[str, Schedule]:
     manifest = bundle.manifest
     try:
         schedules = [Schedule.load(bundle.verified(name)) for name in manifest.schedules]
-    except BundleError:
+    except (BundleError, ScheduleError):  # the second of one that went after its hash was checked
         now = Bundle.open(bundle.path)
         if now.manifest == manifest:
             raise
@@ -72,9 +68,8 @@ def speed_of(schedule: Schedule) -> float:
 def write_schedules(directory: Path, schedules: Iterable[Schedule], *, digest: str | None = None) -> Bundle:
     """Put schedules into a bundle, in the place of those of the same names. Waits for another process that does.
 
-    A file's name has its content's hash, so what the manifest lists is never overwritten; the manifest is replaced in
-    one step, and the files that it listed before, and lists no longer, go after that. So whatever a process dies of,
-    the bundle is whole, and files that it never listed stay.
+    A file's name has its content's hash, so what the manifest lists is never overwritten; see `change_bundle`. Files
+    that it never listed stay.
 
     Args:
         directory: the bundle's.
@@ -85,45 +80,22 @@ def write_schedules(directory: Path, schedules: Iterable[Schedule], *, digest: s
         BundleError: there is no bundle.
         OutputError: it cannot be written, or is not the one that they were made with.
     """
-    bundle = Bundle.open(directory)
-    new = {each.name: each for each in schedules}
-    try:
-        with _alone(bundle.path):
-            manifest = read_manifest(bundle.path)  # once more: another process may have tuned other steps meanwhile
-            if digest not in (None, manifest.digest):
-                raise OutputError(
-                    f"{bundle.path} was replaced by another export meanwhile, which these schedules were not made for",
-                    "tune it again",
-                )
-            kept = [name for name in manifest.schedules if Path(name).name.split(".")[0] not in new]
-            gone = set(manifest.schedules) - set(kept)
-            files = {name: spec for name, spec in manifest.files.items() if name not in gone}
-            (bundle.path / FOLDER).mkdir(exist_ok=True)
-            written = []
-            for name, schedule in new.items():
-                content = schedule.to_json().encode()
-                sha256 = hashlib.sha256(content).hexdigest()
-                file = f"{FOLDER}/{name}.{sha256[:12]}.json"
-                write_whole(bundle.path / file, content)
-                files[file] = FileSpec(size=len(content), sha256=sha256)
-                written.append(file)
-            changed = manifest.model_copy(update={"schedules": (*kept, *written)}).with_files(files)
-            write_whole(bundle.path / MANIFEST_NAME, changed.model_dump_json(indent=2) + "\n")
-            for name in gone - set(written):
-                (bundle.path / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{bundle.path} cannot be written ({error.strerror or error})", "make room, or make it writable"
-        ) from error
-    return Bundle(path=bundle.path, manifest=changed)
+    new = {each.name: each.to_json().encode() for each in schedules}
+    added = {f"{FOLDER}/{name}.{hashlib.sha256(content).hexdigest()[:12]}.json": content for name, content in new.items()}
+
+    def put(manifest: Manifest) -> Change:
+        if digest not in (None, manifest.digest):
+            raise OutputError(
+                f"{directory} was replaced by another export meanwhile, which these schedules were not made for",
+                "tune it again",
+            )
+        kept = [name for name in manifest.schedules if schedule_name(name) not in new]
+        dropped = set(manifest.schedules) - set(kept)
+        return Change(fields={"schedules": (*kept, *added)}, added=added, dropped=dropped)
+
+    return change_bundle(directory, put)
 
 
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keep others that write schedules out of a bundle meanwhile, by a lock of the directory itself."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
-        yield
-    finally:
-        os.close(descriptor)
+def schedule_name(file: str) -> str:
+    """The name of the schedule that a file of the bundle holds: 28-9 of schedules/28-9.0123456789ab.json."""
+    return Path(file).name.split(".")[0]

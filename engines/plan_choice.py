@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.plan_sets import plan_sets
 from cat_pruning.bundle.schema import PlanSpec
 from cat_pruning.errors import EngineError
 from cat_pruning.names import TITLES, Flavour
@@ -59,7 +60,9 @@ def plan_fit(bundle: Bundle, flavour: Flavour, *, version: str | None, architect
     named = f"{title} {version}" if version else title
     ours = [plan for plan in bundle.manifest.plans if plan.flavour == flavour]
     current = [plan for plan in ours if version in (None, plan.version)]
-    runnable = {plan.part: plan for plan in current if architecture is None or runs_on(plan, architecture)}
+    sets = plan_sets(plan for plan in current if architecture is None or runs_on(plan, architecture))
+    # Of several that run here, as of GPUs that are one another's successors, the one that lacks no part and came last.
+    runnable = max(({plan.part: plan for plan in each.plans} for each in reversed(sets)), key=len, default={})
     problem, rebuild = "", flavour
     if not ours:
         problem = f"no plans for {title}"
@@ -93,7 +96,4 @@ def _numbers(architecture: str) -> tuple[int, int]:
 
 
 def _described(plans: Sequence[PlanSpec]) -> str:
-    kinds = dict.fromkeys((TITLES[plan.flavour], plan.version, plan.architectures) for plan in plans)
-    return (
-        "; ".join(f"{title} {version} for {', '.join(built)}" for title, version, built in kinds) or "no plans at all"
-    )
+    return "; ".join(dict.fromkeys(each.title for each in plan_sets(plans))) or "no plans at all"

@@ -44,7 +44,7 @@ class RunSpec:
     """All that the results of an evaluation depend on, as JSON types.
 
     Attributes:
-        bundle: its directory's name. bundle_sha256: `Manifest.digest`, of all but its schedules.
+        bundle: its directory's name. bundle_sha256: `Manifest.digest`, of all but its schedules and plans.
         engine: that computes, but for AT-EDM, which has its own.
         prompts: the texts, in order. prompts_source: where they are from.
         seeds: images of each prompt. batch: prompts at once. sheet: the first prompts, whose images are kept.

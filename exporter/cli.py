@@ -248,12 +248,7 @@ def _summarise(screen: Console, config: ExportConfig, bundle: Bundle, seconds: f
         files.add_row(name, console.file_size(size))
     screen.print(files)
 
-    for plan in manifest.plans[:: len(manifest.graphs)]:  # the plans of one flavour differ in their graphs only
-        say(
-            f"{TITLES[plan.flavour]} {plan.version} plans for {', '.join(plan.architectures)}; token operators: "
-            f"{plan.token_ops}{'; refittable' if plan.refittable else ''}",
-            to=screen,
-        )
+    _tell_plans(screen, manifest.plans)
     if config.verify and not all(map(can_verify, manifest.plans)):
         say(
             "plans are compared on the machine that runs them; there: "

@@ -87,6 +87,7 @@ def test_force_deletes_what_our_tools_leave_in_a_bundle(bundle: Bundle, manifest
     (bundle.path / "schedules").mkdir()
     (bundle.path / "schedules" / "28-9.0123456789ab.json").touch()
     (bundle.path / "schedules" / ".28-9.0123456789ab.json.17-17.part").touch()
+    (bundle.path / ".changing.json").write_text('["schedules/28-9.0123456789ab.json"]')
     (bundle.path / ".manifest.json.17-17.part").touch()
     export(bundle.path, manifest, force=True)
     assert not (bundle.path / "schedules").exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cat_pruning.bundle import schedules as module
+from cat_pruning.bundle import changes
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import MANIFEST_NAME
 from cat_pruning.bundle.schedules import choose_schedule, read_schedules, write_schedules
@@ -59,11 +59,11 @@ def test_the_digest_is_of_the_rest(bundle: Bundle) -> None:
     assert other.digest != bundle.manifest.digest
 
 
-@pytest.mark.parametrize("fails_at", range(3))
+@pytest.mark.parametrize("fails_at", range(4))
 def test_a_write_that_fails_leaves_the_bundle_as_it_was(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
-    """Two files and the manifest are written, in this order."""
+    """Their names, two files and the manifest are written, in this order."""
     before = write_schedules(bundle.path, [make(28, 9)])
     writes = 0
 
@@ -74,7 +74,7 @@ def test_a_write_that_fails_leaves_the_bundle_as_it_was(
             raise OSError(28, "No space left on device")
         write_whole(path, content)
 
-    monkeypatch.setattr(module, "write_whole", write)
+    monkeypatch.setattr(changes, "write_whole", write)
     with pytest.raises(OutputError, match=r"cannot be written \(No space left"):
         write_schedules(bundle.path, [make(28, 9, weight=2.0), make(28, 7)])
     assert Bundle.open(bundle.path) == before
