@@ -29,7 +29,7 @@ from cat_pruning.bundle.schema import BundlePath, FileSpec
 from cat_pruning.errors import BundleError, CatError, OutputError
 from cat_pruning.files import read_json, read_text, sha256
 from cat_pruning.names import Flavour
-from cat_pruning.ours import check_ours
+from cat_pruning.ours import check_ours, foreign_files
 
 _log = logging.getLogger(__name__)
 
@@ -259,8 +259,17 @@ def _listed_files(out: Path) -> set[str]:
     return {MANIFEST_NAME, CHANGING_NAME, *files, *changing_files(out)}
 
 
+def unlisted_files(bundle: Bundle) -> list[str]:
+    """The files in a bundle's directory that are none of its own, by their names there.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return foreign_files(bundle.path, _listed_files(bundle.path))
+
+
 def changing_files(directory: Path) -> list[str]:
-    """The files that a change in place was adding to a bundle or dropping when its process died; see `change_bundle`."""
+    """The files that a change in place was adding or dropping when its process died; see `change_bundle`."""
     try:
         return pydantic.TypeAdapter(list[BundlePath]).validate_json(read_text(directory / CHANGING_NAME))
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""A bundle changed in its place: schedules and plans are added and dropped, and readers see the old one or the new one.
+"""A bundle changed in its place: schedules and plans added and dropped, where readers see the old one or the new one.
 
-The manifest is replaced in one step. Files that it comes to list are put there before, under names that it does not list
-yet, and files that it lists no longer go after that. Which these are is written first, to `.changing.json`, so whatever a
-process dies of, the bundle is whole, and the next change clears away what was left.
+The manifest is replaced in one step. Files that it comes to list are put there before, under names that it does not
+list yet, and files that it lists no longer go after that. Which these are is written first, to `.changing.json`. So
+whatever a process dies of, the bundle is whole, and the next change clears away what was left.
 """
 
 from __future__ import annotations

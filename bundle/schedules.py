@@ -81,7 +81,9 @@ def write_schedules(directory: Path, schedules: Iterable[Schedule], *, digest: s
         OutputError: it cannot be written, or is not the one that they were made with.
     """
     new = {each.name: each.to_json().encode() for each in schedules}
-    added = {f"{FOLDER}/{name}.{hashlib.sha256(content).hexdigest()[:12]}.json": content for name, content in new.items()}
+    added = {
+        f"{FOLDER}/{name}.{hashlib.sha256(content).hexdigest()[:12]}.json": content for name, content in new.items()
+    }
 
     def put(manifest: Manifest) -> Change:
         if digest not in (None, manifest.digest):

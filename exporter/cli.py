@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.schema import PlanSpec
     from cat_pruning.exporter.export import ExportConfig
     from cat_pruning.exporter.progress import Advance
 
@@ -216,6 +217,18 @@ def _export(arguments: argparse.Namespace) -> None:
     screen = terminal(stderr=True)
     bundle = export(config, lambda title: _stage(screen, title))
     _summarise(terminal(), config, bundle, time.perf_counter() - started)
+
+
+def _tell_plans(screen: Console, plans: Sequence[PlanSpec]) -> None:
+    from cat_pruning.bundle.plan_sets import plan_sets
+
+    for each in plan_sets(plans):
+        plan = each.plans[0]  # they differ in their graphs only
+        say(
+            f"{TITLES[plan.flavour]} {plan.version} plans for {', '.join(plan.architectures)}; token operators: "
+            f"{plan.token_ops}{'; refittable' if plan.refittable else ''}",
+            to=screen,
+        )
 
 
 @contextmanager

@@ -8,12 +8,10 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
-
 from cat_pruning import console
 from cat_pruning.arguments import Parser, path
 from cat_pruning.terminal import say, terminal, waiting
+from cat_pruning.tools.findings_table import findings_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +30,6 @@ exit code:
   2      the arguments are wrong, or there is no whole bundle
   70     what nobody foresaw
 """
-_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 _TITLES = {
     "machine": "this machine",
     "bundle": "the bundle",
@@ -89,18 +86,8 @@ def _print(screen: Console, report: Report) -> None:
         if not findings:
             continue
         say(f"{title} {report.bundle_path}" if section == "bundle" else title, to=screen, style="bold")
-        table = Table.grid(padding=(0, 1))
-        table.add_column()
-        table.add_column(no_wrap=True, min_width=13)
-        table.add_column(overflow="fold")
-        for finding in findings:
-            mark, style = _MARKS[finding.status]
-            topic = _TOPICS.get(finding.topic, finding.topic) if section == "machine" else finding.topic
-            table.add_row(Text(mark, style=style), topic, Text(finding.text))
-            if finding.remedy and finding.remedy not in told:  # once, where it is first needed
-                table.add_row("", "", Text(f"→ {finding.remedy}", style="cyan"))
-                told.add(finding.remedy)
-        screen.print(table)
+        topics = _TOPICS if section == "machine" else {}
+        screen.print(findings_table(findings, told, topics))
         screen.print()
     say(_verdict(report), to=screen, style="bold green" if report.can_generate else "bold red")
 

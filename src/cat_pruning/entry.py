@@ -7,12 +7,18 @@ import sys
 from typing import Final
 
 _TOOLS: Final = {
+    "cat-bundle": "cat_pruning.tools.bundle_cli",
     "cat-doctor": "cat_pruning.tools.doctor_cli",
     "cat-eval": "cat_pruning.evaluation.cli",
     "cat-export": "cat_pruning.exporter.cli",
     "cat-generate": "cat_pruning.tools.generate_cli",
     "cat-tune": "cat_pruning.tuning.cli",
 }
+
+
+def bundle() -> int:
+    """`cat-bundle`."""
+    return _run("cat-bundle")
 
 
 def doctor() -> int:

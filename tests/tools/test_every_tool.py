@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from bundle_files import export, small_manifest
@@ -19,12 +18,16 @@ from cat_pruning import entry
 from cat_pruning.evaluation import arguments as eval_arguments
 from cat_pruning.evaluation import cli as eval_cli
 from cat_pruning.exporter import cli as export_cli
-from cat_pruning.tools import doctor_cli, generate_arguments, generate_cli
+from cat_pruning.tools import bundle_arguments, bundle_cli, doctor_cli, generate_arguments, generate_cli
 from cat_pruning.tuning import arguments as tune_arguments
 from cat_pruning.tuning import cli as tune_cli
 
-# By the tool: its module, where its parser is made, what it does, and arguments that are taken.
+# By the tool, or its command: its module, where its parser is made, what it does, and arguments that are taken.
 TOOLS: dict[str, tuple[ModuleType, ModuleType, str, list[str]]] = {
+    "cat-bundle diff": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "{bundle}"]),
+    "cat-bundle inspect": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}"]),
+    "cat-bundle prune": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "--plans", "tensorrt"]),
+    "cat-bundle verify": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}"]),
     "cat-doctor": (doctor_cli, doctor_cli, "_doctor", ["{bundle}"]),
     "cat-eval": (eval_cli, eval_arguments, "_evaluate", ["{bundle}", "--out", "{out}", "--quick"]),
     "cat-export": (export_cli, export_cli, "_export", ["--model", "{model}", "--out", "{out}", "--target", "onnx"]),
@@ -63,13 +66,13 @@ class Refused:
         before = self.files()
         try:
             with at_once():
-                code = TOOLS[tool][0].main([*arguments, *more])
+                code = TOOLS[tool][0].main([*tool.split()[1:], *arguments, *more])
         except SystemExit as stop:  # argparse's
             code = int(stop.code or 0)
         lines = [line for line in self.capsys.readouterr().err.splitlines() if not line.startswith("✓")]
         assert code == 2, lines
         assert len(lines) == 1, lines
-        assert lines[0].startswith(f"{tool}: ")
+        assert lines[0].startswith((f"{tool}: ", f"{tool.split()[0]}: "))
         assert len(lines[0]) < 1500 + 2 * sum(map(len, more))
         assert self.files() == before
         return lines[0]
@@ -92,9 +95,18 @@ def options() -> list[tuple[str, argparse.Action]]:
     return [
         (tool, action)
         for tool, (_, module, _, _) in TOOLS.items()
-        for action in module._parser()._actions
+        for action in actions(module, tool)
         if action.option_strings and action.type is not None and action.help != argparse.SUPPRESS
     ]
+
+
+def actions(module: ModuleType, tool: str) -> list[argparse.Action]:
+    """What the parser of a tool, or of one of its commands, takes."""
+    parser = module._parser()
+    for command in tool.split()[1:]:
+        (commands,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+        parser = commands.choices[command]
+    return list(parser._actions)
 
 
 ABSURD = ["", "x", "nan", "-inf", "1e999", "-1", "999999999999", "9" * 5000, "\0", "0x10", "1,", "1,nan", "1x"]
@@ -341,9 +353,9 @@ def test_what_nobody_foresaw_is_a_line(
 
     module, _, command, arguments = TOOLS[tool]
     monkeypatch.setattr(module, command, fail)
-    assert module.main(arguments) == code
+    assert module.main([*tool.split()[1:], *arguments]) == code
     found = capsys.readouterr().err
-    assert found.startswith(f"{tool}: {said}") if said else found == ""
+    assert found.startswith(f"{tool.split()[0]}: {said}") if said else found == ""
     assert found.count("\n") == bool(said)
 
 
@@ -357,8 +369,8 @@ def test_the_tools_are_all() -> None:
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert TOOLS.keys() == project["project"]["scripts"].keys() == entry._TOOLS.keys()
-    for tool, place in entry._TOOLS.items():
-        module: Any = importlib.import_module(place)
-        assert TOOLS[tool][0] is module
+    assert {tool.split()[0] for tool in TOOLS} == project["project"]["scripts"].keys() == entry._TOOLS.keys()
+    for tool, (module, *_) in TOOLS.items():
+        assert module is importlib.import_module(entry._TOOLS[tool.split()[0]])
         assert isinstance(module.main, Callable)
+    assert {tool.split()[1] for tool in TOOLS if tool.startswith("cat-bundle ")} == bundle_cli._COMMANDS.keys()
