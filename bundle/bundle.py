@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -122,6 +122,10 @@ class Bundle:
             self.verified(name)
         return self.path / prefix
 
+    def add_plans_command(self, flavour: Flavour) -> str:
+        """The shell command that adds plans for this machine to the bundle."""
+        return self.manifest.add_plans_command(self.path, flavour)
+
     def export_command(self, *flavours: Flavour) -> str:
         """The shell command that makes this bundle again in place, with plans for `flavours` besides those it has."""
         return self.manifest.export_command(self.path, *flavours)
@@ -193,12 +197,31 @@ def new_bundle(out: Path, *, force: bool, needed_bytes: int) -> Iterator[BundleW
         OutputError: `out` exists and may not be replaced, cannot be written, or the disk is (or becomes) full.
     """
     out = Path(os.path.realpath(out))
-    partial = _sibling(out, "partial")
-    try:
-        _prepare(out, partial, force, needed_bytes)
+    check = functools.partial(check_replaceable, out, force=force)
+    with _partial(out, check, needed_bytes, "give an --out that you may write to") as partial:
         yield BundleWriter(path=partial, out=out, force=force)
         if partial.exists():
             raise RuntimeError("the block of new_bundle ended without commit")
+
+
+@contextlib.contextmanager
+def beside_bundle(directory: Path, *, needed_bytes: int) -> Iterator[Path]:
+    """An empty directory beside a bundle, for files that are to be moved into it. Cleared away as `new_bundle` does.
+
+    Raises:
+        OutputError: it cannot be written, or the disk is (or becomes) full.
+    """
+    with _partial(directory, lambda: None, needed_bytes, "make its folder writable") as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _partial(out: Path, check: Callable[[], None], needed_bytes: int, remedy: str) -> Iterator[Path]:
+    """The partial directory of `out`, gone when the block ends, unless it was renamed."""
+    partial = _sibling(out, "partial")
+    try:
+        _prepare(out, partial, check, needed_bytes, remedy)
+        yield partial
     except Exception as error:
         _remove(partial)  # before the free space is told
         if not _is_disk_full(error):
@@ -209,17 +232,17 @@ def new_bundle(out: Path, *, force: bool, needed_bytes: int) -> Iterator[BundleW
         _remove(partial)  # KeyboardInterrupt and SystemExit too
 
 
-def _prepare(out: Path, partial: Path, force: bool, needed_bytes: int) -> None:
+def _prepare(out: Path, partial: Path, check: Callable[[], None], needed_bytes: int, remedy: str) -> None:
     """Refuses what can be refused before the work, and makes the partial directory."""
     try:
         _clear_stale(out)
-        check_replaceable(out, force=force)
+        check()
         if _free_bytes(out) < needed_bytes:
             raise OutputError(*_space(out, needed_bytes))
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        raise OutputError(f"{out} cannot be written ({error})", "give an --out that you may write to") from error
+        raise OutputError(f"{out} cannot be written ({error})", remedy) from error
 
 
 def check_replaceable(out: Path, *, force: bool) -> None:

@@ -59,6 +59,7 @@ def change_bundle(directory: Path, change: Callable[[Manifest], Change]) -> Bund
             manifest = read_manifest(bundle.path)  # once more: another process may have changed it meanwhile
             _clear(bundle.path, manifest)
             wanted = change(manifest)
+            _check_free(bundle.path, wanted)
             dropped = set(wanted.dropped) - set(wanted.added)
             journal = json.dumps(sorted({*dropped, *wanted.added}))
             write_whole(bundle.path / CHANGING_NAME, journal)
@@ -78,6 +79,13 @@ def change_bundle(directory: Path, change: Callable[[Manifest], Change]) -> Bund
             f"{bundle.path} cannot be written ({error.strerror or error})", "make room, or make it writable"
         ) from error
     return Bundle(path=bundle.path, manifest=changed)
+
+
+def _check_free(directory: Path, change: Change) -> None:
+    """Check that nothing lies where files are to be moved: what the manifest does not list is somebody's."""
+    moved = [name for name, content in change.added.items() if isinstance(content, Path)]
+    if there := [name for name in moved if os.path.lexists(directory / name)]:
+        raise OutputError(f"{directory} has {there[0]}, not listed by its {MANIFEST_NAME}", "move that away")
 
 
 def _put(path: Path, content: bytes | Path) -> FileSpec:

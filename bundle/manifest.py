@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -161,6 +161,19 @@ class Manifest(Spec):
         """A copy with other files; validated like a new one."""
         return type(self).model_validate(dict(self) | {"files": dict(files)})
 
+    def add_plans_command(self, place: Path, flavour: Flavour) -> str:
+        """The shell command that adds plans for the machine that it is run on to this bundle at `place`."""
+        return shlex.join(
+            ["cat-export", "--add-plans", str(place), "--target", flavour, *self._plan_options({flavour})]
+        )
+
+    def _plan_options(self, flavours: Collection[Flavour]) -> list[str]:
+        """The options that these plans of the bundle were built with."""
+        plans = [plan for plan in self.plans if plan.flavour in flavours]
+        function = any(plan.flavour == "tensorrt" and plan.token_ops == "function" for plan in plans)
+        refittable = any(plan.refittable for plan in plans)
+        return (["--no-plugin"] if function else []) + (["--refittable"] if refittable else [])
+
     def export_command(self, out: Path, *flavours: Flavour) -> str:
         """The shell command that makes this bundle again at `out`, with plans for `flavours` besides those it has."""
         targets = dict.fromkeys((*(plan.flavour for plan in self.plans), *flavours))
@@ -177,10 +190,8 @@ class Manifest(Spec):
         words += [] if self.guidance else ["--no-guidance"]
         for flavour in targets:
             words += ["--target", flavour]
-        if any(plan.flavour == "tensorrt" and plan.token_ops == "function" for plan in self.plans):
-            words += ["--no-plugin"]
+        words += self._plan_options(targets)
         words += ["--controlnet"] if any(is_residual(tensor.name) for tensor in self.graph(Part.STEP).inputs) else []
-        words += ["--refittable"] if any(plan.refittable for plan in self.plans) else []
         return shlex.join([*words, "--out", str(out), "--force"])
 
 

@@ -50,7 +50,7 @@ def plans_for(bundle: Bundle, flavour: Flavour, *, version: str, architecture: s
         return fit.plans
     raise EngineError(
         f"{bundle.path} has {fit.problem}; it has {fit.has}. This machine has {title} {version} and {architecture}",
-        f"build the plans on it: {bundle.export_command(fit.rebuild)}",
+        f"build the plans on it: {bundle.add_plans_command(fit.rebuild)}",
     )
 
 

@@ -46,6 +46,7 @@ Turn a diffusers checkpoint into a bundle: step.onnx (one graph for full and pru
 width, text length and kept tokens), prompt.onnx and timestep.onnx (what need not be computed on every step), engine
 plans built from them, the pipeline's other parts, and a manifest with the hash of every file. The bundle is written
 whole or not at all."""
+_OF_PLANS = ("add_plans", "no_plugin", "refittable", "target")  # what goes with --add-plans
 _EXAMPLES = """\
 examples:
   cat-export --model sd3-mini --text-length 48 --out build/sd3-mini        the packaged miniature, in seconds
@@ -57,6 +58,7 @@ examples:
   cat-export --model sd3 --dtype bf16 --target tensorrt --out sd3          on the machine with the GPU that will run it
   cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
                                                                            plans for two resolutions, 1 and 4 prompts
+  cat-export --add-plans sd3 --target tensorrt                             for this machine's GPU, beside the others
 then:
   cat-generate build/sd3-mini "a large red circle above a small blue star on a plain black background" -o out.png
 """
@@ -83,11 +85,17 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     checkpoint = parser.add_argument_group("checkpoint")
-    checkpoint.add_argument(
+    what = checkpoint.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--model",
-        required=True,
         type=text,
         help=f"{', '.join([*published_models(), *miniatures()])}; a local diffusers directory; or a hub id, owner/name",
+    )
+    what.add_argument(
+        "--add-plans",
+        type=path,
+        metavar="BUNDLE",
+        help="no new export: build plans (--target) from a bundle's graphs and add them to it, beside those it has",
     )
     checkpoint.add_argument("--revision", type=text, help="branch, tag or commit on the hub")
     checkpoint.add_argument(
@@ -177,6 +185,9 @@ def _parser() -> Parser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.add_plans is not None:
+        _add_plans(arguments)
+        return
     started = time.perf_counter()
     # A wrong setting is told before the seconds that torch takes to import.
     settings = PruneSettings(keep_ratio=arguments.keep_ratio)
@@ -229,6 +240,31 @@ def _tell_plans(screen: Console, plans: Sequence[PlanSpec]) -> None:
             f"{plan.token_ops}{'; refittable' if plan.refittable else ''}",
             to=screen,
         )
+
+
+def _add_plans(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    others = [action for action in _parser()._actions if action.dest not in (*_OF_PLANS, "help")]
+    if given := [each.option_strings[-1] for each in others if getattr(arguments, each.dest) != each.default]:
+        raise SettingsError(f"--add-plans goes with no {', '.join(given)}: the bundle says what was exported")
+    require("cat-export", "export")
+    console.check_address_space()
+    from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.exporter.add_plans import add_plans
+    from cat_pruning.exporter.export import default_targets
+
+    console.quiet_libraries()
+    had = len(Bundle.open(arguments.add_plans).manifest.plans)
+    screen = terminal(stderr=True)
+    bundle = add_plans(
+        arguments.add_plans,
+        tuple(map(Target, arguments.target or ())) or default_targets(refittable=arguments.refittable),
+        plugin=not arguments.no_plugin,
+        refittable=arguments.refittable,
+        stage=lambda title: _stage(screen, title),
+    )
+    say(f"{bundle.path}  ({time.perf_counter() - started:.0f} s)", style="bold")
+    _tell_plans(terminal(), bundle.manifest.plans[had:])
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from cat_pruning.bundle.schema import (
     PlanSpec,
     ProfileSpec,
     TensorSpec,
-    TokenOps,
 )
 from cat_pruning.checkpoints.checkpoint import (
     Checkpoint,
@@ -36,20 +35,20 @@ from cat_pruning.checkpoints.checkpoint import (
 )
 from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.dtype import DType
-from cat_pruning.engines.builder.build import can_build, can_build_refittable, plan_specs
+from cat_pruning.engines.builder.build import can_build, can_build_refittable
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter import data_loader
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes
 from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, pipeline_files
-from cat_pruning.exporter.plans import build_plans
+from cat_pruning.exporter.plans import build_plans, wanted_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verification import Samples, Verification
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.families.interception import StepModule
-from cat_pruning.names import FLAVOURS, Flavour, Target
+from cat_pruning.names import FLAVOURS, Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
 from cat_pruning.versions import versions_of
@@ -130,7 +129,9 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     Raises:
         CheckpointError, ShapeError, SettingsError, EngineError, OutputError: see `cat_pruning.errors`.
     """
-    plans = _plan_specs(config)  # before a checkpoint is downloaded
+    plans = wanted_plans(
+        config.targets, plugin=config.plugin, refittable=config.refittable
+    )  # before a checkpoint is downloaded
     verification = Verification.of(config.verify, config.dtype, plans)
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, random_weights=config.random_weights, loras=config.loras
@@ -191,16 +192,6 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
             "; ".join(filter(None, (failure.remedy, "to build it anew, give --force"))),
         ) from failure
     return bundle
-
-
-def _plan_specs(config: ExportConfig) -> tuple[PlanSpec, ...]:
-    token_ops: dict[Flavour, TokenOps] = {"tensorrt": "plugin" if config.plugin else "function"}
-    return tuple(
-        plan
-        for flavour in FLAVOURS
-        if flavour in config.targets
-        for plan in plan_specs(flavour, token_ops.get(flavour, "function"), refittable=config.refittable)
-    )
 
 
 def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportConfig) -> Checkpoint:

@@ -4,19 +4,55 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from cat_pruning.bundle.bundle import BundleWriter
-from cat_pruning.bundle.profiles import plan_profiles
-from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec
-from cat_pruning.engines.builder.build import build_plan, with_report
+from cat_pruning.bundle.profiles import PlanProfile, plan_profiles
+from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec, TokenOps
+from cat_pruning.engines.builder.build import build_plan, plan_specs, with_report
 from cat_pruning.engines.plan_caches import timing_cache_path
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.importer_rules import importer_findings
 from cat_pruning.exporter.progress import Stage
-from cat_pruning.names import TITLES, Flavour
+from cat_pruning.names import FLAVOURS, TITLES, Flavour
 
 logger = logging.getLogger(__name__)
+
+
+def wanted_plans(targets: Collection[str], *, plugin: bool, refittable: bool) -> tuple[PlanSpec, ...]:
+    """What is built for some targets, in the order of `FLAVOURS`.
+
+    Args:
+        targets: names of `Target`.
+        plugin: our kernels for the token operators of TensorRT's plans.
+        refittable: see `plan_specs`.
+
+    Raises:
+        EngineError: as `plan_specs`.
+    """
+    token_ops: dict[Flavour, TokenOps] = {"tensorrt": "plugin" if plugin else "function"}
+    return tuple(
+        plan
+        for flavour in FLAVOURS
+        if flavour in targets
+        for plan in plan_specs(flavour, token_ops.get(flavour, "function"), refittable=refittable)
+    )
+
+
+def build_one(
+    plan: PlanSpec, onnx: Path, file: Path, shapes: Sequence[PlanProfile], timings: Path, stage: Stage
+) -> PlanSpec:
+    """Build one plan from a graph, and return its record with what the build found out.
+
+    Raises:
+        EngineError, OSError: as `build_plan`.
+    """
+    title = TITLES[plan.flavour]
+    for finding in importer_findings(onnx):
+        logger.warning("%s may be refused by %s: %s", onnx.name, title, finding)
+    with stage(f"Build the {title} engine of {onnx.name}, profiles: {len(shapes)}"):
+        return with_report(plan, build_plan(plan, onnx, file, shapes, timings))
 
 
 def build_plans(
@@ -43,12 +79,8 @@ def build_plans(
         graph = next(graph for graph in graphs if graph.part is plan.part)
         shapes = plan_profiles(graph, profiles, patch_size)
         files, timings = (writer.path / graph.file, writer.path / plan.file), timing_cache_path(writer.out, plan)
-        for finding in importer_findings(files[0]):
-            logger.warning("%s may be refused by %s: %s", graph.file, TITLES[plan.flavour], finding)
         try:
-            with stage(f"Build the {TITLES[plan.flavour]} engine of {graph.file}, profiles: {len(shapes)}"):
-                report = build_plan(plan, *files, shapes, timings)
-            built.append(with_report(plan, report))
+            built.append(build_one(plan, *files, shapes, timings, stage))
             of_flavour = [each for each in built if each.flavour == plan.flavour]
             if len(of_flavour) == len(graphs):
                 verify(of_flavour)

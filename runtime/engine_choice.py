@@ -111,7 +111,7 @@ def _onnxruntime(bundle: Bundle, family: Family) -> StepEngine:
         logger.warning(
             "there is a GPU, but this ONNX Runtime has no CUDA provider and runs on the CPU; pip install "
             "onnxruntime-gpu in its place, build plans for the GPU (%s), or take the engine torch",
-            bundle.export_command("tensorrt"),
+            bundle.add_plans_command("tensorrt"),
         )
     bundle.verify_graphs()
     weights = functools.partial(_weights, bundle)

@@ -47,7 +47,7 @@ def check_plans(flavour: Flavour, bundle: Bundle) -> Finding:
     if fit.problem:
         where = "on the machine with the GPU: " if fit.rebuild == "tensorrt" and architecture is None else ""
         has = f"; the bundle has {fit.has}" if any(plan.flavour == flavour for plan in bundle.manifest.plans) else ""
-        return Finding(topic, "warning", fit.problem + has, where + bundle.export_command(fit.rebuild))
+        return Finding(topic, "warning", fit.problem + has, where + bundle.add_plans_command(fit.rebuild))
     for spec in fit.plans.values():
         bundle.verified(spec.file)
     spec = next(iter(fit.plans.values()))

@@ -27,7 +27,7 @@ def check_plans_engine(flavour: Flavour, bundle: Bundle | None, graphics: Findin
     family_of_bundle(bundle)
     fit = plan_fit(bundle, flavour, version=version, architecture=architecture)
     if fit.problem:
-        return Finding(flavour, "problem", f"the bundle has {fit.problem}", bundle.export_command(fit.rebuild))
+        return Finding(flavour, "problem", f"the bundle has {fit.problem}", bundle.add_plans_command(fit.rebuild))
     for spec in fit.plans.values():
         bundle.verified(spec.file)
     return Finding(flavour, "ok", "on the GPU")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,25 +88,25 @@ def test_the_plans_of_this_machine(
 
 
 @pytest.mark.parametrize(
-    ("built", "flavour", "machine", "problem", "has", "targets"),
+    ("built", "flavour", "machine", "problem", "has", "target"),
     [
-        ((), "tensorrt", ("11.4", "sm90"), "no plans for TensorRT;", "no plans at all", "--target tensorrt"),
+        ((), "tensorrt", ("11.4", "sm90"), "no plans for TensorRT;", "no plans at all", "tensorrt"),
         (RTX, "tensorrt", ("11.4", "sm90"), "no plans for TensorRT;",
-         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "--target tensorrt_rtx --target tensorrt"),
+         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "tensorrt"),
         (SM90, "tensorrt_rtx", ("1.7", "sm90"), "no plans for TensorRT-RTX;", "TensorRT 11.4 for sm90",
-         "--target tensorrt"),
+         "tensorrt_rtx"),
         (OLD, "tensorrt", ("11.4", "sm90"), "no plans for TensorRT 11.4, and plans of one version do not load",
-         "TensorRT 10.15 for sm90", "--target tensorrt"),
+         "TensorRT 10.15 for sm90", "tensorrt --no-plugin"),
         ((*SM90, *OLD), "tensorrt", ("11.4", "sm120"), "no plans for sm120, this machine's GPU",
-         "TensorRT 11.4 for sm90; TensorRT 10.15 for sm90", "--target tensorrt"),
+         "TensorRT 11.4 for sm90; TensorRT 10.15 for sm90", "tensorrt --no-plugin"),
         (RTX, "tensorrt_rtx", ("1.7", "sm90"), "no plans for sm90, this machine's GPU",
-         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "--target tensorrt_rtx --target tensorrt"),
+         "TensorRT-RTX 1.7 for sm80, sm86, sm89, sm120", "tensorrt"),
         (SM90[:2], "tensorrt", ("11.4", "sm90"), "no plan of step.onnx for TensorRT 11.4 on sm90",
-         "TensorRT 11.4 for sm90", "--target tensorrt"),
+         "TensorRT 11.4 for sm90", "tensorrt --no-plugin"),
     ],
 )  # fmt: skip
 def test_none_for_this_machine(
-    built: tuple[PlanSpec, ...], flavour: Flavour, machine: tuple[str, str], problem: str, has: str, targets: str
+    built: tuple[PlanSpec, ...], flavour: Flavour, machine: tuple[str, str], problem: str, has: str, target: str
 ) -> None:
     version, architecture = machine
     with pytest.raises(EngineError) as caught:
@@ -115,9 +114,8 @@ def test_none_for_this_machine(
     message = str(caught.value)
     assert message.startswith(f"/bundles/sd3 has {problem}")
     assert f"; it has {has}. This machine has " in message
-    assert f"{version} and {architecture}; build the plans on it: cat-export --model some/sd3 " in message
-    assert targets in message
-    assert message.endswith(" --out /bundles/sd3 --force")
+    command = f"cat-export --add-plans /bundles/sd3 --target {target}"
+    assert message.endswith(f"{version} and {architecture}; build the plans on it: {command}")
 
 
 def test_no_gpu() -> None:
@@ -161,5 +159,16 @@ def test_a_machine_of_which_little_is_known() -> None:
 
 
 def test_the_command_keeps_the_choice_of_no_plugin() -> None:
-    with pytest.raises(EngineError, match=re.escape("--target tensorrt --no-plugin --out")):
+    with pytest.raises(EngineError, match=r"--add-plans /bundles/sd3 --target tensorrt --no-plugin$"):
         plans_for(bundle(*OLD), "tensorrt", version="11.4", architecture="sm90")
+
+
+def test_of_several_sets_that_run_here_one_is_taken_whole() -> None:
+    """Not a part of each: a set that was built for more GPUs later, or one that lacks a part."""
+    later = plans("tensorrt_rtx", "1.7", "sm75", *RTX_ARCHITECTURES)
+    chosen = plans_for(bundle(*RTX, *later), "tensorrt_rtx", version="1.7", architecture="sm89")
+    assert chosen == {plan.part: plan for plan in later}
+    chosen = plans_for(bundle(*RTX, *later[:2]), "tensorrt_rtx", version="1.7", architecture="sm89")
+    assert chosen == {plan.part: plan for plan in RTX}
+    chosen = plans_for(bundle(*RTX, *later), "tensorrt_rtx", version="1.7", architecture="sm80")
+    assert len({plan.file.rpartition("/")[0] for plan in chosen.values()}) == 1

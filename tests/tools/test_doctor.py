@@ -68,7 +68,7 @@ def test_a_bundle_on_this_machine(mini_bundle: Path) -> None:
     assert statuses(report.bundle) == own | plans
     tensorrt, rtx = report.bundle[2:]
     assert tensorrt.text == "no plans for TensorRT"
-    assert tensorrt.remedy == f"on the machine with the GPU: {bundle.export_command('tensorrt')}"
+    assert tensorrt.remedy == f"on the machine with the GPU: cat-export --add-plans {mini_bundle} --target tensorrt"
     assert rtx.text.endswith("the installed version, but there is no GPU to run them")
     assert (report.can_generate, report.engine) == (True, "onnxruntime")
     assert by_topic(report.engines)["torch"].text == "on the CPU, from the checkpoint sd3-mini"

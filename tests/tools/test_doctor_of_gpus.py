@@ -195,7 +195,7 @@ def test_plans_that_do_not_fit(
     flavour = "tensorrt" if "TensorRT-RTX" not in problem and architecture == "sm89" else "tensorrt_rtx"
     for finding in (by_topic(report.bundle)[f"plans {flavour}"], by_topic(report.engines)[flavour]):
         assert problem in finding.text
-        assert finding.remedy == bundle.export_command(rebuild)
+        assert finding.remedy == bundle.add_plans_command(rebuild)
     assert statuses(report.bundle)[f"plans {flavour}"] == "warning"
     assert statuses(report.engines)[flavour] == "problem"
     assert report.can_generate
