@@ -9,6 +9,7 @@ leaves alone what a running process of this machine writes, except its own: one 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
@@ -17,7 +18,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
@@ -26,6 +27,7 @@ import pydantic
 from cat_pruning.bundle.external_data import external_files
 from cat_pruning.bundle.manifest import CHANGING_NAME, MANIFEST_NAME, Manifest, read_manifest
 from cat_pruning.bundle.schema import BundlePath, FileSpec
+from cat_pruning.bundle.signatures import SIGNATURE_NAME, PublicKey
 from cat_pruning.errors import BundleError, CatError, OutputError
 from cat_pruning.files import read_json, read_text, sha256
 from cat_pruning.names import Flavour
@@ -46,13 +48,19 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    public_key: PublicKey | None = field(default=None, compare=False)  # what it was signed with, where that was asked
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: str | os.PathLike[str], public_key: PublicKey | None = None) -> Self:
         """Reads and validates the manifest, checks the sizes of the files and reads none of them.
 
+        Args:
+            path: the bundle's directory.
+            public_key: what it must be signed with; checked before anything else of it is read.
+
         Raises:
-            BundleError: no bundle there, an unfinished one, one of another format version, or an edited one.
+            BundleError: no bundle there, an unfinished one, one of another format version, an edited one, or one that
+                is not signed with the key.
         """
         try:
             directory = Path(os.path.realpath(path))
@@ -65,11 +73,11 @@ class Bundle:
                 )
             if not directory.is_dir():
                 raise BundleError(f"{directory} is a file, expected a directory", "give the --out of cat-export")
-            bundle = cls(path=directory, manifest=read_manifest(directory))
+            bundle = cls(path=directory, manifest=read_manifest(directory, public_key), public_key=public_key)
             while (error := bundle._incomplete()) is not None:
-                if (manifest := read_manifest(directory)) == bundle.manifest:
+                if (manifest := read_manifest(directory, public_key)) == bundle.manifest:
                     raise error
-                bundle = cls(path=directory, manifest=manifest)  # schedules were put there meanwhile
+                bundle = dataclasses.replace(bundle, manifest=manifest)  # it was changed in its place meanwhile
         except (OSError, ValueError) as error:  # ValueError: a path with a null character
             raise BundleError(f"{path} cannot be read ({error})", "make it readable") from error
         return bundle
@@ -279,7 +287,7 @@ def _listed_files(out: Path) -> set[str]:
     files = fields.get("files") if isinstance(fields, dict) and "format_version" in fields else None
     if not isinstance(files, dict):
         return set()
-    return {MANIFEST_NAME, CHANGING_NAME, *files, *changing_files(out)}
+    return {MANIFEST_NAME, SIGNATURE_NAME, CHANGING_NAME, *files, *changing_files(out)}
 
 
 def unlisted_files(bundle: Bundle) -> list[str]:

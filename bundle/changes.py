@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from cat_pruning.bundle.bundle import Bundle, changing_files
-from cat_pruning.bundle.manifest import CHANGING_NAME, MANIFEST_NAME, Manifest, read_manifest
+from cat_pruning.bundle.manifest import CHANGING_NAME, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
 from cat_pruning.bundle.schema import FileSpec
-from cat_pruning.errors import OutputError
-from cat_pruning.files import replacing, sha256, write_whole
+from cat_pruning.bundle.signatures import SIGNATURE_NAME, read_private_key, write_signature
+from cat_pruning.errors import BundleError, OutputError
+from cat_pruning.files import read_bytes, replacing, sha256, write_whole
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,7 @@ def change_bundle(directory: Path, change: Callable[[Manifest], Change]) -> Bund
                 changed = manifest.model_copy(update=dict(wanted.fields)).with_files(files)
                 if changed != manifest:
                     write_whole(bundle.path / MANIFEST_NAME, changed.model_dump_json(indent=2) + "\n")
+                    _unsign(bundle.path)
             except BaseException:
                 with suppress(OSError):
                     _clear(bundle.path, manifest)
@@ -79,6 +84,38 @@ def change_bundle(directory: Path, change: Callable[[Manifest], Change]) -> Bund
             f"{bundle.path} cannot be written ({error.strerror or error})", "make room, or make it writable"
         ) from error
     return Bundle(path=bundle.path, manifest=changed)
+
+
+def sign_bundle(bundle: Bundle, key_file: Path) -> None:
+    """Sign a bundle, whose files are not looked at: verify them before.
+
+    Args:
+        bundle: as it was verified.
+        key_file: see `read_private_key`.
+
+    Raises:
+        BundleError: it was changed since it was opened.
+        InstallationError, SettingsError: as `read_private_key`.
+        OutputError: the signature cannot be written.
+    """
+    key = read_private_key(key_file)
+    try:
+        with _alone(bundle.path):
+            content = read_bytes(bundle.path / MANIFEST_NAME)
+            if parse_manifest(content, MANIFEST_NAME, bundle.path) != bundle.manifest:
+                raise BundleError(f"{bundle.path} was changed while it was verified", "sign it again")
+            write_signature(bundle.path, content, key)
+    except OSError as error:
+        raise OutputError(
+            f"{bundle.path} cannot be written ({error.strerror or error})", "make room, or make it writable"
+        ) from error
+
+
+def _unsign(directory: Path) -> None:
+    """Take off a signature, which was of the manifest before."""
+    if (signature := directory / SIGNATURE_NAME).exists():
+        signature.unlink()
+        _log.warning("%s was changed and is no longer signed: cat-bundle sign %s --key FILE", directory, directory)
 
 
 def _check_free(directory: Path, change: Change) -> None:

@@ -38,9 +38,10 @@ from cat_pruning.bundle.schema import (
     Source,
     Spec,
 )
+from cat_pruning.bundle.signatures import PublicKey
 from cat_pruning.dtype import DType
 from cat_pruning.errors import BundleError
-from cat_pruning.files import parse_json, read_text
+from cat_pruning.files import decoded, parse_json, read_bytes
 from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, is_residual
@@ -195,16 +196,42 @@ class Manifest(Spec):
         return shlex.join([*words, "--out", str(out), "--force"])
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, public_key: PublicKey | None = None) -> Manifest:
     """The manifest of a bundle's directory.
 
+    Args:
+        directory: the bundle's.
+        public_key: what it must be signed with; checked before anything of it is read.
+
     Raises:
-        BundleError: there is none, it is not JSON, of another format version, or breaks the schema.
+        BundleError: there is none, it is not signed, not JSON, of another format version, or breaks the schema.
         OSError: it cannot be read.
     """
-    path, fields = directory / MANIFEST_NAME, None
+    path = directory / MANIFEST_NAME
     try:
-        fields = parse_json(text := read_text(path))
+        content = read_bytes(path)
+    except FileNotFoundError:
+        problem = f"{path} is missing: not a bundle, or an export that was interrupted"
+        raise BundleError(problem, _remedy(directory, None)) from None
+    if public_key is not None:
+        public_key.check(directory, content)
+    return parse_manifest(content, str(path), directory)
+
+
+def parse_manifest(content: bytes, name: str, directory: Path) -> Manifest:
+    """The manifest that some bytes are.
+
+    Args:
+        content: of the file.
+        name: of the file, for errors.
+        directory: of a bundle, likewise.
+
+    Raises:
+        BundleError: as `read_manifest`.
+    """
+    fields = None
+    try:
+        fields = parse_json(text := decoded(content))
         # Before the schema, which is this version's and would only complain about fields.
         if (version := fields.get("format_version") if isinstance(fields, dict) else None) != FORMAT_VERSION:
             raise BundleError(f"has format version {version!r}, this cat-pruning reads version {FORMAT_VERSION}")
@@ -212,8 +239,6 @@ def read_manifest(directory: Path) -> Manifest:
         if not manifest.files:
             raise BundleError("was edited or is damaged: files: it lists none")
         return manifest
-    except FileNotFoundError:
-        problem = "is missing: not a bundle, or an export that was interrupted"
     except BundleError as error:
         problem = error.problem
     except pydantic.ValidationError as error:
@@ -224,7 +249,7 @@ def read_manifest(directory: Path) -> Manifest:
         problem = f"was edited or is damaged: {'; '.join(itertools.islice(faults, 3))}"
     except ValueError as error:  # also a UnicodeDecodeError, and JSON that is nested too deeply
         problem = f"is not JSON ({error}): damaged or edited"
-    raise BundleError(f"{path} {problem}", _remedy(directory, fields))
+    raise BundleError(f"{name} {problem}", _remedy(directory, fields))
 
 
 def _remedy(out: Path, fields: object) -> str:

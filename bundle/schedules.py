@@ -28,7 +28,7 @@ def read_schedules(bundle: Bundle) -> dict[str, Schedule]:
     try:
         schedules = [Schedule.load(bundle.verified(name)) for name in manifest.schedules]
     except (BundleError, ScheduleError):  # the second of one that went after its hash was checked
-        now = Bundle.open(bundle.path)
+        now = Bundle.open(bundle.path, bundle.public_key)
         if now.manifest == manifest:
             raise
         return read_schedules(now)  # others took their place since the bundle was opened

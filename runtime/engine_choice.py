@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.signatures import PublicKey
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
 from cat_pruning.engines.graph_family import family_of_bundle
 from cat_pruning.engines.graph_weights import GraphWeights
@@ -15,7 +17,7 @@ from cat_pruning.engines.plan_caches import runtime_cache_path
 from cat_pruning.engines.plan_choice import plans_for
 from cat_pruning.engines.step_engine import StepEngine, enough_memory
 from cat_pruning.engines.tensorrt_library import tensorrt_library
-from cat_pruning.errors import BundleError, EngineError
+from cat_pruning.errors import BundleError, EngineError, SettingsError
 from cat_pruning.families.family import Family
 from cat_pruning.imports import importing
 from cat_pruning.names import ENGINES, FLAVOURS, TITLES, Flavour
@@ -61,6 +63,23 @@ def engine_from_bundle(
     transformer, device = load_transformer(bundle.manifest.source, bundle.manifest.dtype), _device()
     with enough_memory(device, "the transformer", "free memory on it, or export with a smaller --dtype"):
         return TorchStepEngine(transformer.to(device), cuda_graphs=cuda_graphs, compiled=compiled)
+
+
+def open_signed(path: str | Path, public_key: str | Path | None, engine: str) -> Bundle:
+    """A bundle, whose signature is checked before anything else of it is read, where a key is given.
+
+    Raises:
+        BundleError: as `Bundle.open`.
+        InstallationError, SettingsError: as `PublicKey.read`; also for the engine torch.
+    """
+    if public_key is None:
+        return Bundle.open(path)
+    if engine == "torch":
+        raise SettingsError(
+            "a public key and the engine torch: it loads the checkpoint, which is not in the bundle and not signed",
+            "take another engine",
+        )
+    return Bundle.open(path, PublicKey.read(public_key))
 
 
 def best_engine(bundle: Bundle) -> str:

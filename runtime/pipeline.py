@@ -22,7 +22,7 @@ from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError, CheckpointError, SettingsError
 from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
-from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.engine_choice import engine_from_bundle, open_signed
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
@@ -41,6 +41,7 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     cuda_graphs: bool = True,
     compiled: bool = False,
+    public_key: str | Path | None = None,
 ) -> Any:
     """Load a bundle that `cat-export` wrote as the pipeline that it was exported from, on its engine's device.
 
@@ -56,10 +57,12 @@ def load_pipeline(
         dtype: of the pipeline's other parts, as torch.float16 or "fp16"; by default the engine's.
         cuda_graphs: see `CatTransformer.from_bundle`.
         compiled: see `CatTransformer.from_bundle`.
+        public_key: a PEM file with the Ed25519 key that the bundle must be signed with, which is checked before
+            anything else of it is read: see `cat-bundle sign`. Not with the engine torch, which loads the checkpoint.
 
     Raises:
-        BundleError: no bundle, one that is truncated, edited or of another version, or one without a pipeline that can
-            be loaded.
+        BundleError: no bundle, one that is truncated, edited, not signed or of another version, or one without a
+            pipeline that can be loaded.
         EngineError: the engine cannot run here.
         CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
         SettingsError: `settings` and `speedup` are both given, or an argument is of another type.
@@ -69,7 +72,7 @@ def load_pipeline(
     if settings is not None and speedup is not None:
         raise SettingsError("settings and speedup are both given", "give PruneSettings.tuned(schedule) or speedup")
     others_dtype = None if dtype is None else torch_dtype_of(dtype)
-    bundle = Bundle.open(path)
+    bundle = open_signed(path, public_key, engine)
     schedules = read_schedules(bundle) if speedup is not None else {}
     parts = pipeline_directory(bundle)
     step_engine = _engine_beside_imports(bundle, parts, engine, cuda_graphs, compiled)

@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.checked import checked, shown
 from cat_pruning.engines.session_pool import SessionPool
 from cat_pruning.engines.step_engine import StepEngine
@@ -24,7 +23,7 @@ from cat_pruning.installation import check_platform
 from cat_pruning.runtime.adapter_methods import AdapterMethods
 from cat_pruning.runtime.adapters import Adapters
 from cat_pruning.runtime.attention_kwargs import scaled_adapters, split_attention_kwargs
-from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.runtime.engine_choice import engine_from_bundle, open_signed
 from cat_pruning.runtime.handle import ImageHandle
 from cat_pruning.runtime.model_methods import ModelMethods
 from cat_pruning.runtime.record import StepRecord
@@ -84,6 +83,7 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         settings: PruneSettings | None = None,
         cuda_graphs: bool = True,
         compiled: bool = False,
+        public_key: str | Path | None = None,
     ) -> Self:
         """Load a bundle that `cat-export` wrote, on this machine's GPU if it has one.
 
@@ -94,13 +94,14 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             settings: instead of those the bundle was exported with.
             cuda_graphs: on a GPU, capture steps and replay them as one launch each; ONNX Runtime does not.
             compiled: of the torch engine, compile the blocks: see `from_model`.
+            public_key: see `load_pipeline`.
 
         Raises:
-            BundleError: no bundle, or one that is truncated, edited or of another version.
+            BundleError: no bundle, or one that is truncated, edited, not signed or of another version.
             EngineError: the engine cannot run here.
             ScheduleError: the settings' schedule was fitted to another model.
         """
-        bundle = Bundle.open(path)
+        bundle = open_signed(path, public_key, engine)
         loaded = engine_from_bundle(bundle, engine, cuda_graphs=cuda_graphs, compiled=compiled)
         return cls(loaded, settings or bundle.manifest.settings)
 

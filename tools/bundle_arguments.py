@@ -12,6 +12,7 @@ examples:
   cat-bundle inspect build/sd3-mini                    its parts and their sizes, plans by GPU and version, schedules
   cat-bundle verify build/sd3-mini                     every check of loading, on every file
   cat-bundle prune sd3 --plans 'tensorrt-10.*'         drop the plans of an older version
+  cat-bundle sign sd3 --key private.pem                then cat-generate sd3 … --public-key public.pem
   cat-bundle diff sd3 sd3-tuned                        settings, weights, parts, plans, schedules
 exit code:
   0      done; verify: every check holds; diff: nothing differs
@@ -55,6 +56,9 @@ def _parser() -> Parser:
     )
     diff = command("diff", "compare two bundles")
     diff.add_argument("other", type=path, help="the other bundle's directory")
+    verify.add_argument("--public-key", type=path, metavar="FILE", help="that it must be signed with, a PEM file")
+    sign = command("sign", "verify a bundle and sign its manifest, which has the hash of every file")
+    sign.add_argument("--key", type=path, required=True, metavar="FILE", help="a private Ed25519 key, a PEM file")
     for each in (inspect, verify, prune, diff):
         each.add_argument("--json", action="store_true", help="the same as JSON")
     return made

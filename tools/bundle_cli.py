@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from cat_pruning import console
+from cat_pruning.errors import BundleError
 from cat_pruning.terminal import say, terminal, waiting
 from cat_pruning.tools.bundle_arguments import parse
 
@@ -44,21 +45,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.signatures import PublicKey
     from cat_pruning.tools.bundle_verification import verify_bundle
     from cat_pruning.tools.findings_table import findings_table
 
     with waiting(terminal(stderr=True), "Read and hash every file …"):
-        bundle = Bundle.open(arguments.bundle)
+        public_key = None if arguments.public_key is None else PublicKey.read(arguments.public_key)
+        bundle = Bundle.open(arguments.bundle, public_key)
         findings = verify_bundle(bundle)
     holds = all(finding.status != "problem" for finding in findings)
     if arguments.json:
         _write_json(
-            {"path": str(bundle.path), "holds": holds, "findings": [dataclasses.asdict(each) for each in findings]}
+            {
+                "path": str(bundle.path),
+                "holds": holds,
+                "signed_with": str(arguments.public_key) if arguments.public_key else None,
+                "findings": [dataclasses.asdict(each) for each in findings],
+            }
         )
         return int(not holds)
     screen = terminal()
     screen.print(findings_table(findings, set()))
-    verdict = "is what was exported" if holds else "is not what was exported"
+    signed = f", signed with the key of {arguments.public_key}" if arguments.public_key else ""
+    verdict = f"is what was exported{signed}" if holds else "is not what was exported"
     say(f"{bundle.path} {verdict}.", to=screen, style="bold green" if holds else "bold red")
     return int(not holds)
 
@@ -94,6 +103,23 @@ def _diff(arguments: argparse.Namespace) -> int:
     return int(bool(found))
 
 
+def _sign(arguments: argparse.Namespace) -> int:
+    from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.changes import sign_bundle
+    from cat_pruning.bundle.signatures import read_private_key
+    from cat_pruning.tools.bundle_verification import verify_bundle
+
+    read_private_key(arguments.key)  # before the files are read
+    with waiting(terminal(stderr=True), "Read and hash every file …"):
+        bundle = Bundle.open(arguments.bundle)
+        for finding in verify_bundle(bundle):
+            if finding.status == "problem":
+                raise BundleError(f"{bundle.path} is not signed: {finding.text}", finding.remedy)
+    sign_bundle(bundle, arguments.key)
+    say(f"{bundle.path} is signed", style="bold")
+    return 0
+
+
 def _write_json(fields: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(fields, indent=2) + "\n")
 
@@ -102,6 +128,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "diff": _diff,
     "inspect": _inspect,
     "prune": _prune,
+    "sign": _sign,
     "verify": _verify,
 }
 

@@ -11,6 +11,7 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import Manifest
 from cat_pruning.bundle.plan_sets import plan_sets
 from cat_pruning.bundle.schedules import read_schedules, schedule_name, speed_of
+from cat_pruning.bundle.signatures import SIGNATURE_NAME
 from cat_pruning.names import Flavour
 
 
@@ -64,6 +65,7 @@ class Contents:
     Attributes:
         path: of the bundle.
         digest: see `Manifest.digest`.
+        signed: whether there is a signature; `cat-bundle verify --public-key` checks it.
         profiles: the names of those that plans are built for.
         size: of all files, in bytes.
     """
@@ -71,6 +73,7 @@ class Contents:
     path: str
     format_version: int
     digest: str
+    signed: bool
     family: str
     transformer_class: str
     dtype: str
@@ -100,6 +103,7 @@ def contents_of(bundle: Bundle) -> Contents:
         path=str(bundle.path),
         format_version=manifest.format_version,
         digest=manifest.digest,
+        signed=(bundle.path / SIGNATURE_NAME).exists(),
         family=manifest.family,
         transformer_class=manifest.transformer_class,
         dtype=str(manifest.dtype),

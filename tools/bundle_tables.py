@@ -27,6 +27,7 @@ _NUMBERS = ("files", "full steps", "size", "speedup")
 def print_contents(screen: Console, contents: Contents) -> None:
     """Print what is in a bundle."""
     say(f"{contents.path}  {file_size(contents.size)}", to=screen, style="bold")
+    say("signed" if contents.signed else "not signed", to=screen)
     source = " at ".join(filter(None, (contents.source["location"], contents.source["revision"])))
     say(f"{contents.transformer_class} in {contents.dtype}, exported from {source}", to=screen)
     say(f"plans are for {', '.join(contents.profiles)}, {contents.text_length} text tokens", to=screen)

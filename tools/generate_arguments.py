@@ -51,6 +51,12 @@ def _parser() -> Parser:
         default="auto",
         help="default: the bundle's plans if there are some for this machine's GPU, else ONNX Runtime",
     )
+    parser.add_argument(
+        "--public-key",
+        type=path,
+        metavar="FILE",
+        help="refuse a bundle that is not signed with this Ed25519 key, a PEM file: see cat-bundle sign",
+    )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step by itself")
     parser.add_argument(
         "--steps",

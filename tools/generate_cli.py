@@ -38,14 +38,14 @@ def _generate(arguments: argparse.Namespace) -> None:
     console.check_address_space()
     screen = terminal(stderr=True)
     with console.collector_paused(), waiting(screen, "Import torch …") as status:
-        from cat_pruning.bundle.bundle import Bundle
         from cat_pruning.bundle.outside import check_outside
         from cat_pruning.families import family_named
+        from cat_pruning.runtime.engine_choice import open_signed
         from cat_pruning.runtime.pipeline import load_pipeline
         from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 
         console.quiet_libraries()
-        bundle = Bundle.open(arguments.bundle)
+        bundle = open_signed(arguments.bundle, arguments.public_key, arguments.engine)
         manifest = bundle.manifest
         check_outside(bundle, outputs_of(arguments))
         settings = _settings(manifest, arguments)
@@ -58,6 +58,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             speedup=arguments.speedup,
             steps=arguments.steps,
             cuda_graphs=graphs,
+            public_key=arguments.public_key,
         )
         settings = pipe.transformer.settings
         pipe.set_progress_bar_config(disable=True)

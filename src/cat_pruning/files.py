@@ -120,10 +120,29 @@ def read_text(path: Path) -> str:
         OSError: as `open_file`, or it is larger than 1 GiB.
         ValueError: it is not UTF-8, or the path has a null character.
     """
+    return decoded(read_bytes(path))
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, which may begin with a mark that says so.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    return content.decode("utf-8-sig")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        OSError: as `open_file`, or it is larger than 1 GiB.
+        ValueError: the path has a null character.
+    """
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
             raise OSError(errno.EFBIG, f"{size} bytes, expected {_MOST_BYTES} at most")
-        return file.read().decode("utf-8-sig")
+        return file.read()
 
 
 def read_json(path: Path) -> Any:

@@ -15,6 +15,7 @@ PACKAGES: Final[dict[str, tuple[str, ...]]] = {
     "export": _EXPORT,
     "pictures": _PICTURES,
     "lora": ("peft",),
+    "sign": ("cryptography",),
     "debug": ("polygraphy", *_EXPORT),
     "eval": ("filelock", "jinja2", "scipy", *_EXPORT, *_PICTURES),
 }

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 from bundle_files import edit, export, export_with_plans, plan_set, small_manifest
+from signing_keys import write_keys
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import MANIFEST_NAME
 from cat_pruning.bundle.schedules import write_schedules
+from cat_pruning.errors import BundleError, EngineError, SettingsError
+from cat_pruning.runtime.pipeline import load_pipeline
+from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import MadeFor, Schedule, config_sha256
-from cat_pruning.tools import bundle_cli
+from cat_pruning.tools import bundle_cli, generate_cli
 
 RTX = plan_set("tensorrt_rtx", "1.7", "sm80", "sm86")
 SM90 = plan_set("tensorrt", "11.4", "sm90")
@@ -249,3 +253,64 @@ def test_two_bundles_that_differ(planned: Bundle, tmp_path: Path, cat_bundle: Ca
     printed = cat_bundle("diff", planned.path, other.path, code=1)
     assert "full_steps" in printed
     assert "tensorrt-11.4-sm90" in printed
+
+
+# ------------------------------------------------------------------ sign
+
+
+def test_signed_it_verifies_with_the_key(mini_bundle: Path, tmp_path: Path, cat_bundle: CatBundle) -> None:
+    copy = Path(shutil.copytree(mini_bundle, tmp_path / "copy", copy_function=link))
+    private, public = write_keys(tmp_path)
+    assert "not signed" in cat_bundle("inspect", copy)
+    assert cat_bundle("sign", copy, "--key", private) == f"{copy} is signed\n"
+    assert cat_bundle.json("inspect", copy)["signed"] is True
+    told = cat_bundle.json("verify", copy, "--public-key", public)
+    assert (told["holds"], told["signed_with"]) == (True, str(public))
+    assert f"{copy} is what was exported, signed with the key of {public}." in cat_bundle(
+        "verify", copy, "--public-key", public
+    )
+    other = write_keys(tmp_path, "other")[1]
+    line = cat_bundle("verify", copy, "--public-key", other, code=2)
+    assert line.startswith(f"cat-bundle: {copy} is not signed with the key of {other}, or was changed after it was")
+
+
+def test_what_does_not_hold_is_not_signed(mini_bundle: Path, tmp_path: Path, cat_bundle: CatBundle) -> None:
+    copy = Path(shutil.copytree(mini_bundle, tmp_path / "copy", copy_function=link))
+    content = (copy / "data_loader.py").read_bytes()
+    (copy / "data_loader.py").unlink()
+    (copy / "data_loader.py").write_bytes(content[:-1] + b"#")
+    line = cat_bundle("sign", copy, "--key", write_keys(tmp_path)[0], code=2)
+    assert line.startswith(f"cat-bundle: {copy} is not signed: {copy}: data_loader.py was changed after the export")
+    assert not (copy / "manifest.json.sig").exists()
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_images_from_a_bundle_that_must_be_signed(
+    mini_bundle: Path, tmp_path: Path, cat_bundle: CatBundle, monkeypatch: pytest.MonkeyPatch, signs: bool
+) -> None:
+    """Refused before anything of it is loaded, on the command line and in Python."""
+    copy = Path(shutil.copytree(mini_bundle, tmp_path / "copy", copy_function=link))
+    private, public = write_keys(tmp_path)
+    generate = [copy, "a star", "--out", tmp_path / "a.png", "--public-key", public, "--steps", "2"]
+    loaded: list[str] = []
+
+    def load(bundle: Bundle, *_: object, **__: object) -> None:
+        loaded.append(str(bundle.path))
+        raise EngineError("loaded")
+
+    monkeypatch.setattr("cat_pruning.runtime.pipeline.engine_from_bundle", load)
+    monkeypatch.setattr("cat_pruning.runtime.transformer.engine_from_bundle", load)
+    said = "loaded"
+    if signs:
+        cat_bundle("sign", copy, "--key", private)
+    else:
+        said = f"{copy} is not signed: it has no manifest.json.sig, and {public} was given as the key"
+    assert generate_cli.main([*map(str, generate)]) == 2
+    assert cat_bundle.capsys.readouterr().err.startswith(f"cat-generate: {said}")
+    for load_bundle in (load_pipeline, CatTransformer.from_bundle):
+        with pytest.raises(EngineError if signs else BundleError) as caught:
+            load_bundle(copy, public_key=public)
+        assert str(caught.value).startswith(said)
+    assert loaded == [str(copy)] * (3 if signs else 0)
+    with pytest.raises(SettingsError, match="it loads the checkpoint, which is not in the bundle and not signed"):
+        load_pipeline(copy, "torch", public_key=public)

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 from bundle_files import export, small_manifest
+from signing_keys import write_keys
 
 from cat_pruning import entry
 from cat_pruning.evaluation import arguments as eval_arguments
@@ -27,6 +28,7 @@ TOOLS: dict[str, tuple[ModuleType, ModuleType, str, list[str]]] = {
     "cat-bundle diff": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "{bundle}"]),
     "cat-bundle inspect": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}"]),
     "cat-bundle prune": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "--plans", "tensorrt"]),
+    "cat-bundle sign": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "--key", "{key}"]),
     "cat-bundle verify": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}"]),
     "cat-doctor": (doctor_cli, doctor_cli, "_doctor", ["{bundle}"]),
     "cat-eval": (eval_cli, eval_arguments, "_evaluate", ["{bundle}", "--out", "{out}", "--quick"]),
@@ -61,7 +63,7 @@ class Refused:
 
     def __call__(self, tool: str, *more: str, changed: dict[str, str] | None = None) -> str:
         """The line, for the arguments that are taken, some of them changed, and more."""
-        places = {"bundle": "no-bundle", "model": "./no-model", "out": "out"} | (changed or {})
+        places = {"bundle": "no-bundle", "model": "./no-model", "out": "out", "key": "../key.pem"} | (changed or {})
         arguments = [argument.format_map(places) for argument in TOOLS[tool][3]]
         before = self.files()
         try:
@@ -83,8 +85,10 @@ class Refused:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    monkeypatch.chdir(tmp_path)
-    return Refused(tmp_path, capsys)
+    write_keys(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return Refused(tmp_path / "here", capsys)
 
 
 # ------------------------------------------------------------------ values
