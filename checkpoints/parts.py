@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.checkpoints.part_configs import check_pipeline_class, check_scalars, check_together
 from cat_pruning.checkpoints.variants import chosen_variant, without_other_variants
 from cat_pruning.errors import CheckpointError
 from cat_pruning.files import read_json
@@ -52,29 +53,31 @@ def read_object(directory: Path, name: str, problem: str) -> dict[str, Any]:
     return content
 
 
-def check_parts(directory: Path) -> None:
+def check_parts(directory: Path, transformer_class: str) -> None:
     """Check that the pipeline in a directory can be loaded, without reading a weight. Needs accelerate.
 
     Raises:
         CheckpointError: as `load_parts`.
     """
-    load_parts(directory, device_map="meta")
+    load_parts(directory, transformer_class, device_map="meta")
 
 
-def load_parts(directory: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
+def load_parts(directory: Path, transformer_class: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
     """The diffusers pipeline in a directory, with None for its transformer.
 
     Args:
         directory: in the diffusers layout.
+        transformer_class: of the transformer that it is to have.
         dtype: of its modules; None for that of their files.
         options: for the modules' `from_pretrained`.
 
     Raises:
-        CheckpointError: the index is damaged or names what there is not; a part is missing, pickled, damaged, or its
-            weights are not those of its class; what is wrong, by name.
+        CheckpointError: the index is damaged or names what there is not; a part is missing, pickled, damaged, does not
+            fit the others, or its weights are not those of its class; what is wrong, by name.
     """
     index = read_object(directory, INDEX, f"{directory} is no diffusers pipeline")
     pipeline_class = _pipeline_class(directory, index)
+    check_pipeline_class(pipeline_class, transformer_class, directory / INDEX)
     needed = {name for name, each in inspect.signature(pipeline_class).parameters.items() if each.default is each.empty}
     if missing := sorted(needed - index.keys() - set(pipeline_class._optional_components)):
         problem = f"{directory / INDEX} names no {', '.join(missing)}, which a {pipeline_class.__name__} has"
@@ -92,9 +95,11 @@ def load_parts(directory: Path, dtype: torch.dtype | None = None, **options: Any
             parts[part] = load_module(part_class, directory / part, dtype=dtype, **options)
     try:
         with quiet_diffusers():
-            return pipeline_class.from_pretrained(directory, **parts, dtype=dtype, local_files_only=True)
+            pipeline = pipeline_class.from_pretrained(directory, **parts, dtype=dtype, local_files_only=True)
     except Exception as error:  # tokenizers raise whatever they like over a damaged file
         raise CheckpointError(f"{directory}: the pipeline cannot be loaded ({first_line(error)})", _AGAIN) from error
+    check_together(pipeline, directory)
+    return pipeline
 
 
 def _pipeline_class(directory: Path, index: dict[str, Any]) -> Any:
@@ -135,9 +140,12 @@ def _check_files(part_class: Any, folder: Path) -> None:
     vocabulary: dict[str, str] | None = getattr(part_class, "vocab_files_names", None)
     if vocabulary is None:
         name = getattr(part_class, "config_name", None) or "config.json"
-        for key, value in read_object(folder, name, f"{folder} is incomplete").items():
+        config = read_object(folder, name, f"{folder} is incomplete")
+        for key, value in config.items():
             if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:  # or they would be made, for hours
                 raise CheckpointError(f"{folder / name}: {key} is {value}, expected at most {_MOST_LAYERS}", _AGAIN)
+        if part_class.__module__.startswith("diffusers."):  # transformers checks its own
+            check_scalars(part_class, config, folder / name)
         return
     read_object(folder, "tokenizer_config.json", f"{folder} is incomplete")
     whole, *apart = sorted(vocabulary.values(), key=lambda name: name != "tokenizer.json")

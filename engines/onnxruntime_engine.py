@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from cat_pruning import step_io
 from cat_pruning.engines.graph_weights import GraphWeights
-from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
+from cat_pruning.engines.onnxruntime_sessions import ORT_ERRORS, quiet_run_options, quiet_session
 from cat_pruning.engines.side_stream import SideStream
 from cat_pruning.engines.step_engine import StepEngine, StepSession, zeros
 from cat_pruning.engines.timestep_states import TimestepStates
@@ -73,7 +73,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         self.inputs = {part: [value.name for value in graph.get_inputs()] for part, graph in self.graphs.items()}
         self.residual_inputs = tuple(filter(step_io.is_residual, self.inputs[Part.STEP]))
         self.takes_residuals = bool(self.residual_inputs)
-        self._run_options = onnxruntime.RunOptions()
+        self._run_options = quiet_run_options()
         if self.device.type == "cuda":  # the stream keeps the order
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -102,7 +102,6 @@ class OnnxRuntimeStepEngine(StepEngine):
     def _load(self, part: Part, replaced: Mapping[str, Any]) -> Any:
         """An ONNX Runtime session of a graph, with OrtValues in the place of some initializers."""
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; the warnings are about the optimizer's own nodes
         # Between two steps the selection and the scheduler run in torch, on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.device.type == "cpu":
@@ -113,7 +112,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         path = self._directory / part.onnx
         try:
             # Without a fallback: if a provider cannot be loaded, the user is told.
-            graph = onnxruntime.InferenceSession(path, options, providers=self._providers(), enable_fallback=0)
+            graph = quiet_session(path, self._providers(), options, enable_fallback=0)
         except ORT_ERRORS as error:
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
         graph.replaced = replaced  # which it refers to and does not hold

@@ -18,7 +18,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from cat_pruning.engines.residual_inputs import ResidualInputs
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.families.family import Family
 from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
+
+_FORMATS: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class TokenChoice(Protocol):
@@ -137,6 +139,7 @@ class StepSession(ABC):
         """
         self.reset()
         self._check(dims)
+        _check_weights(self.engine)
         dims = dataclasses.replace(dims, num_kept=0)
         engine = self.engine
         shapes = engine.family.input_shapes(dims)
@@ -357,6 +360,17 @@ def enough_memory(device: torch.device, what: str, remedy: str) -> Iterator[None
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise EngineError(f"{device} has not enough memory for {what}: {reason}", remedy) from error
+
+
+def _check_weights(engine: StepEngine) -> None:
+    """That a model which was moved still has weights to compute with."""
+    if engine.device.type == "meta":
+        raise EngineError("the transformer's weights are on the meta device, which has no values", "load them again")
+    if engine.dtype not in _FORMATS:
+        raise EngineError(
+            f"the transformer's weights are of {engine.dtype}, which no layer computes in",
+            "move it to torch.bfloat16, or let diffusers cast: transformer.enable_layerwise_casting(…)",
+        )
 
 
 def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:

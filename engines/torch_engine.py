@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from cat_pruning.engines.step_engine import StepEngine, StepSession, zeros
 from cat_pruning.engines.torch_compiled import ModulationStates, compile_blocks, compiler_errors, compiles, fuse_gelu
-from cat_pruning.errors import SettingsError
+from cat_pruning.errors import CheckpointError, SettingsError
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.families.module_hooks import LAYERWISE_CASTING, hooks_of
@@ -35,7 +35,7 @@ class TorchStepEngine(StepEngine):
     pass False for both. Adapters must not change while another thread generates with the module.
 
     Raises:
-        CheckpointError: a transformer of no supported class.
+        CheckpointError: a transformer of no supported class, with other layers than its config says, or without values.
         SettingsError: a transformer whose attention processors or hooks its copy would lose.
     """
 
@@ -50,6 +50,10 @@ class TorchStepEngine(StepEngine):
         self.family = family_of(transformer)
         self._wants_graphs = cuda_graphs
         StepModule(transformer, self.family)  # what cannot be intercepted is refused here, not at the first image
+        tensors = (*transformer.named_parameters(), *transformer.named_buffers())
+        if name := next((name for name, tensor in tensors if tensor.is_meta), None):
+            problem = f"{name} of the transformer is on the meta device, which has no values"
+            raise CheckpointError(problem, "load its weights first")
 
     @property
     def cuda_graphs(self) -> bool:  # type: ignore[override]  # follows the module when it moves

@@ -22,7 +22,7 @@ def check_pipeline(checkpoint: Checkpoint) -> None:
         CheckpointError: they do not; see `load_parts`.
     """
     if checkpoint.directory is not None and pipeline_files(checkpoint):
-        check_parts(checkpoint.directory)
+        check_parts(checkpoint.directory, checkpoint.family.transformer_class)
 
 
 def pipeline_files(checkpoint: Checkpoint) -> list[Path]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cat_pruning.dtype import DType
-from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
+from cat_pruning.engines.onnxruntime_sessions import ORT_ERRORS, quiet_session, run_quietly
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.families.interception import StepModule
@@ -57,7 +56,7 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType) -> float:
     sessions = []
     for part in Part:  # in the order in which they need each other
         try:
-            sessions.append(onnxruntime.InferenceSession(directory / part.onnx, providers=["CPUExecutionProvider"]))
+            sessions.append(quiet_session(directory / part.onnx))
         except ORT_ERRORS as error:
             raise EngineError(f"--verify: ONNX Runtime cannot load {part.onnx}: {error}") from error
     worst = 0.0
@@ -112,6 +111,6 @@ def run_graphs(sessions: Sequence[Any], inputs: Mapping[str, Array]) -> dict[str
     """Run the graphs of a split step in turn, each on the inputs and the results so far; everything by name."""
     values = dict(inputs)
     for session in sessions:
-        results = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
+        results = run_quietly(session, {value.name: values[value.name] for value in session.get_inputs()})
         values.update(zip((value.name for value in session.get_outputs()), results, strict=True))
     return values

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from cat_pruning.bundle.schema import GraphSpec, PlanSpec
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import build_plan
 from cat_pruning.engines.gpu import gpu_architecture
-from cat_pruning.engines.onnxruntime_errors import ORT_ERRORS
+from cat_pruning.engines.onnxruntime_sessions import ORT_ERRORS, quiet_session
 from cat_pruning.engines.plan_choice import runs_on
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.layers import layer_outputs, marked_graphs, recorded
@@ -196,10 +195,7 @@ def compare_graphs(
 def _onnxruntime_runner(graph: Path) -> Any:
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    def load() -> Any:
-        return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-
-    return OnnxrtRunner(load, name=_ONNXRUNTIME)
+    return OnnxrtRunner(lambda: quiet_session(graph), name=_ONNXRUNTIME)
 
 
 def _compare_part(

@@ -193,8 +193,15 @@ class Family(ABC):
         """The inputs other than `hidden_states` and `timestep`, from what the pipeline passes; once per image."""
 
     def argument_text_length(self, arguments: Mapping[str, Tensor]) -> int:
-        """T, the text rows that a pipeline passes."""
-        return arguments["encoder_hidden_states"].shape[1]
+        """T, the text rows that a pipeline passes.
+
+        Raises:
+            ShapeError: the text has other dimensions than (B, T, D).
+        """
+        shape = tuple(arguments["encoder_hidden_states"].shape)
+        if len(shape) != 3:
+            raise ShapeError(f"encoder_hidden_states has shape {shape}, expected (batch, text rows, width)")
+        return shape[1]
 
     def flatten_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of one call with those that diffusers nests laid flat."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cat_pruning.errors import CheckpointError
 from cat_pruning.families.module_hooks import check_hooks
 from cat_pruning.families.residuals import kept_residuals
 from cat_pruning.plugins.token_ops import row_places, token_gather, token_scatter, write_rows_, write_slice_
@@ -215,6 +216,7 @@ class StepModule(nn.Module):
 
     Raises:
         SettingsError: the transformer has attention processors or hooks that its copy would lose.
+        CheckpointError: it has more or fewer layers than its config says.
     """
 
     def __init__(
@@ -228,6 +230,12 @@ class StepModule(nn.Module):
         reuse = TokenReuseInPlace if in_place else TokenReuse
         self.reuse = reuse(text_first=family.text_first, modulated_ahead=modulated_ahead)
         family.intercept(self.transformer, self.reuse)
+        if len(self.reuse.layers) != (expected := len(family.caches())):
+            raise CheckpointError(
+                f"the {type(transformer).__name__} has {len(self.reuse.layers)} attention layers, its config makes "
+                f"{expected}",
+                "give it the config of what it is: transformer.register_to_config(num_layers=…)",
+            )
 
     def forward(
         self, keep_indices: Tensor, noise: Tensor, caches: Sequence[Tensor], model_inputs: dict[str, Tensor]

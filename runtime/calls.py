@@ -50,7 +50,7 @@ class CallReader:
         # A subclass may hand on what it gets: then the arguments are those of the class that it is of.
         forwards = [vars(each)["forward"] for each in type(module).__mro__ if "forward" in vars(each)]
         for forward in forwards:
-            self._names = list(inspect.signature(forward).parameters)[1:]
+            self._names = _parameters(forward)[1:]
             self._timestep = next((name for name in _TIMESTEPS if name in self._names), "")
             if self._timestep:
                 break
@@ -109,3 +109,11 @@ def _form(value: Any, tensors: list[Tensor]) -> Hashable:
         return tuple([_form(each, tensors) for each in value])
     is_plain = value is None or isinstance(value, bool | int | float | str)
     return cast(Hashable, value if is_plain else type(value))
+
+
+def _parameters(forward: Any) -> list[str]:
+    """The names of a method's parameters; none of one that is not Python's, as of a TorchScript module."""
+    try:
+        return list(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return []

@@ -18,6 +18,7 @@ from cat_pruning.checkpoints.hub import pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import quiet_diffusers
 from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, read_object
 from cat_pruning.dtype import torch_dtype_of
+from cat_pruning.engines.graph_family import family_of_bundle
 from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError, CheckpointError, SettingsError
 from cat_pruning.imports import importing
@@ -136,7 +137,7 @@ def pipeline_parts(bundle: Bundle, directory: Path, dtype: torch.dtype | None = 
         BundleError: it cannot be loaded.
     """
     try:
-        loaded = load_parts(directory, dtype)
+        loaded = load_parts(directory, bundle.manifest.transformer_class, dtype)
         if bundle.manifest.pipeline is not None and bundle.manifest.pipeline.kind == "hub":
             for part in {path.parent for path in directory.glob("*/*.safetensors")}:
                 check_finite(part)
@@ -145,7 +146,20 @@ def pipeline_parts(bundle: Bundle, directory: Path, dtype: torch.dtype | None = 
             f"the pipeline's other parts cannot be loaded: {error.problem}",
             "export again from a checkpoint that diffusers itself loads",
         ) from error
+    _check_text_length(bundle, directory)
     return loaded
+
+
+def _check_text_length(bundle: Bundle, directory: Path) -> None:
+    """Check that the pipeline, whose tokenizers have been loaded, makes texts as long as the manifest says."""
+    length = bundle.manifest.geometry.text_length
+    lengths = family_of_bundle(bundle).pipeline_text_lengths(directory)
+    if length not in lengths:
+        raise BundleError(
+            f"{bundle.path} was edited or is damaged: geometry.text_length is {length}, its pipeline makes "
+            f"{lengths[0]} to {lengths[-1]} text tokens",
+            "run cat-export again, with another --text-length or none",
+        )
 
 
 def pipeline_directory(bundle: Bundle) -> Path:

@@ -26,6 +26,7 @@ from cat_pruning.runtime.attention_kwargs import scaled_adapters, split_attentio
 from cat_pruning.runtime.engine_choice import engine_from_bundle, open_signed
 from cat_pruning.runtime.handle import ImageHandle
 from cat_pruning.runtime.model_methods import ModelMethods
+from cat_pruning.runtime.plain_tensors import check_plain
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.sampling import Sampling
 from cat_pruning.runtime.step_call import StepCall
@@ -272,8 +273,8 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
             got = getattr(hidden_states, "dtype", type(hidden_states).__name__)
             raise SettingsError(f"hidden_states: expected a tensor of floating-point numbers, got {got}")
-        if not isinstance(timestep, Tensor):
-            raise SettingsError(f"timestep: expected a tensor, got {type(timestep).__name__}")
+        check_plain("hidden_states", hidden_states)
+        timestep = check_plain("timestep", timestep)
         if tuple(timestep.shape) not in ((), (1,), tuple(hidden_states.shape[:1])):
             raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, expected {tuple(hidden_states.shape[:1])}")
         if not isinstance(context, str):
@@ -302,11 +303,11 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         given = family.flatten_arguments(arguments)
         tensors: dict[str, Tensor] = {}
         for name in family.argument_names():
-            tensor = given.pop(name, None)
-            if not isinstance(tensor, Tensor):
-                raise SettingsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            tensors[name] = tensor
+            tensors[name] = check_plain(name, given.pop(name, None))
         residuals = family.residuals({name: given.pop(name, None) for name in family.residual_arguments})
+        for residual in residuals:
+            if residual is not None:
+                check_plain(family.residual_arguments[0], residual)
         if residuals and not self.engine.takes_residuals:
             raise SettingsError(
                 f"{family.residual_arguments[0]}: the graphs that {self.engine.name} runs take no ControlNet",

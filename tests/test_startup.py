@@ -36,7 +36,7 @@ print(*sorted(heavy & (transformer | before)), "|", *sorted(roots), "|",
 
 # What imports ONNX Runtime: the package, and the script in every bundle, which runs without it.
 _IMPORTS_ONNXRUNTIME = {
-    "package": "import cat_pruning.engines.onnxruntime_errors, onnxruntime",
+    "package": "import cat_pruning.engines.onnxruntime_sessions, onnxruntime",
     "data loader": (
         f"import runpy; runpy.run_path({str(Path(__file__).parents[1] / 'exporter/data_loader.py')!r}); "
         "import onnxruntime, sys; assert 'cat_pruning' not in sys.modules"

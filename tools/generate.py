@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cat_pruning.errors import EngineError
+from cat_pruning.checkpoints.library_logs import first_line
+from cat_pruning.console import is_lack_of_memory
+from cat_pruning.errors import CatError, EngineError
 from cat_pruning.finite import is_finite
 from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.transformer import CatTransformer
@@ -56,12 +59,12 @@ def generate(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Run:
     every step, to time it, and when the images are decoded.
 
     Raises:
-        EngineError: the decoded images are not finite: they would be black.
+        EngineError: the decoded images are not finite: they would be black; or the pipeline itself fails.
     """
     transformer: CatTransformer = pipe.transformer
     transformer.settings = settings
     generators = [torch.Generator().manual_seed(config.seed + index) for index in range(len(config.prompts))]
-    with _timed_steps(transformer) as (records, step_ms), _finite_images(pipe.vae):
+    with _timed_steps(transformer) as (records, step_ms), _finite_images(pipe.vae), _failures_told(pipe):
         started = time.perf_counter()
         images = pipe(
             list(config.prompts),
@@ -135,6 +138,28 @@ def _finite_images(vae: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _failures_told(pipe: Any) -> Iterator[None]:
+    """Meanwhile, what the pipeline's own code stumbles over is told as its failure: its parts, or its arguments."""
+    try:
+        yield
+    except (CatError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        if _is_ours(error) or is_lack_of_memory(error):
+            raise
+        raise EngineError(
+            f"{type(pipe).__name__} failed ({type(error).__name__}: {first_line(error)})",
+            "its parts do not fit each other, or it takes no such arguments; CAT_PRUNING_LOG=DEBUG shows where",
+        ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error comes from our code, or from what that called, and not from the pipeline's."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(module.startswith("cat_pruning.") and module != __name__ for module in modules)
 
 
 def _synchronise(transformer: CatTransformer) -> None:

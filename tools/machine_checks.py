@@ -153,12 +153,13 @@ def onnxruntime_limit() -> tuple[str, str]:
     import onnxruntime
 
     from cat_pruning.engines.gpu import gpu_architecture
+    from cat_pruning.engines.onnxruntime_sessions import quiet_session
 
     if gpu_architecture() is None:
         return "", ""
     if _PROVIDER not in onnxruntime.get_available_providers():
         return "on the CPU, for this build has no CUDA provider", _GPU_BUILD
-    if _PROVIDER not in onnxruntime.InferenceSession(_smallest_graph(), providers=[_PROVIDER]).get_providers():
+    if _PROVIDER not in quiet_session(_smallest_graph(), [_PROVIDER]).get_providers():
         return "its CUDA provider cannot be loaded", "pip install 'onnxruntime-gpu[cuda,cudnn]'"
     return "", ""
 

@@ -65,13 +65,14 @@ def run(program: str, command: Callable[[], None], interrupted: str = "nothing w
             raise
         sys.stdout.flush()  # what cannot be written is told here, not at the process's end
     except CatError as error:
+        _log.debug("%s was ended by this error", program, exc_info=error)
         return _fail(program, str(error), 2)
     except KeyboardInterrupt:
         return _fail(program, f"interrupted; {interrupted}", 130)
     except BrokenPipeError:
         return 1
     except Exception as error:  # noqa: BLE001  # the edge
-        _log.debug("%s ended by this error", program, exc_info=error)
+        _log.debug("%s was ended by this error", program, exc_info=error)
         return _fail(program, *_foreseen(error))
     finally:
         _let_go()
@@ -83,11 +84,17 @@ def _foreseen(error: Exception) -> tuple[str, int]:
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     said = " ".join(said.split())[:_LONGEST]
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(said):
+    if is_lack_of_memory(error):
         return f"there is not enough memory ({said}){_memory_limit()}; {_LESS_MEMORY}", 2
     if number in _FULL:
         return f"there is no room for what is written ({said}); make room", 2
     return f"unforeseen: {said}; CAT_PRUNING_LOG=DEBUG before the command shows where; please report it", 70
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error, of whatever library, says that there is no memory."""
+    number = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)) is not None
 
 
 def check_address_space() -> None:

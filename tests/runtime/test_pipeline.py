@@ -108,6 +108,20 @@ def test_a_checkpoint_that_is_gone(copied_bundle: Path, tmp_path: Path) -> None:
     load_pipeline(copied_bundle, "onnxruntime")
 
 
+@pytest.mark.parametrize("length", [24, 10**9])
+def test_a_text_length_that_its_pipeline_does_not_make(copied_bundle: Path, length: int) -> None:
+    manifest = json.loads((copied_bundle / "manifest.json").read_text())
+    edit_manifest(copied_bundle, geometry=manifest["geometry"] | {"text_length": length})
+    with pytest.raises(BundleError, match=rf"text_length is {length}, its pipeline makes 25 to 536 text tokens"):
+        load_pipeline(copied_bundle)
+
+
+def test_random_weights_of_no_published_architecture(copied_bundle: Path) -> None:
+    edit_manifest(copied_bundle, source={"kind": "random", "location": "sd3-mini", "revision": None, "seed": 0})
+    with pytest.raises(CheckpointError, match="published architecture sd3-mini is not there any more"):
+        load_pipeline(copied_bundle, "torch")
+
+
 def test_a_bundle_without_a_pipeline(copied_bundle: Path) -> None:
     """As an export with random weights leaves it."""
     edit_manifest(copied_bundle, pipeline=None)

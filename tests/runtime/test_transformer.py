@@ -118,6 +118,55 @@ def test_shapes_that_do_not_fit_each_other(engine: StepEngine, name: str, shape:
         CatTransformer(engine, SETTINGS)(**inputs(engine) | {name: torch.zeros(shape)})
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 48)])
+def test_a_text_without_its_rows(engine: StepEngine, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"has shape \(.*\), expected \(batch, text rows, width\)"):
+        CatTransformer(engine, SETTINGS)(**inputs(engine) | {"encoder_hidden_states": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda tensor: tensor.to("meta"), "it is on the meta device, which has no values"),
+        (lambda tensor: tensor.to_sparse(), "expected a dense tensor, got a sparse_coo one; make it dense"),
+        (lambda tensor: torch.nested.nested_tensor([*tensor]), "expected a dense tensor, got a nested one"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "it is of torch.float8_e4m3fn; convert it: float64, float32"),
+        (lambda tensor: tensor.to(torch.complex64), "complex64"),
+    ],
+    ids=["meta", "sparse", "nested", "float8", "complex"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_tensors_that_no_step_computes_with(
+    engines: dict[str, StepEngine], name: str, changed: Callable[[Tensor], Tensor], said: str
+) -> None:
+    engine = engines["onnxruntime"]
+    arguments = inputs(engine)
+    with pytest.raises(SettingsError, match=f"^{name}: .*{said}"):
+        CatTransformer(engine, SETTINGS)(**arguments | {name: changed(arguments[name])})
+
+
+def test_a_model_without_values(make_tiny_sd3: Callable[..., nn.Module]) -> None:
+    """Wrapped or moved there; nor one in a format that nothing computes in."""
+    model = make_tiny_sd3()
+    model.proj_out.to("meta")
+    with pytest.raises(CheckpointError, match=r"proj_out\.weight of the transformer is on the meta device"):
+        CatTransformer.from_model(model)
+    arguments = {"hidden_states": torch.ones(2, 4, 16, 16), "timestep": torch.full((2,), 500.0),
+                 "encoder_hidden_states": torch.ones(2, 5, 24), "pooled_projections": torch.ones(2, 20)}  # fmt: skip
+    for place, said in (("meta", "on the meta device"), (torch.float8_e4m3fn, "of torch.float8_e4m3fn")):
+        wrapped = CatTransformer.from_model(make_tiny_sd3(), SETTINGS).to(place)
+        with pytest.raises(EngineError, match=f"the transformer's weights are {said}"):
+            wrapped(**arguments)
+
+
+def test_a_model_of_fewer_blocks_than_its_config(make_tiny_sd3: Callable[..., nn.Module]) -> None:
+    model: Any = make_tiny_sd3()
+    del model.transformer_blocks[0]
+    with pytest.raises(CheckpointError, match=r"has \d attention layers, its config makes \d"):
+        CatTransformer.from_model(model)
+
+
 @pytest.mark.parametrize("layers", [[6], [-1], [0, 99]])
 def test_blocks_that_are_not_there_cannot_be_skipped(engine: StepEngine, layers: list[int]) -> None:
     transformer = CatTransformer(engine, SETTINGS)
@@ -232,6 +281,8 @@ def test_a_model_that_moves_to_another_dtype(make_tiny_sd3: Callable[..., nn.Mod
 def test_a_model_of_no_supported_class() -> None:
     with pytest.raises(CheckpointError, match="Linear"):
         CatTransformer.from_model(nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="takes none of timestep"):
+        CatTransformer.from_model(type("NotPythons", (nn.Module,), {"forward": min})())
 
 
 def test_a_copy_has_an_image_of_its_own(engine: StepEngine) -> None:
