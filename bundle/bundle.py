@@ -22,14 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
-import pydantic
-
 from cat_pruning.bundle.external_data import external_files
-from cat_pruning.bundle.manifest import CHANGING_NAME, MANIFEST_NAME, Manifest, read_manifest
-from cat_pruning.bundle.schema import BundlePath, FileSpec
-from cat_pruning.bundle.signatures import SIGNATURE_NAME, PublicKey
+from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
+from cat_pruning.bundle.outside import listed_files
+from cat_pruning.bundle.schema import FileSpec
+from cat_pruning.bundle.signatures import PublicKey
 from cat_pruning.errors import BundleError, CatError, OutputError
-from cat_pruning.files import read_json, read_text, sha256
+from cat_pruning.files import sha256
 from cat_pruning.names import Flavour
 from cat_pruning.ours import check_ours, foreign_files
 
@@ -261,7 +260,7 @@ def check_replaceable(out: Path, *, force: bool) -> None:
             bundle there lists are named.
     """
     place = Path(os.path.realpath(out))
-    if around := next((parent for parent in place.parents if _listed_files(parent)), None):
+    if around := next((parent for parent in place.parents if listed_files(parent)), None):
         raise OutputError(f"{out} would be in the bundle {around}, among its own files", "give another --out")
     if not out.exists():
         return
@@ -270,24 +269,9 @@ def check_replaceable(out: Path, *, force: bool) -> None:
     # First what --force would not help.
     if not out.is_dir():
         raise OutputError(f"{out} is a file, and --force replaces only bundles", "give another --out")
-    check_ours(out, _listed_files(out), ("*",), f"a bundle's {MANIFEST_NAME}", "give another --out")
+    check_ours(out, listed_files(out), ("*",), f"a bundle's {MANIFEST_NAME}", "give another --out")
     if not force:
         raise OutputError(f"{out} exists", "pass --force to replace it or give another --out")
-
-
-def _listed_files(out: Path) -> set[str]:
-    """The files of the bundle in a directory: its manifest, what that lists, and what a change was adding or dropping.
-
-    Manifests of other format versions list their files in the same way. Of what is no bundle nothing is listed.
-    """
-    try:
-        fields = read_json(out / MANIFEST_NAME)
-    except (OSError, ValueError):
-        return set()
-    files = fields.get("files") if isinstance(fields, dict) and "format_version" in fields else None
-    if not isinstance(files, dict):
-        return set()
-    return {MANIFEST_NAME, SIGNATURE_NAME, CHANGING_NAME, *files, *changing_files(out)}
 
 
 def unlisted_files(bundle: Bundle) -> list[str]:
@@ -296,15 +280,7 @@ def unlisted_files(bundle: Bundle) -> list[str]:
     Raises:
         OSError: it cannot be read.
     """
-    return foreign_files(bundle.path, _listed_files(bundle.path))
-
-
-def changing_files(directory: Path) -> list[str]:
-    """The files that a change in place was adding or dropping when its process died; see `change_bundle`."""
-    try:
-        return pydantic.TypeAdapter(list[BundlePath]).validate_json(read_text(directory / CHANGING_NAME))
-    except (OSError, ValueError):
-        return []
+    return foreign_files(bundle.path, listed_files(bundle.path))
 
 
 def _swap_in(partial: Path, out: Path) -> None:

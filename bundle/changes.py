@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cat_pruning.bundle.bundle import Bundle, changing_files
+from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import CHANGING_NAME, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
+from cat_pruning.bundle.outside import changing_files
 from cat_pruning.bundle.schema import FileSpec
 from cat_pruning.bundle.signatures import SIGNATURE_NAME, read_private_key, write_signature
 from cat_pruning.errors import BundleError, OutputError

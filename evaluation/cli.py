@@ -45,10 +45,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     console.quiet_libraries()
     screen = terminal(stderr=True)
+    check_directory_outside("--out", arguments.out)
     existing_spec(arguments.out, force=arguments.force)  # before the bundle is loaded
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = Bundle.open(arguments.bundle)
-    check_directory_outside(bundle, "--out", arguments.out)
     metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))
     clip_model = arguments.clip_model or DEFAULT_CLIP_MODEL
     scorer = Metrics(metrics, prompts, clip_model, lpips_weights=arguments.lpips_weights)

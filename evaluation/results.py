@@ -31,7 +31,7 @@ from cat_pruning.evaluation.place import (
     picture_name,
 )
 from cat_pruning.files import parse_json, read_json, read_text, write_whole
-from cat_pruning.ours import remove_ours
+from cat_pruning.ours import check_files, remove_ours
 from cat_pruning.versions import versions_of
 
 FORMAT = 3
@@ -235,6 +235,7 @@ def existing_spec(directory: Path, *, force: bool = False) -> RunSpec | None:
     before = load_spec(directory) if (directory / RUN).exists() else None
     if before is None or force:
         check_listed(directory, before.files() if before else set())
+    check_files(directory, before.files() if before else {RUN, RESULTS, REPORT}, REMEDY)
     return before
 
 

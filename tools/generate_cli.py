@@ -45,9 +45,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 
         console.quiet_libraries()
+        check_outside(outputs_of(arguments))
         bundle = open_signed(arguments.bundle, arguments.public_key, arguments.engine)
         manifest = bundle.manifest
-        check_outside(bundle, outputs_of(arguments))
         settings = _settings(manifest, arguments)
         status.update("Load the bundle and import its pipeline …")
         graphs = not arguments.no_cuda_graphs

@@ -52,7 +52,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     _check_prompts(arguments, prompts, others)
     bundle = Bundle.open(arguments.bundle)
     directory = arguments.recordings or bundle.path.with_name(f"{bundle.path.name}.tune")
-    check_directory_outside(bundle, "--recordings", directory)
+    check_directory_outside("--recordings", directory)
     # Before the bundle is loaded, and the hour that recording takes.
     check_outputs([("the bundle's", bundle.path / MANIFEST_NAME)])
     existing_run(directory, force=arguments.force)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.files import check_writable_directory, read_json, replacing, write_whole
-from cat_pruning.ours import check_ours, remove_ours
+from cat_pruning.ours import check_files, check_ours, remove_ours
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 from cat_pruning.tuning.guidance import check_parts, parts_of
@@ -172,6 +172,7 @@ def existing_run(directory: Path, *, force: bool = False) -> RecordedRun | None:
         run = None
     if run is None or force:
         check_ours(directory, run.files() if run else set(), _PLACES, f"the {RUN} of recordings", _REMEDY)
+    check_files(directory, run.files() if run else {RUN, NUMBERS, PICTURE}, _REMEDY)
     return run
 
 

@@ -70,6 +70,23 @@ def check_ours(
         )
 
 
+def check_files(directory: Path, names: Collection[str], remedy: str) -> None:
+    """Check that what is there of a tool's files are files, which can be read and replaced: no folder, pipe or device.
+
+    Args:
+        directory: which need not exist.
+        names: of the files, relative to the directory, with `/`.
+        remedy: of the error, besides moving it away.
+
+    Raises:
+        OutputError: one is something else.
+    """
+    for name in sorted(names):
+        path = directory / name
+        if os.path.lexists(path) and not path.is_file():
+            raise OutputError(f"{path} is no file", f"move it away, or {remedy}")
+
+
 def remove_ours(directory: Path, listed: Collection[str], places: Collection[str], record: str) -> None:
     """Delete what is listed, the record last, and the folders that become empty by it.
 

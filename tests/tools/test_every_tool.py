@@ -227,6 +227,37 @@ def test_results_are_not_written_into_the_bundle(refused: Refused, tool: str, pl
     assert "give another" in line
 
 
+@pytest.mark.parametrize(
+    ("tool", "changed", "more"),
+    [
+        ("cat-eval", {"out": "other/new"}, []),
+        ("cat-export", {"out": "other/pipeline/new"}, []),
+        ("cat-generate", {"out": "other/pipeline/out"}, []),
+        ("cat-generate", {}, ["--compare", "--summary=other/manifest.json"]),
+        ("cat-tune", {"out": "other"}, []),
+    ],
+)
+def test_nothing_is_written_into_another_bundle(
+    refused: Refused, tool: str, changed: dict[str, str], more: list[str]
+) -> None:
+    for name in ("bundle", "other"):
+        export(refused.place / name, small_manifest())
+    assert f"the bundle {refused.place / 'other'}" in refused(tool, *more, changed={"bundle": "bundle", **changed})
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "dangling"])
+@pytest.mark.parametrize(
+    ("tool", "name"), [("cat-eval", "report.html"), ("cat-tune", "tune.json"), ("cat-tune", "tune.png")]
+)
+def test_a_report_that_cannot_be_written_is_told_before_the_work(
+    refused: Refused, places: Path, tool: str, name: str, kind: str
+) -> None:
+    (places / "out").mkdir()
+    (places / kind).rename(places / "out" / name)
+    export(places / "bundle", small_manifest())
+    assert name in refused(tool, changed={"bundle": "bundle"})
+
+
 def test_a_pipe_in_an_images_place(refused: Refused) -> None:
     os.mkfifo(refused.place / "out.png")
     assert "--out out.png cannot be written (it is no file, but a pipe" in refused("cat-generate")
