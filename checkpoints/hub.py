@@ -37,15 +37,16 @@ def download_checkpoint(hub_id: str, revision: str | None) -> tuple[Path, str]:
     return _download(hub_id, revision, allow_patterns=_NEEDED)
 
 
-def pipeline_snapshot(hub_id: str, revision: str | None) -> Path:
+def pipeline_snapshot(hub_id: str, revision: str | None, *, download: bool = True) -> Path:
     """What diffusers loads of a pipeline on the hub, but for the transformer's weights.
 
     The components that its index names and nothing else: beside them lie single-file checkpoints as large again.
+    Without `download`, what there is of them in the local cache.
 
     Raises:
         CheckpointError: likewise, or its index cannot be read.
     """
-    directory = _download(hub_id, revision, allow_patterns=[_INDEX])[0]
+    directory = _download(hub_id, revision, [_INDEX], download=download)[0]
     try:
         index = read_json(directory / _INDEX)
         components = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
@@ -55,20 +56,33 @@ def pipeline_snapshot(hub_id: str, revision: str | None) -> Path:
         ) from error
     allowed = [f"{component}/{part}" for component in components for part in _PARTS]
     allowed += [_INDEX, "transformer/config.json"]
-    return _download(hub_id, revision, allow_patterns=allowed, ignore_patterns=_VARIANTS)[0]
+    return _download(hub_id, revision, allowed, ignore_patterns=_VARIANTS, download=download)[0]
 
 
 def _download(
-    hub_id: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
+    hub_id: str,
+    revision: str | None,
+    allow_patterns: list[str],
+    ignore_patterns: list[str] | None = None,
+    *,
+    download: bool = True,
 ) -> tuple[Path, str]:
     """The snapshot's directory and its commit; the patterns are those of `snapshot_download`."""
     at = f"{hub_id} at {revision}" if revision else hub_id
     try:
         directory = Path(
             huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+                hub_id,
+                revision=revision,
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
+                local_files_only=not download,
             )
         )
+    except hub_errors.LocalEntryNotFoundError as error:
+        if not download:
+            raise CheckpointError(f"{at} is not in the local cache", "download it") from error
+        raise _unreachable(at, error) from error
     except hub_errors.GatedRepoError as error:
         raise CheckpointError(
             f"{at} is gated", "accept its licence on its page on the hub, then log in with `hf auth login`"
@@ -80,8 +94,12 @@ def _download(
             f"{hub_id} is not on the hub, or is private", "check the id, or `hf auth login`"
         ) from error
     except (OSError, hub_errors.HTTPError) as error:  # type: ignore[attr-defined]  # not in the cache, no network
-        raise CheckpointError(
-            f"{at} is not in the local cache and the hub cannot be reached ({first_line(error)})",
-            "check the network, or pass a local directory as --model",
-        ) from error
+        raise _unreachable(at, error) from error
     return directory, directory.name  # snapshots/COMMIT
+
+
+def _unreachable(at: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{at} is not in the local cache and the hub cannot be reached ({first_line(error)})",
+        "check the network, or pass a local directory as --model",
+    )

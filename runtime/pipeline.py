@@ -162,12 +162,16 @@ def _check_text_length(bundle: Bundle, directory: Path) -> None:
         )
 
 
-def pipeline_directory(bundle: Bundle) -> Path:
+def pipeline_directory(bundle: Bundle, *, download: bool = True) -> Path:
     """Where the pipeline's other parts are, verified; downloaded if they are on the hub.
+
+    Args:
+        bundle: whose pipeline it is.
+        download: if false, the hub is not asked, and what is in the local cache may be incomplete.
 
     Raises:
         BundleError: it has none, or they were changed.
-        CheckpointError: the hub cannot be reached.
+        CheckpointError: the hub cannot be reached, or nothing is in the local cache.
     """
     spec = bundle.manifest.pipeline
     if spec is None:
@@ -179,4 +183,4 @@ def pipeline_directory(bundle: Bundle) -> Path:
         assert spec.path is not None
         return bundle.verified_tree(spec.path)
     assert spec.hub_id is not None
-    return pipeline_snapshot(spec.hub_id, spec.revision)
+    return pipeline_snapshot(spec.hub_id, spec.revision, download=download)

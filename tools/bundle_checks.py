@@ -5,22 +5,36 @@ from __future__ import annotations
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.engines.plan_choice import plan_fit
-from cat_pruning.errors import EngineError
+from cat_pruning.errors import CatError, EngineError
 from cat_pruning.names import TITLES, Flavour
 from cat_pruning.tools.findings import Finding
 from cat_pruning.tools.machine_checks import started
 
 
 def check_pipeline(bundle: Bundle) -> Finding:
-    """Text encoders, VAE and scheduler, without which a bundle is only a transformer; they are loaded."""
+    """Text encoders, VAE and scheduler, without which a bundle is only a transformer; they are loaded.
+
+    Those of the hub are looked at in the local cache only.
+    """
     from cat_pruning.runtime.pipeline import import_pipeline, pipeline_directory, pipeline_parts
 
     spec = bundle.manifest.pipeline
-    if spec is not None and spec.kind == "hub":
-        return Finding("pipeline", "warning", f"{spec.hub_id} on the hub: downloaded at the first use, if not before")
-    directory = pipeline_directory(bundle)
-    import_pipeline(directory)
-    pipeline_parts(bundle, directory)
+    on_hub = spec is not None and spec.kind == "hub"
+    try:
+        directory = pipeline_directory(bundle, download=False)
+        import_pipeline(directory)
+        pipeline_parts(bundle, directory)
+    except CatError as error:
+        if spec is None or not on_hub:
+            raise
+        return Finding(
+            "pipeline",
+            "warning",
+            f"{spec.hub_id} on the hub, not looked at: it is not whole in the local cache ({error.problem})",
+            "the first use downloads what is missing; look again after that",
+        )
+    if spec is not None and on_hub:
+        return Finding("pipeline", "ok", f"{spec.hub_id} of the hub, from the local cache")
     files = [path for path in directory.rglob("*") if path.is_file()]
     return Finding("pipeline", "ok", f"all {len(files)} files as they were exported")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_pruning import console
 from cat_pruning.arguments import Parser, path
+from cat_pruning.errors import BundleError
 from cat_pruning.terminal import say, terminal, waiting
 from cat_pruning.tools.findings_table import findings_table
 
@@ -71,12 +74,27 @@ def _doctor(arguments: argparse.Namespace) -> Report:
         from cat_pruning.bundle.bundle import Bundle
         from cat_pruning.tools.doctor import examine
 
+        if arguments.bundle:
+            _check_no_hub_id(arguments.bundle)
         report = examine(Bundle.open(arguments.bundle) if arguments.bundle else None)
     if arguments.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     else:
         _print(terminal(), report)
     return report
+
+
+def _check_no_hub_id(bundle: Path) -> None:
+    """Say of what is spelt like a checkpoint on the hub that it is not looked at."""
+    if os.path.lexists(bundle):  # a Path of a name too long raises
+        return
+    from cat_pruning.checkpoints.hub import is_hub_id
+
+    if is_hub_id(str(bundle)):
+        raise BundleError(
+            f"{bundle} is no directory; if it is a checkpoint on the hub: those are not looked at here",
+            f"export it, which checks it, and give the bundle: cat-export --model {bundle} --out DIR",
+        )
 
 
 def _print(screen: Console, report: Report) -> None:

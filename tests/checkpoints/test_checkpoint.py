@@ -203,7 +203,7 @@ def test_a_snapshot_of_the_hub(
     asked: list[tuple[str, str | None]] = []
     snapshot = Path(shutil.copytree(tiny_checkpoint, tmp_path / "snapshots" / COMMIT))
 
-    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: Any) -> str:
+    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str], **others: Any) -> str:
         asked.append((repo_id, revision))
         assert {"model_index.json", "transformer/*", "vae/config.json"} <= set(allow_patterns)
         return str(snapshot)
@@ -257,7 +257,7 @@ def test_only_the_components_of_a_pipeline_are_downloaded(
     ]
     taken: list[str] = []
 
-    def download(repo_id: str, *, revision: str | None, **patterns: Any) -> str:
+    def download(repo_id: str, *, revision: str | None, local_files_only: bool, **patterns: Any) -> str:
         taken[:] = filter_repo_objects(wanted + others, **patterns)
         return str(snapshot)
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import onnxruntime
 import pytest
 import torch
@@ -25,6 +26,7 @@ from cat_pruning.files import sha256
 from cat_pruning.models import miniatures
 from cat_pruning.names import ENGINES, Target
 from cat_pruning.runtime.engine_choice import engine_from_bundle
+from cat_pruning.tools.bundle_checks import check_pipeline
 from cat_pruning.tools.doctor import examine
 from cat_pruning.tools.findings import Finding
 
@@ -108,8 +110,25 @@ def test_a_bundle_without_a_pipeline(mini_bundle: Path) -> None:
 def test_a_pipeline_on_the_hub_is_not_asked_for(mini_bundle: Path) -> None:
     report = examine(changed(mini_bundle, pipeline=PipelineSpec(kind="hub", hub_id="some/sd3")))
     assert report.bundle[0].status == "warning"
-    assert report.bundle[0].text.startswith("some/sd3 on the hub")
+    assert "some/sd3 on the hub, not looked at: it is not whole in the local cache (some/sd3" in report.bundle[0].text
     assert report.can_generate
+
+
+def test_a_pipeline_of_the_hub_is_looked_at_in_the_local_cache(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = changed(mini_bundle, pipeline=PipelineSpec(kind="hub", hub_id="some/sd3"))
+    cached, asked = [str(miniatures()["sd3-mini"])], []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **told: asked.append(told["local_files_only"]) or cached[0]
+    )
+    assert check_pipeline(bundle) == Finding("pipeline", "ok", "some/sd3 of the hub, from the local cache")
+    cached[0] = str(tmp_path)  # as an export leaves it, which needs the index and little more
+    (tmp_path / "model_index.json").write_bytes((miniatures()["sd3-mini"] / "model_index.json").read_bytes())
+    finding = check_pipeline(bundle)
+    assert finding.status == "warning"
+    assert "is incomplete: scheduler_config.json is missing" in finding.text
+    assert set(asked) == {True}
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def test_bad_input(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         tmp_path / "nowhere": "does not exist",
         tmp_path: "manifest.json is missing",
         truncated: "step.onnx has 0 bytes",
+        Path("owner/name"): "those are not looked at here; export it, which checks it, and give the bundle: cat-export",
     }
     for path, said in cases.items():
         assert doctor_cli.main([str(path)]) == 2
