@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation import rich_scenes
 from cat_pruning.evaluation import scenes as plain_scenes
+from cat_pruning.evaluation.prompt_files import prompts_of_file
 from cat_pruning.evaluation.rich_scenes import RichScene
 from cat_pruning.evaluation.scenes import (
     COLORS,
@@ -29,7 +27,6 @@ from cat_pruning.evaluation.scenes import (
     is_held_out,
     sample_scene,
 )
-from cat_pruning.files import parse_json, read_text
 
 SCENES, RICH = "scenes:", "rich:"  # begin a source that is no file; a number follows
 SCENES_SEED = 2026
@@ -38,7 +35,6 @@ _TUNING_SEED = 1807
 MAX_SCENES = 5000
 # sd3-mini's 24,000 captions were the first of seed 0, before captions were held out.
 _FIRST_SEED, _FIRST_SCENES = 0, 24_000
-_COLUMNS = {".tsv": ("Prompt", "PartiPrompts"), ".csv": ("Prompts", "DrawBench")}  # the prompts', and whose form it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +55,7 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
 
     Args:
         source: `scenes:N` or `rich:N`, the first N of the captions that `training/evaluate_mini.py` scores sd3-mini and
-            pixart-mini, or sd3-mini-256 on, or a file in UTF-8: .tsv as PartiPrompts (a header, with the column
-            Prompt), .csv as DrawBench (likewise, with the column Prompts), .json as the captions of COCO (the first of
-            every image), any other with one prompt a line.
+            pixart-mini, or sd3-mini-256 on, or a file: see `prompts_of_file`.
         limit: at most so many, the first.
 
     Raises:
@@ -74,10 +68,7 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
             count = _scene_count(source, prefix)
             scenes = unseen(count if limit is None else min(count, limit), np.random.default_rng(SCENES_SEED))
             return [Prompt(text=scene.caption, scene=scene) for scene in scenes]
-    file = Path(source)
-    texts = [stripped for text in _texts(file) if (stripped := text.strip())]
-    if not texts:
-        raise SettingsError(f"{file} has no prompts")
+    texts = prompts_of_file(Path(source), otherwise=f"{SCENES}N or {RICH}N")
     return [Prompt(text=text, scene=parse_caption(text) or rich_scenes.parse_caption(text)) for text in texts[:limit]]
 
 
@@ -158,60 +149,6 @@ def _scene_count(source: str, prefix: str) -> int:
     if not (re.fullmatch(r"[0-9]{1,9}", number) and 1 <= int(number) <= MAX_SCENES):
         raise SettingsError(f"{source}: expected {prefix}N with a whole number N from 1 to {MAX_SCENES}")
     return int(number)
-
-
-def _texts(file: Path) -> Iterator[str]:
-    text = _read(file)
-    suffix = file.suffix.lower()
-    if suffix in _COLUMNS:
-        return iter(_column(file, text, *_COLUMNS[suffix]))
-    if suffix == ".json":
-        return iter(_coco_captions(file, text))
-    return iter(text.splitlines())
-
-
-def _read(file: Path) -> str:
-    try:
-        return read_text(file)
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file} is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise SettingsError(
-            f"{file} cannot be read ({reason})", f"give a file of prompts, or {SCENES}N or {RICH}N"
-        ) from error
-
-
-def _column(file: Path, text: str, column: str, form: str) -> list[str]:
-    try:
-        if file.suffix.lower() == ".tsv":
-            # PartiPrompts has quotation marks as they are, without a second pair around the field.
-            reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-        columns = reader.fieldnames or []
-        if columns and column not in columns:
-            raise SettingsError(
-                f"{file} has the columns {', '.join(columns)}: expected {column} among them, as in {form}"
-            )
-        return [row[column] or "" for row in reader]
-    except csv.Error as error:
-        separated = "tab" if file.suffix.lower() == ".tsv" else "comma"
-        raise SettingsError(f"{file} is no table of {separated}-separated values ({error})") from error
-
-
-def _coco_captions(file: Path, text: str) -> list[str]:
-    """The first caption of every image, in the order of the images' first captions."""
-    captions: dict[int, str] = {}
-    try:
-        for annotation in parse_json(text)["annotations"] if text.strip() else ():
-            captions.setdefault(annotation["image_id"], annotation["caption"] + "")
-    except (ValueError, TypeError, KeyError) as error:
-        raise SettingsError(
-            f'{file} is not of the form {{"annotations": [{{"image_id": 1, "caption": "..."}}, ...]}}, as COCO\'s '
-            f"captions are ({type(error).__name__}: {error})"
-        ) from error
-    return list(captions.values())
 
 
 def _any_of(group: str, words: tuple[str, ...]) -> str:

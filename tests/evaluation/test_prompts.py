@@ -104,6 +104,16 @@ def test_lines_of_a_text_file(tmp_path):
     assert len(texts(file, limit=7)) == 3
 
 
+def test_a_line_ends_where_its_author_ended_it(tmp_path):
+    """And not at a separator of lines or pages within a text."""
+    file = written(tmp_path, "prompts.txt", "one\u2028prompt\x0b\r\ntwo\x85prompts\rthree\n")
+    assert texts(file) == ["one\u2028prompt", "two\x85prompts", "three"]
+
+
+def test_a_table_may_begin_with_empty_lines(tmp_path):
+    assert texts(written(tmp_path, "a.tsv", "\n\nPrompt\tNote\n \na dog\tx\n\t\n")) == ["a dog"]
+
+
 def test_parti_prompts(tmp_path):
     rows = [
         "Prompt\tCategory\tChallenge\tNote",
@@ -137,9 +147,25 @@ def test_drawbench_is_a_table_with_commas(tmp_path):
         ("a.txt", "\n  \n", "has no prompts"),
         ("a.tsv", "", "has no prompts"),
         ("a.tsv", "Prompt\tNote\n", "has no prompts"),
-        ("a.tsv", "Text\tNote\nx\ty\n", "has the columns Text, Note: expected Prompt among them"),
+        ("a.tsv", "Text\tNote\nx\ty\n", "has the columns 'Text, Note': expected one Prompt among them"),
         ("a.csv", "Prompts,Category\n", "has no prompts"),
-        ("a.csv", "Prompt,Note\nx,y\n", "has the columns Prompt, Note: expected Prompts among them, as in DrawBench"),
+        (
+            "a.csv",
+            "Prompt,Note\nx,y\n",
+            "has the columns 'Prompt, Note': expected one Prompts among them, as in DrawBench",
+        ),
+        ("a.tsv", "Prompt\tPrompt\nx\ty\n", "expected one Prompt among them"),
+        ("a.tsv", "Prompt\tNote\na\tb\n\nx\ty\tz\n", "line 4: 3 fields, and 2 columns"),
+        (
+            "a.csv",
+            "Prompts,Category\nA dog, running,Animals\n",
+            "line 2: 3 fields, and 2 columns; in a table with commas",
+        ),
+        ("a.csv", "Category,Prompts\nAnimals\n", "line 2: 1 fields, and 2 columns"),
+        ("a.csv", 'Prompts,Category\n"A dog,Animals\nA cat,Animals\n', "is no table of comma-sep.*unexpected end"),
+        ("a.csv", 'Prompts\n"A" dog\n', "is no table of comma-separated values"),
+        ("a.txt", "a\0 \0s\0t\0a\0r\0", "has a character that no text has; save the file as UTF-8"),
+        ("a.json", '{"annotations": [{"image_id": 1, "caption": "\\ud800"}]}', "has a character that no text has"),
         ("a.json", "", "has no prompts"),
         ("a.json", '{"annotations": []}', "has no prompts"),
         ("a.json", '["a dog"]', "is not of the form"),
