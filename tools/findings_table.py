@@ -8,6 +8,7 @@ from typing import Final
 from rich.table import Table
 from rich.text import Text
 
+from cat_pruning.terminal import visible
 from cat_pruning.tools.findings import Finding
 
 MARKS: Final = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
@@ -27,8 +28,9 @@ def findings_table(findings: Iterable[Finding], told: set[str], topics: Mapping[
     table.add_column(overflow="fold")
     for finding in findings:
         mark, style = MARKS[finding.status]
-        table.add_row(Text(mark, style=style), (topics or {}).get(finding.topic, finding.topic), Text(finding.text))
+        topic = (topics or {}).get(finding.topic, finding.topic)
+        table.add_row(Text(mark, style=style), topic, Text(visible(finding.text)))
         if finding.remedy and finding.remedy not in told:  # once, where it is first needed
-            table.add_row("", "", Text(f"→ {finding.remedy}", style="cyan"))
+            table.add_row("", "", Text(visible(f"→ {finding.remedy}"), style="cyan"))
             told.add(finding.remedy)
     return table

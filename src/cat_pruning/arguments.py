@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.files import check_writable, check_writable_directory
+from cat_pruning.terminal import visible
 
 # More than anyone has asked for, and little enough to count to.
 MOST_STEPS: Final = 10_000
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {visible(' '.join(message.split()))}; see {self.prog} --help\n")
 
     def print_help(self, file: Any = None) -> None:
         """Write the help; unlike argparse, not in silence where it cannot be written."""

@@ -23,6 +23,7 @@ from typing import Final, TextIO
 
 from cat_pruning.errors import CatError, SettingsError
 from cat_pruning.installation import check_platform
+from cat_pruning.terminal import visible
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def _address_space() -> int | None:
 
 def _fail(program: str, said: str, code: int) -> int:
     with suppress(OSError):  # nobody reads it
-        sys.stderr.write(f"{program}: {' '.join(said.split())}\n")
+        sys.stderr.write(f"{program}: {visible(' '.join(said.split()))}\n")
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.status import Status
 
+_OBEYED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _WIDE = 10_000  # columns of what is no terminal: a table's cell has all that it needs
 
 
@@ -29,11 +31,19 @@ def terminal(*, stderr: bool = False, file: TextIO | None = None) -> Console:
     return made
 
 
+def visible(text: str) -> str:
+    """A text in which control characters, and those that turn the direction of writing, are spelt.
+
+    A terminal would obey them, and a manifest or a name that an error quotes may have them. Spaces of every kind stay.
+    """
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def say(line: str, *, to: Console | None = None, style: str | None = None) -> None:
     """Print a line to standard output, or elsewhere, whole: a terminal breaks it, so that it is copied in one piece."""
     from rich.text import Text
 
-    (to or terminal()).print(Text(line, style=style or ""), soft_wrap=True)
+    (to or terminal()).print(Text(visible(line), style=style or ""), soft_wrap=True)
 
 
 def progress(to: Console) -> Progress:

@@ -31,6 +31,11 @@ def test_brackets_are_no_markup_and_lines_stay_whole(capsys: pytest.CaptureFixtu
     assert found[-1] == f"{PATH} 12 {PATH}"
 
 
+def test_what_a_terminal_obeys_is_spelt(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\x1b[2Jb\x9b31mc\u2066\x7f größer 👩\u200d👧.")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\x9b31mc\\u2066\\x7f größer 👩\u200d👧.\n"
+
+
 def test_a_title_with_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     screen = terminal(stderr=True)
     with waiting(screen, PATH) as status:

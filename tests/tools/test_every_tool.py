@@ -206,6 +206,13 @@ def test_a_bundle_or_model_that_is_none(refused: Refused, tool: str, kind: str) 
     assert kind in line or (kind == "dangling" and "nowhere/at/all" in line)
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_names_do_not_reach_the_terminal_as_commands(refused: Refused, tool: str) -> None:
+    line = refused(tool, changed={"bundle": "\x1b]0;\x9bmine\u202e", "model": "./\x1b]0;\x9bmine\u202e"})
+    assert r"\x1b]0;\x9bmine\u202e" in line
+    assert line.isprintable()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("folder", "[red]b[bold]", "nowhere")])
 @pytest.mark.parametrize("tool", ["cat-eval", "cat-export", "cat-tune"])
 @pytest.mark.usefixtures("places")
