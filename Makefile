@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Made again when a dependency changes and when a file is added to the package or removed from it.
-SOURCES := $(shell find src plugins families bundle engines models checkpoints runtime exporter tools evaluation tuning -type d -not -name __pycache__)
+SOURCES := $(shell find src plugins families bundle engines models checkpoints runtime serving exporter tools evaluation tuning -type d -not -name __pycache__)
 MODEL ?= sd3-mini
 DEMO := build/demo$(if $(filter-out sd3-mini,$(MODEL)),-$(MODEL))
 # sd3-mini has no T5, whose empty tokens would be five times its own; and it paints best at this guidance.

@@ -197,6 +197,15 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             self._check_schedule(settings)
         return ImageHandle(self, self.sessions, settings or self.settings)
 
+    @contextmanager
+    def bound_to(self, image: ImageHandle) -> Iterator[None]:
+        """Meanwhile every call that this thread makes of this transformer is of `image`, as a pipeline's calls."""
+        self._threads.image = image
+        try:
+            yield
+        finally:
+            self._threads.image = None
+
     def reset(self) -> None:
         """Forget this thread's images in progress. Pipelines need not call it: a new image is recognised."""
         self._sampling().reset()
@@ -241,13 +250,9 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
             ShapeError: a size that the patch size does not divide, that the position table does not hold, or
                 with fewer tokens than clusters.
         """
-        sampling = self._sampling()
-        if sampling.settings is not self.settings and sampling.settings != self.settings:
-            sampling.settings = self.settings
-            sampling.reset()
         context = getattr(self._threads, "context", MAIN_CONTEXT)
         return self.compute(
-            sampling,
+            getattr(self._threads, "image", None) or self._current_sampling(),
             context,
             hidden_states,
             timestep=timestep,
@@ -291,6 +296,14 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
                 noise = images.call_beside(context if skip_layers is None else f"{context} without layers", call)
         noise = noise.to(hidden_states)
         return Transformer2DModelOutput(sample=noise) if return_dict else (noise,)
+
+    def _current_sampling(self) -> Sampling:
+        """This thread's, begun anew where the settings were replaced."""
+        sampling = self._sampling()
+        if sampling.settings is not self.settings and sampling.settings != self.settings:
+            sampling.settings = self.settings
+            sampling.reset()
+        return sampling
 
     def _sampling(self) -> Sampling:
         if not hasattr(self._threads, "sampling"):

@@ -21,6 +21,7 @@ ORDER = (
     "models",
     "checkpoints",
     "runtime",
+    "serving",
     "exporter",
     "tools",
     "evaluation",

@@ -12,6 +12,7 @@ _TOOLS: Final = {
     "cat-eval": "cat_pruning.evaluation.cli",
     "cat-export": "cat_pruning.exporter.cli",
     "cat-generate": "cat_pruning.tools.generate_cli",
+    "cat-serve": "cat_pruning.serving.cli",
     "cat-tune": "cat_pruning.tuning.cli",
 }
 
@@ -39,6 +40,11 @@ def export() -> int:
 def generate() -> int:
     """`cat-generate`."""
     return _run("cat-generate")
+
+
+def serve() -> int:
+    """`cat-serve`."""
+    return _run("cat-serve")
 
 
 def tune() -> int:

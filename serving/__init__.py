@@ -1,0 +1,1 @@
+"""`cat-serve`: bundles behind OpenAI's images API, on one machine."""
