@@ -94,7 +94,7 @@ class Guard:
         if self._key is None or not path.startswith("/v1/"):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode(), self._key.encode())
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), self._key.encode())  # as it came
         if scheme.lower() != "bearer" or not is_right:
             raise RequestError(
                 HTTPStatus.UNAUTHORIZED,

@@ -206,7 +206,7 @@ class ServedModel:
     def _size(self, size: str | None) -> tuple[int, int]:
         """Height and width in pixels."""
         if size in (None, "auto"):
-            return self.sizes[0]
+            size = "{1}x{0}".format(*self.sizes[0])
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size or "")
         if match is None:
             raise refused("size", "size: expected WIDTHxHEIGHT in pixels, as 1024x768, or auto")

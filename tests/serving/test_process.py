@@ -1,0 +1,131 @@
+"""`cat-serve` as a process: how it begins, what it logs, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving_server import SMALL
+
+from cat_pruning.errors import SettingsError
+from cat_pruning.serving.cli import main
+from cat_pruning.serving.config import ServeConfig
+
+_SERVE = "import sys; from cat_pruning.serving.cli import main; sys.exit(main())"
+
+
+@contextmanager
+def process(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", _SERVE, *map(str, arguments)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait()
+
+
+def logged(running: subprocess.Popen[str], message: str) -> dict[str, Any]:
+    """The next line of its log with this message."""
+    assert running.stderr is not None
+    for line in running.stderr:
+        said: dict[str, Any] = json.loads(line)
+        if said["message"] == message:
+            return said
+    raise AssertionError(message)
+
+
+@pytest.mark.long
+def test_sigterm_lets_it_end_what_it_has(served_bundle: Path) -> None:
+    body = SMALL | {"stream": True, "num_inference_steps": 20, "partial_images": 3, "speedup": 1}
+    with process(served_bundle, "--port", "0", "--grace", "20", CAT_SERVE_API_KEY="secret") as running:
+        port = logged(running, "ready")["port"]
+        url, headers = f"http://127.0.0.1:{port}/v1/images/generations", {"Authorization": "Bearer secret"}
+        assert httpx.post(url, json=body).status_code == 401
+        with httpx.stream("POST", url, json=body, headers=headers | {"x-request-id": "mine"}, timeout=60) as response:
+            lines = response.iter_lines()
+            assert next(lines) == "event: image_generation.partial_image"
+            running.send_signal(signal.SIGTERM)
+            assert logged(running, "draining")["requests"] == 1
+            assert "event: image_generation.completed" in list(lines)
+        assert logged(running, "images")["request_id"] == "mine"
+        with pytest.raises(httpx.ConnectError):
+            _ask_until_it_is_gone(url)
+        assert running.wait(20) == 0
+
+
+def _ask_until_it_is_gone(url: str) -> None:
+    ends = time.monotonic() + 10
+    while time.monotonic() < ends:
+        httpx.get(url)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gone"], "gone/manifest.json is missing"),
+        ([], "the following arguments are required: bundle"),
+        (["x", "--queue", "0"], "expected a whole number from 1"),
+        (["x", "y/x"], "two bundles have one name"),
+        (["x", "--timeout", "0"], "expected a number from 0.001"),
+        (["x", "--host", "nan", "--port", "99999"], "expected a whole number from 0 to 65535"),
+    ],
+)
+def test_mistakes_are_a_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_batch": 0}, {"timeout_s": 0.0}, {"max_wait_ms": -1.0}, {"bundles": ()}, {"api_key": " "}], ids=str
+)
+def test_a_configuration_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError):
+        ServeConfig(**{"bundles": (Path("x"),)} | options)
+
+
+@pytest.mark.long
+def test_no_document_of_ours_makes_it_fail(serve: Callable[..., Any]) -> None:
+    """Requests that schemathesis makes of our OpenAPI document, right ones and wrong ones; none takes long."""
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+
+    with serve(max_steps=2, max_pixels=4096) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        for operation in schema.get_all_operations():
+            tried = []
+
+            @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+            @given(case=operation.ok().as_strategy())
+            def ask(case: Any, tried: list[int] = tried) -> None:
+                answer = case.call()
+                tried.append(answer.status_code)
+                case.validate_response(answer)
+
+            ask()
+            assert tried
+            assert max(tried) < 500
