@@ -200,11 +200,12 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
     @contextmanager
     def bound_to(self, image: ImageHandle) -> Iterator[None]:
         """Meanwhile every call that this thread makes of this transformer is of `image`, as a pipeline's calls."""
+        before = getattr(self._threads, "image", None)
         self._threads.image = image
         try:
             yield
         finally:
-            self._threads.image = None
+            self._threads.image = before
 
     def reset(self) -> None:
         """Forget this thread's images in progress. Pipelines need not call it: a new image is recognised."""

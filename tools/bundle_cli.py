@@ -7,15 +7,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from cat_pruning import console
 from cat_pruning.errors import BundleError
 from cat_pruning.terminal import say, terminal, waiting
 from cat_pruning.tools.bundle_arguments import parse
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: list[str] | None = None) -> int:
