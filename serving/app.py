@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any, Final, TypeVar
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 import cat_pruning
 from cat_pruning.serving import answers
 from cat_pruning.serving.answers import Error, Images, Models
-from cat_pruning.serving.failures import RequestError
+from cat_pruning.serving.failures import RequestError, failed
 from cat_pruning.serving.guard import App, Guard
 from cat_pruning.serving.orders import Done, Order, Preview
 from cat_pruning.serving.requests import ImageRequest
@@ -36,6 +36,7 @@ def make_app(service: Service) -> App:
     app.add_exception_handler(RequestError, _told)
     app.add_exception_handler(RequestValidationError, _told)
     app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(Exception, _unforeseen)
 
     @app.post("/v1/images/generations", responses={**_ERRORS, 200: _STREAM}, response_model=Images)
     async def generate(body: ImageRequest, request: Request) -> Response:
@@ -72,10 +73,9 @@ def make_app(service: Service) -> App:
         text = service.metrics.text(service.models.values(), service.num_waiting)
         return Response(text, media_type="text/plain; version=0.0.4")
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(files("cat_pruning.serving").joinpath(_PAGE).read_text(encoding="utf-8"))
-
+    page = files("cat_pruning.serving").joinpath(_PAGE)
+    if page.is_file():
+        app.add_route("/", _answer_with(page.read_text(encoding="utf-8")))
     return Guard(app, service.config.api_key)
 
 
@@ -83,6 +83,13 @@ _STREAM: Final[dict[str, Any]] = {
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
     "description": "The images; as events where `stream` is true.",
 }
+
+
+def _answer_with(html: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return HTMLResponse(html)
+
+    return answer
 
 
 class _Stream(StreamingResponse):
@@ -137,6 +144,12 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+    """The guard logs it."""
+    told = failed(request.state.request_id)
+    return JSONResponse(told.body(), told.status)
 
 
 async def _told(request: Request, error: Exception) -> JSONResponse:

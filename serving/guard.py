@@ -25,8 +25,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MOST_BYTES: Final = 1_000_000  # of a body
+_MOST_READ: Final = 50_000_000  # of one that is refused: a client that still sends reads no answer
 _BODY_S: Final = 10.0  # for a body to come
-_SEND_S: Final = 30.0  # for a client to take a piece of the answer
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # an id that a client may give
 
 
@@ -36,7 +36,6 @@ class Guard:
     * A request has an id: the client's `x-request-id` if it is short and plain, else a new one. The answer says it.
     * With a key, whatever is below `/v1/` needs `Authorization: Bearer KEY`, compared in constant time.
     * A body of more than `MOST_BYTES`, or one that does not come, is refused before anything reads it.
-    * A client that does not take its answer is let go.
     * What nobody foresaw is logged with its traceback, and answered with 500 and the id.
 
     Args:
@@ -56,28 +55,29 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        status, is_whole = 0, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-            async with asyncio.timeout(_SEND_S):
-                await send(message)
+            await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             self._check_key(scope["path"], headers)
-            await self._app(scope, await _with_body(scope, headers, receive), answer)
+            await self._app(scope, await _with_body(scope, receive), answer)
         except RequestError as error:
             await _respond(error, scope, receive, answer)
-        except (TimeoutError, OSError):  # the client takes nothing, or is gone
+        except OSError:  # of a client that went away
             logger.info("client is gone", extra={"request_id": request_id})
         except Exception:
             logger.exception("unforeseen", extra={"request_id": request_id})
-            if status:
-                raise  # the answer has begun: the connection is closed
-            await _respond(failed(request_id), scope, receive, answer)
+            if not status:
+                await _respond(failed(request_id), scope, receive, answer)
+            elif not is_whole:
+                raise  # so that the connection is closed
         finally:
             logger.info(
                 "request",
@@ -109,7 +109,7 @@ async def _respond(error: RequestError, scope: Any, receive: Receive, send: Send
     await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
 
 
-async def _with_body(scope: MutableMapping[str, Any], headers: Headers, receive: Receive) -> Receive:
+async def _with_body(scope: MutableMapping[str, Any], receive: Receive) -> Receive:
     """What to receive from, once the whole body is here.
 
     Raises:
@@ -117,19 +117,17 @@ async def _with_body(scope: MutableMapping[str, Any], headers: Headers, receive:
     """
     if scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return receive
-    if headers.get("content-length", "0").isdecimal() and int(headers.get("content-length", "0")[:12]) > MOST_BYTES:
-        raise _too_large()
     parts, size, more = [], 0, True
     try:
         async with asyncio.timeout(_BODY_S):
-            while more:
+            while more and size <= _MOST_READ:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise OSError("the client is gone")
-                parts.append(message.get("body", b""))
-                size, more = size + len(parts[-1]), message.get("more_body", False)
-                if size > MOST_BYTES:
-                    raise _too_large()
+                part, more = message.get("body", b""), message.get("more_body", False)
+                size += len(part)
+                if size <= MOST_BYTES:
+                    parts.append(part)
     except TimeoutError:
         raise RequestError(
             HTTPStatus.REQUEST_TIMEOUT,
@@ -138,6 +136,14 @@ async def _with_body(scope: MutableMapping[str, Any], headers: Headers, receive:
             "send it at once",
             headers={"Connection": "close"},
         ) from None
+    if size > MOST_BYTES:
+        raise RequestError(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            "body_too_large",
+            f"the body has more than {MOST_BYTES} bytes",
+            "send less",
+            headers={"Connection": "close"},
+        )
     body: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
     async def once() -> Message:
@@ -148,13 +154,3 @@ async def _with_body(scope: MutableMapping[str, Any], headers: Headers, receive:
         return message
 
     return once
-
-
-def _too_large() -> RequestError:
-    return RequestError(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        "body_too_large",
-        f"the body has more than {MOST_BYTES} bytes",
-        "send less",
-        headers={"Connection": "close"},
-    )

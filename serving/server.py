@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 
 _LAST_WORDS_S: Final = 1.0  # of the grace, for telling requests that they are given up
 _POLL_S: Final = 0.05
+_STALLED_MS: Final = 30_000  # for a client to take what was sent; then the system closes the connection
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's, which leaves the signals to us: it would raise SIGTERM again, and the process end by it."""
 
     @contextmanager
@@ -46,7 +47,7 @@ def serve(config: ServeConfig, host: str, port: int) -> None:
         CatError: a bundle cannot be loaded.
     """
     log_as_json()
-    listening = _listen(host, port)
+    listening = listen(host, port)
     service = Service(config)
     try:
         asyncio.run(_serve(service, listening))
@@ -57,7 +58,12 @@ def serve(config: ServeConfig, host: str, port: int) -> None:
             os._exit(0)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        SettingsError: the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=256)
@@ -66,6 +72,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise SettingsError(
             f"cannot listen on {host}, port {port} ({reason})", "give another --host or --port"
         ) from error
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)  # its connections inherit it
     return listening
 
 
@@ -73,7 +80,7 @@ async def _serve(service: Service, listening: socket.socket) -> None:
     config = service.config
     options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off", "server_header": False}
     grace = max(1, round(config.grace_s))
-    server = _Server(uvicorn.Config(make_app(service), timeout_graceful_shutdown=grace, **options))
+    server = Server(uvicorn.Config(make_app(service), timeout_graceful_shutdown=grace, **options))
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +19,10 @@ from serving_server import Server
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import write_schedules
 from cat_pruning.schedule import Schedule
+from cat_pruning.serving import server as process
 from cat_pruning.serving.app import make_app
 from cat_pruning.serving.config import ServeConfig
 from cat_pruning.serving.model import ServedModel
-from cat_pruning.serving.server import _Server
 from cat_pruning.serving.service import Service
 
 
@@ -62,9 +61,9 @@ def serve(loaded: ServedModel, served_bundle: Path) -> Callable[..., Any]:
             return _Warm(name, loaded._pipe, loaded._manifest, loaded._schedules, config)
 
         service = Service(config, load)
-        listening = socket.create_server(("127.0.0.1", 0))
+        listening = process.listen("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server = _Server(
+        server = process.Server(
             uvicorn.Config(make_app(service), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
         )
         thread = threading.Thread(target=server.run, args=([listening],))

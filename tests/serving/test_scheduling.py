@@ -187,8 +187,20 @@ def test_a_server_that_stops_tells_who_waits(serve: Callable[..., Any]) -> None:
 def test_a_key_is_asked_for(serve: Callable[..., Any]) -> None:
     with serve(api_key="größer") as server:
         url = f"{server.url}/v1/models"
-        for given in ("", "Bearer wrong", "Basic größer", "Bearer "):
+        for given in ("", "Bearer wrong", "Basic größer", "Bearer", "größer"):
             answer = httpx.get(url, headers=[(b"Authorization", given.encode())])
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert server.client.get("/v1/models").status_code == 200
         assert httpx.get(f"{server.url}/health/ready").status_code == 200
+
+
+def test_what_nobody_foresaw_is_500_with_its_id(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server.service.metrics, "text", lambda *_: 1 / 0)
+    answer = server.client.get("/metrics", headers={"x-request-id": "mine-2"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "mine-2" in answer.json()["error"]["message"]
+    until(lambda: any(record.exc_info for record in caplog.records))  # after the answer
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert vars(record)["request_id"] == "mine-2"
