@@ -183,12 +183,30 @@ class BundleWriter:
             _sync(path)
             files[path.relative_to(self.path).as_posix()] = FileSpec(size=path.stat().st_size, sha256=_sha256(path))
         files.pop(MANIFEST_NAME, None)
-        complete, path = manifest.with_files(files), self.path / MANIFEST_NAME
-        path.write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        complete = manifest.with_files(files)
+        return self._moved((complete.model_dump_json(indent=2) + "\n").encode(), complete)
+
+    def place(self, content: bytes, manifest: Manifest) -> Bundle:
+        """Rename the directory into place with a manifest as it is, whose files are there and were hashed.
+
+        Args:
+            content: of the manifest's file.
+            manifest: what it says.
+
+        Raises:
+            OutputError: something has appeared at `out` that may not be replaced.
+        """
+        for path in _files_below(self.path):
+            _sync(path)
+        return self._moved(content, manifest)
+
+    def _moved(self, content: bytes, manifest: Manifest) -> Bundle:
+        path = self.path / MANIFEST_NAME
+        path.write_bytes(content)
         _sync(path)
         check_replaceable(self.out, force=self.force)
         _swap_in(self.path, self.out)
-        return Bundle(path=self.out, manifest=complete)
+        return Bundle(path=self.out, manifest=manifest)
 
 
 @contextlib.contextmanager

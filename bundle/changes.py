@@ -60,7 +60,7 @@ def change_bundle(directory: Path, change: Callable[[Manifest], Change]) -> Bund
     """
     bundle = Bundle.open(directory)
     try:
-        with _alone(bundle.path):
+        with alone(bundle.path):
             manifest = read_manifest(bundle.path)  # once more: another process may have changed it meanwhile
             _clear(bundle.path, manifest)
             wanted = change(manifest)
@@ -101,7 +101,7 @@ def sign_bundle(bundle: Bundle, key_file: Path) -> None:
     """
     key = read_private_key(key_file)
     try:
-        with _alone(bundle.path):
+        with alone(bundle.path):
             content = read_bytes(bundle.path / MANIFEST_NAME)
             if parse_manifest(content, MANIFEST_NAME, bundle.path) != bundle.manifest:
                 raise BundleError(f"{bundle.path} was changed while it was verified", "sign it again")
@@ -163,7 +163,7 @@ def _folders(names: Iterable[str]) -> list[Path]:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path) -> Iterator[None]:
     """Keep others that change a bundle out of it meanwhile, by a lock of the directory itself."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

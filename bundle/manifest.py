@@ -38,7 +38,7 @@ from cat_pruning.bundle.schema import (
     Source,
     Spec,
 )
-from cat_pruning.bundle.signatures import PublicKey
+from cat_pruning.bundle.signatures import PublicKey, read_signature
 from cat_pruning.dtype import DType
 from cat_pruning.errors import BundleError
 from cat_pruning.files import decoded, parse_json, read_bytes
@@ -214,7 +214,7 @@ def read_manifest(directory: Path, public_key: PublicKey | None = None) -> Manif
         problem = f"{path} is missing: not a bundle, or an export that was interrupted"
         raise BundleError(problem, _remedy(directory, None)) from None
     if public_key is not None:
-        public_key.check(directory, content)
+        public_key.check(directory, content, read_signature(directory))
     return parse_manifest(content, str(path), directory)
 
 

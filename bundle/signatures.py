@@ -50,34 +50,30 @@ class PublicKey:
             raise SettingsError(f"{path} has a key of another kind, expected Ed25519's", f"make one: {_MAKE_PRIVATE}")
         return cls(file=path, key=key)
 
-    def check(self, directory: Path, manifest: bytes) -> None:
+    def check(self, place: Path | str, manifest: bytes, signature: bytes | None) -> None:
         """Check that a bundle's manifest is signed with this key's private half.
 
         Args:
-            directory: the bundle's.
+            place: of the bundle, for errors.
             manifest: the bytes of its manifest, of which nothing has been read yet.
+            signature: the bytes of its signature; None where it has none.
 
         Raises:
             BundleError: it is not.
-            OSError: the signature cannot be read.
         """
         from cryptography.exceptions import InvalidSignature
 
-        again = f"cat-bundle sign {directory} --key FILE"
-        try:
-            with open_file(directory / SIGNATURE_NAME) as file:
-                signature = file.read(_SIGNATURE_BYTES + 1)
-        except FileNotFoundError:
+        remedy = "take the bundle that was signed, or sign this one if it is yours: cat-bundle sign "
+        remedy += f"{place if isinstance(place, Path) else 'BUNDLE'} --key FILE"
+        if signature is None:
             raise BundleError(
-                f"{directory} is not signed: it has no {SIGNATURE_NAME}, and {self.file} was given as the key",
-                f"take the bundle that was signed, or sign this one if it is yours: {again}",
-            ) from None
+                f"{place} is not signed: it has no {SIGNATURE_NAME}, and {self.file} was given as the key", remedy
+            )
         try:
             self.key.verify(signature, manifest)
         except InvalidSignature:
             raise BundleError(
-                f"{directory} is not signed with the key of {self.file}, or was changed after it was signed",
-                f"take the bundle that was signed, or sign this one if it is yours: {again}",
+                f"{place} is not signed with the key of {self.file}, or was changed after it was signed", remedy
             ) from None
 
 
@@ -96,6 +92,19 @@ def read_private_key(file: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(f"{file} has a key of another kind, expected Ed25519's", f"make one: {_MAKE_PRIVATE}")
     return key
+
+
+def read_signature(directory: Path) -> bytes | None:
+    """The signature of a bundle; None where it has none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with open_file(directory / SIGNATURE_NAME) as file:
+            return file.read(_SIGNATURE_BYTES + 1)
+    except FileNotFoundError:
+        return None
 
 
 def write_signature(directory: Path, manifest: bytes, key: Ed25519PrivateKey) -> None:

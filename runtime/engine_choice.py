@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.places import is_url
+from cat_pruning.bundle.pulling import local_copy
 from cat_pruning.bundle.signatures import PublicKey
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
 from cat_pruning.engines.graph_family import family_of_bundle
@@ -68,18 +70,22 @@ def engine_from_bundle(
 def open_signed(path: str | Path, public_key: str | Path | None, engine: str) -> Bundle:
     """A bundle, whose signature is checked before anything else of it is read, where a key is given.
 
+    Args:
+        path: its directory, or a URL, of which a copy is pulled: see `local_copy`.
+        public_key: the PEM file of the key.
+        engine: that it is opened for.
+
     Raises:
         BundleError: as `Bundle.open`.
-        InstallationError, SettingsError: as `PublicKey.read`; also for the engine torch.
+        InstallationError, OutputError, SettingsError: as `PublicKey.read` and `local_copy`; also for the engine torch.
     """
-    if public_key is None:
-        return Bundle.open(path)
-    if engine == "torch":
+    key = None if public_key is None else PublicKey.read(public_key)
+    if key is not None and engine == "torch":
         raise SettingsError(
             "a public key and the engine torch: it loads the checkpoint, which is not in the bundle and not signed",
             "take another engine",
         )
-    return Bundle.open(path, PublicKey.read(public_key))
+    return Bundle.open(local_copy(str(path), key) if is_url(path) else path, key)
 
 
 def best_engine(bundle: Bundle) -> str:

@@ -50,7 +50,8 @@ def load_pipeline(
     `StableDiffusion3Img2ImgPipeline(**pipe.components)`.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory, or a URL that fsspec knows, as hf://owner/name: a copy of it is pulled, whole or
+            not at all, unless there is one already.
         engine: see `CatTransformer.from_bundle`.
         settings: instead of those that the bundle was exported with.
         speedup: take the bundle's schedule that makes images so many times as fast, by MACs: see `cat-tune`.

@@ -89,7 +89,7 @@ class CatTransformer(AdapterMethods, ModelMethods, nn.Module):
         """Load a bundle that `cat-export` wrote, on this machine's GPU if it has one.
 
         Args:
-            path: the bundle's directory.
+            path: the bundle's directory, or a URL: see `load_pipeline`.
             engine: "auto", "tensorrt", "tensorrt_rtx", "onnxruntime" or "torch"; "auto" takes the bundle's plans if
                 there are some for the GPU, else ONNX Runtime.
             settings: instead of those the bundle was exported with.

@@ -7,11 +7,12 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from cat_pruning import console
 from cat_pruning.errors import BundleError
-from cat_pruning.terminal import say, terminal, waiting
+from cat_pruning.terminal import Waiting, say, terminal, waiting
 from cat_pruning.tools.bundle_arguments import parse
 
 
@@ -117,6 +118,44 @@ def _sign(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _push(arguments: argparse.Namespace) -> int:
+    from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.pulling import copy_bundle
+    from cat_pruning.bundle.pushing import push
+
+    bundle = Bundle.open(arguments.bundle)
+    with waiting(terminal(stderr=True), "Hash every file …") as status:
+        told = partial(_tell, status)
+        if isinstance(arguments.to, str):
+            push(bundle, arguments.to, force=arguments.force, told=told)
+        else:
+            copy_bundle(bundle, arguments.to, force=arguments.force, told=told)
+    say(f"{arguments.to} has {bundle.path}", style="bold")
+    return 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.pulling import copy_bundle, pull
+    from cat_pruning.bundle.signatures import PublicKey
+
+    public_key = None if arguments.public_key is None else PublicKey.read(arguments.public_key)
+    with waiting(terminal(stderr=True), "Look for the bundle …") as status:
+        if isinstance(arguments.bundle, str):
+            told = partial(_tell, status)
+            bundle = pull(arguments.bundle, arguments.out, force=arguments.force, public_key=public_key, told=told)
+        else:
+            source = Bundle.open(arguments.bundle, public_key)
+            bundle = copy_bundle(source, arguments.out, force=arguments.force, told=partial(_tell, status))
+    size = sum(spec.size for spec in bundle.manifest.files.values())
+    say(f"{bundle.path}  {console.file_size(size)}", style="bold")
+    return 0
+
+
+def _tell(status: Waiting, name: str) -> None:
+    status.update(f"{name} …")
+
+
 def _write_json(fields: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(fields, indent=2) + "\n")
 
@@ -125,6 +164,8 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "diff": _diff,
     "inspect": _inspect,
     "prune": _prune,
+    "pull": _pull,
+    "push": _push,
     "sign": _sign,
     "verify": _verify,
 }

@@ -6,7 +6,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cat_pruning.arguments import MOST_STEPS, Parser, check_outputs, guidance, number, path, resolution, text, whole
+from cat_pruning.arguments import (
+    MOST_STEPS,
+    Parser,
+    check_outputs,
+    guidance,
+    number,
+    path,
+    place,
+    resolution,
+    text,
+    whole,
+)
 from cat_pruning.errors import OutputError, SettingsError
 from cat_pruning.installation import require
 from cat_pruning.names import ENGINES
@@ -36,7 +47,7 @@ def _parser() -> Parser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=path, help="the bundle's directory")
+    parser.add_argument("bundle", type=place, help="the bundle's directory, or a URL, as hf://owner/name")
     parser.add_argument("prompt", nargs="+", type=text, help="one or more prompts, generated as one batch")
     parser.add_argument(
         "-o",

@@ -39,6 +39,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     screen = terminal(stderr=True)
     with console.collector_paused(), waiting(screen, "Import torch …") as status:
         from cat_pruning.bundle.outside import check_outside
+        from cat_pruning.bundle.places import is_url
         from cat_pruning.families import family_named
         from cat_pruning.runtime.engine_choice import open_signed
         from cat_pruning.runtime.pipeline import load_pipeline
@@ -46,13 +47,15 @@ def _generate(arguments: argparse.Namespace) -> None:
 
         console.quiet_libraries()
         check_outside(outputs_of(arguments))
+        if is_url(arguments.bundle):
+            status.update("Look for the bundle, and pull it if there is no copy …")
         bundle = open_signed(arguments.bundle, arguments.public_key, arguments.engine)
         manifest = bundle.manifest
         settings = _settings(manifest, arguments)
         status.update("Load the bundle and import its pipeline …")
         graphs = not arguments.no_cuda_graphs
         pipe = load_pipeline(
-            arguments.bundle,
+            bundle.path,
             arguments.engine,
             settings=settings,
             speedup=arguments.speedup,

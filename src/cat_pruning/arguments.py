@@ -118,6 +118,11 @@ def path(argument: str) -> Path:
     return Path(argument)
 
 
+def place(argument: str) -> Path | str:
+    """A path, or a URL, as an argument."""
+    return argument if "://" in argument and "\0" not in argument else path(argument)
+
+
 def shown(argument: str) -> str:
     """An argument as an error quotes it: cut off where nobody would read on."""
     return repr(argument if len(argument) <= _SHOWN else argument[:_SHOWN] + "…")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundle_files import edit, export, export_with_plans, plan_set, small_manifest
+from fsspec.implementations.memory import MemoryFileSystem
 from signing_keys import write_keys
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.changes import sign_bundle
 from cat_pruning.bundle.manifest import MANIFEST_NAME
 from cat_pruning.bundle.schedules import write_schedules
+from cat_pruning.bundle.signatures import PublicKey
 from cat_pruning.errors import BundleError, EngineError, SettingsError
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.transformer import CatTransformer
@@ -314,3 +318,69 @@ def test_images_from_a_bundle_that_must_be_signed(
     assert loaded == [str(copy)] * (3 if signs else 0)
     with pytest.raises(SettingsError, match="it loads the checkpoint, which is not in the bundle and not signed"):
         load_pipeline(copy, "torch", public_key=public)
+
+
+# ------------------------------------------------------------------ push and pull
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    files = MemoryFileSystem()
+    files.store.clear()
+    yield files
+    files.store.clear()
+
+
+@pytest.mark.usefixtures("memory")
+def test_pushed_and_pulled(planned: Bundle, tmp_path: Path, cat_bundle: CatBundle) -> None:
+    assert cat_bundle("push", planned.path, "memory://models/sd3") == f"memory://models/sd3 has {planned.path}\n"
+    assert cat_bundle("pull", "memory://models/sd3", tmp_path / "here").startswith(f"{tmp_path}/here  ")
+    assert cat_bundle.json("diff", planned.path, tmp_path / "here")["same"]
+    cat_bundle("prune", planned.path, "--plans", "tensorrt")
+    line = cat_bundle("push", planned.path, "memory://models/sd3", code=2)
+    assert line == (
+        "cat-bundle: memory://models/sd3 has another bundle; pass --force to replace it, or give another URL\n"
+    )
+    cat_bundle("push", planned.path, "memory://models/sd3", "--force")
+    line = cat_bundle("pull", "memory://models/sd3", tmp_path / "here", code=2)
+    assert "here exists; pass --force" in line
+    cat_bundle("pull", "memory://models/sd3", tmp_path / "here", "--force")
+    assert cat_bundle.json("diff", planned.path, tmp_path / "here")["same"]
+
+
+def test_directories_are_places_too(planned: Bundle, tmp_path: Path, cat_bundle: CatBundle) -> None:
+    private, public = write_keys(tmp_path)
+    cat_bundle("push", planned.path, tmp_path / "there")
+    assert "is not signed" in cat_bundle("pull", tmp_path / "there", tmp_path / "here", "--public-key", public, code=2)
+    sign_bundle(Bundle.open(tmp_path / "there"), private)
+    cat_bundle("pull", tmp_path / "there", tmp_path / "here", "--public-key", public)
+    assert cat_bundle.json("diff", planned.path, tmp_path / "here")["same"]
+    Bundle.open(tmp_path / "here", PublicKey.read(public))
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_bundle_is_loaded_by_its_url(
+    mini_bundle: Path, tmp_path: Path, cat_bundle: CatBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAT_PRUNING_CACHE", str(tmp_path / "cache"))
+    url = "memory://models/sd3-mini"
+    generate = [url, "a star", "--out", str(tmp_path / "a.png"), "--engine", "onnxruntime"]
+    assert generate_cli.main(generate) == 2
+    line = cat_bundle.capsys.readouterr().err
+    assert line.startswith(f"cat-generate: {url} has no manifest.json: no bundle; push one")
+    cat_bundle("push", mini_bundle, url)
+    transformer = CatTransformer.from_bundle(url, "onnxruntime")
+    assert transformer.engine.name == "onnxruntime"
+    (copy,) = (tmp_path / "cache").glob("*/*/manifest.json")
+    opened: list[Path] = []
+
+    def load(bundle: Bundle, *_: object, **__: object) -> None:
+        opened.append(bundle.path)
+        raise EngineError("loaded")
+
+    monkeypatch.setattr("cat_pruning.runtime.pipeline.engine_from_bundle", load)
+    assert generate_cli.main(generate) == 2
+    assert cat_bundle.capsys.readouterr().err == "cat-generate: loaded\n"
+    with pytest.raises(EngineError, match="loaded"):
+        load_pipeline(url)
+    assert opened == [copy.parent] * 2

@@ -28,6 +28,8 @@ TOOLS: dict[str, tuple[ModuleType, ModuleType, str, list[str]]] = {
     "cat-bundle diff": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "{bundle}"]),
     "cat-bundle inspect": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}"]),
     "cat-bundle prune": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "--plans", "tensorrt"]),
+    "cat-bundle pull": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "{out}"]),
+    "cat-bundle push": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "{out}"]),
     "cat-bundle sign": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "--key", "{key}"]),
     "cat-bundle verify": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}"]),
     "cat-doctor": (doctor_cli, doctor_cli, "_doctor", ["{bundle}"]),
