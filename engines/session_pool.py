@@ -150,6 +150,13 @@ class SessionPool:
             return len(self._idle) + len(self._lent)
 
     @property
+    def num_lent(self) -> int:
+        """Of these, the ones that images in progress have."""
+        with self._changed:
+            self._collect()
+            return len(self._lent)
+
+    @property
     def num_bytes(self) -> int:
         """The memory that they hold."""
         with self._changed:

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import cat_pruning
@@ -67,7 +67,7 @@ def make_app(service: Service) -> App:
         is_ready = service.state is State.READY
         return JSONResponse({"status": str(service.state)}, 200 if is_ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         text = service.metrics.text(service.models.values(), service.num_waiting)

@@ -36,6 +36,7 @@ class Metrics:
         self.batch_images = Histogram("cat_batch_images", "Images of a batch.", buckets=_IMAGES, registry=registry)
         self.queue_length = Gauge("cat_queue_length", "Images that wait.", registry=registry)
         self._sessions = Gauge("cat_sessions", "Sessions, idle ones included.", ["model"], registry=registry)
+        self._lent = Gauge("cat_sessions_lent", "Sessions of images in progress.", ["model"], registry=registry)
         self._session_bytes = Gauge("cat_session_bytes", "Memory of the sessions.", ["model"], registry=registry)
         self._gpu = Gauge("cat_gpu_memory_bytes", "Memory that torch holds on the GPU.", ["model"], registry=registry)
         for outcome in OUTCOMES:
@@ -47,6 +48,7 @@ class Metrics:
         for model in models:
             sessions, device = model.transformer.sessions, model.transformer.device
             self._sessions.labels(model.name).set(sessions.num_sessions)
+            self._lent.labels(model.name).set(sessions.num_lent)
             self._session_bytes.labels(model.name).set(sessions.num_bytes)
             if device.type == "cuda":
                 import torch

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import psutil
 import pytest
 from serving_server import SMALL, Server

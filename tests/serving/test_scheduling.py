@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 import torch
 from serving_server import SMALL, Server
@@ -27,7 +27,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def lent(model: ServedModel) -> int:
     """Sessions of images in progress."""
-    return len(model.transformer.sessions._lent)
+    return model.transformer.sessions.num_lent
 
 
 @contextmanager

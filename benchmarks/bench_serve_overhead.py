@@ -1,0 +1,123 @@
+"""What cat-serve costs beside its pipeline: throughput at saturation, and the latency of an idle server.
+
+Pipeline and server take turns within one process, on the same machine under the same load, so only their ratio counts.
+At saturation twice as many requests as fit a batch are always in flight. An idle server is asked for one image at a
+time, and each answer is compared with a call of the pipeline right before it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads sleep between steps
+
+import argparse
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from machine import write_result
+from serving_load import PROMPTS, URL, Direct, Running, running
+
+from cat_pruning.settings import PruneSettings
+
+SIZE = (128, 128)
+
+
+def main() -> int:
+    """Measure, and write benchmarks/results/NAME.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="a bundle of sd3-mini")
+    parser.add_argument("--batch", default="1,4", help="batches to saturate with (default: 1,4)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--images", type=int, default=8, help="of a turn at saturation")
+    parser.add_argument("--pairs", type=int, default=30, help="of an image asked for and a call")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--name", default="serve-overhead", help="of the file that is written")
+    arguments = parser.parse_args()
+    direct = Direct(arguments.bundle)
+    result: dict[str, Any] = {"steps": arguments.steps, "size": "128x128", "preset": "forecast", "saturation": {}}
+    for batch in map(int, arguments.batch.split(",")):
+        with running(arguments.bundle, max_batch=batch) as server:
+            rates = saturation(direct, server, batch, arguments.rounds, arguments.images, arguments.steps)
+            result["saturation"][str(batch)] = rates
+            if batch == 1:
+                result["idle"] = idle(direct, server, arguments.pairs, arguments.steps)
+    sys.stdout.write(f"{result}\n{write_result(arguments.name, result)}\n")
+    return 0
+
+
+def saturation(direct: Direct, server: Running, batch: int, rounds: int, num_images: int, steps: int) -> dict[str, Any]:
+    """Images per second of both, by turns, and the median of the ratios."""
+    settings, seconds = PruneSettings.preset("forecast"), {"pipeline": [], "server": []}
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(num_images)]
+
+    def plain() -> None:
+        for first in range(0, num_images, batch):
+            some = prompts[first : first + batch]
+            direct(some, list(range(first, first + len(some))), settings, SIZE, steps)
+
+    def served() -> None:
+        with server.client() as client, ThreadPoolExecutor(2 * batch) as pool:
+            for status in pool.map(lambda each: ask(client, each[1], each[0], steps), enumerate(prompts)):
+                assert status == 200, status
+
+    for turn in range(-1, rounds):  # the first one is not counted
+        for name, run in (("pipeline", plain), ("server", served)):
+            began = time.perf_counter()
+            run()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    ratios = [before / after for before, after in zip(seconds["pipeline"], seconds["server"], strict=True)]
+    batches = server.service.metrics.registry.get_sample_value("cat_batch_images_count") or 0.0
+    images = server.service.metrics.registry.get_sample_value("cat_batch_images_sum") or 0.0
+    return {
+        "images_per_second": {name: round(num_images / statistics.median(took), 3) for name, took in seconds.items()},
+        "throughput_ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "images_per_batch": round(images / batches, 2),
+    }
+
+
+def idle(direct: Direct, server: Running, pairs: int, steps: int) -> dict[str, Any]:
+    """What an idle server adds to a call of the pipeline, in ms: medians."""
+    settings, calls, answers, beside = PruneSettings.preset("forecast"), [], [], []
+    with server.client() as client:
+        for pair in range(-2, pairs):
+            began = time.perf_counter()
+            direct([PROMPTS[0]], [pair + 2], settings, SIZE, steps)
+            called = time.perf_counter()
+            timings = client.post(URL, json=body(PROMPTS[0], pair + 2, steps)).json()["timings"]
+            answered = time.perf_counter()
+            if pair >= 0:
+                calls.append((called - began) * 1e3)
+                answers.append((answered - called) * 1e3)
+                inside = sum(timings[stage] for stage in ("encode_ms", "steps_ms", "decode_ms"))
+                beside.append(answers[-1] - inside)
+    added = [after - before for before, after in zip(calls, answers, strict=True)]
+    return {
+        "pairs": pairs,
+        "pipeline_ms": round(statistics.median(calls), 1),
+        "answer_ms": round(statistics.median(answers), 1),
+        "added_ms": round(statistics.median(added), 1),
+        "beside_the_call_ms": round(statistics.median(beside), 1),
+    }
+
+
+def ask(client: Any, prompt: str, seed: int, steps: int) -> int:
+    """The status of one request."""
+    return int(client.post(URL, json=body(prompt, seed, steps)).status_code)
+
+
+def body(prompt: str, seed: int, steps: int) -> dict[str, Any]:
+    """Of one request."""
+    size = f"{SIZE[1]}x{SIZE[0]}"
+    fields = {"prompt": prompt, "seed": seed, "size": size, "num_inference_steps": steps, "guidance_scale": 3.0}
+    return fields | {"preset": "forecast"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
