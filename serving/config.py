@@ -65,4 +65,4 @@ class ServeConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """The models' names, in the bundles' order."""
-        return tuple(path.resolve().name for path in self.bundles)
+        return tuple(path.absolute().name for path in self.bundles)

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 EXTRAS = ("accelerate", "jinja2", "matplotlib", "onnx_ir", "onnxscript", "peft", "torchmetrics")
-TOOLS = ("tools.bundle_cli", "tools.doctor_cli", "tools.generate_cli", "exporter.cli", "evaluation.cli")
+TOOLS = (
+    "tools.bundle_cli",
+    "tools.doctor_cli",
+    "tools.generate_cli",
+    "exporter.cli",
+    "evaluation.cli",
+    "serving.cli",
+)
 
 _BLOCK = f"""
 import sys

@@ -19,6 +19,7 @@ from cat_pruning import entry
 from cat_pruning.evaluation import arguments as eval_arguments
 from cat_pruning.evaluation import cli as eval_cli
 from cat_pruning.exporter import cli as export_cli
+from cat_pruning.serving import cli as serve_cli
 from cat_pruning.tools import bundle_arguments, bundle_cli, doctor_cli, generate_arguments, generate_cli
 from cat_pruning.tuning import arguments as tune_arguments
 from cat_pruning.tuning import cli as tune_cli
@@ -36,6 +37,7 @@ TOOLS: dict[str, tuple[ModuleType, ModuleType, str, list[str]]] = {
     "cat-eval": (eval_cli, eval_arguments, "_evaluate", ["{bundle}", "--out", "{out}", "--quick"]),
     "cat-export": (export_cli, export_cli, "_export", ["--model", "{model}", "--out", "{out}", "--target", "onnx"]),
     "cat-generate": (generate_cli, generate_arguments, "_generate", ["{bundle}", "a star", "--out", "{out}.png"]),
+    "cat-serve": (serve_cli, serve_cli, "_serve", ["{bundle}"]),
     "cat-tune": (tune_cli, tune_arguments, "_tune", ["{bundle}", "--recordings", "{out}"]),
 }
 SECONDS = 60  # in which a refusal has to come, however busy the machine
