@@ -163,6 +163,9 @@ def _let_go() -> None:
                 os.close(nowhere)
 
 
+_LEVELS: Final = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")  # libraries may define more
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' hints out of a tool's output; `CAT_PRUNING_LOG=DEBUG` shows them all.
 
@@ -171,9 +174,8 @@ def quiet_libraries() -> None:
     """
     level = os.environ.get("CAT_PRUNING_LOG")
     if level:
-        levels = [name for name in logging.getLevelNamesMapping() if name not in ("NOTSET", "WARN", "FATAL")]
-        if level.upper() not in levels:
-            raise SettingsError(f"CAT_PRUNING_LOG={level!r}: expected {', '.join(levels)}")
+        if level.upper() not in _LEVELS:
+            raise SettingsError(f"CAT_PRUNING_LOG={level!r}: expected {', '.join(_LEVELS)}")
         logging.basicConfig(level=level.upper())
         return
     warnings.simplefilter("ignore")
