@@ -249,7 +249,7 @@ def _partial(out: Path, check: Callable[[], None], needed_bytes: int, remedy: st
         yield partial
     except Exception as error:
         _remove(partial)  # before the free space is told
-        if not _is_disk_full(error):
+        if not is_disk_full(error):
             raise
         problem, remedy = _space(out, needed_bytes)
         raise OutputError(f"disk full ({error}): {problem}", remedy) from error
@@ -376,7 +376,8 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error says that there is no room, however a library says it."""
     known = isinstance(error, OSError) and error.errno in _DISK_FULL
     return known or (not isinstance(error, CatError) and _DISK_FULL_WORDS.search(str(error)) is not None)
 

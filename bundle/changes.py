@@ -74,11 +74,12 @@ def change_bundle(directory: Path, change: Callable[[Manifest], Change]) -> Bund
                 changed = manifest.model_copy(update=dict(wanted.fields)).with_files(files)
                 if changed != manifest:
                     write_whole(bundle.path / MANIFEST_NAME, changed.model_dump_json(indent=2) + "\n")
-                    _unsign(bundle.path)
             except BaseException:
-                with suppress(OSError):
-                    _clear(bundle.path, manifest)
+                with suppress(OSError, BundleError):
+                    _clear(bundle.path, read_manifest(bundle.path))  # an interruption may come after it was replaced
                 raise
+            if changed != manifest:
+                _unsign(bundle.path)
             _clear(bundle.path, changed)
     except OSError as error:
         raise OutputError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Self
 
-from cat_pruning.bundle.bundle import Bundle, new_bundle
+from cat_pruning.bundle.bundle import Bundle, is_disk_full, new_bundle
 from cat_pruning.bundle.changes import alone
 from cat_pruning.bundle.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from cat_pruning.bundle.places import Place
@@ -20,6 +20,7 @@ from cat_pruning.errors import BundleError, OutputError
 from cat_pruning.files import read_bytes
 
 _CHUNK_BYTES: Final = 1 << 22
+_LONGEST_NAME: Final = 80  # characters of a URL's last part in a folder's name
 Told = Callable[[str], object]  # the name of the file that comes next
 
 
@@ -102,7 +103,8 @@ def local_copy(url: str, public_key: PublicKey | None = None) -> Path:
     source = Source.of(url, public_key)
     if source.place.directory is not None:
         return source.place.directory
-    folder = cache_folder() / f"{url.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    name = url.rstrip("/").rpartition("/")[2][:_LONGEST_NAME]
+    folder = cache_folder() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):  # another process may pull the same
@@ -140,10 +142,16 @@ def _pulled(source: Source, out: Path, force: bool, told: Told, others: Sequence
     with new_bundle(out, force=force, needed_bytes=needed) as writer:
         for name, spec in manifest.files.items():
             told(name)
-            target = writer.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not any(_linked(other, name, spec, target) for other in others):
-                _copy(source.place, name, spec, target)
+            try:
+                target = writer.path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not any(_linked(other, name, spec, target) for other in others):
+                    _copy(source.place, name, spec, target)
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                problem = f"{out}: {name} cannot be written ({error.strerror or error})"
+                raise OutputError(problem, "give another directory") from error
         if source.signature is not None:
             (writer.path / SIGNATURE_NAME).write_bytes(source.signature)
         return writer.place(source.content, manifest)

@@ -260,6 +260,18 @@ def test_a_bundle_that_must_be_signed(
     assert not (tmp_path / "here").exists()
 
 
+def test_a_name_that_cannot_be_written(planned: Bundle, memory: MemoryFileSystem, tmp_path: Path) -> None:
+    name = "x" * 300
+    push(planned, URL)
+    memory.pipe_file(f"/models/sd3/{name}", b"{}")
+    manifest = planned.manifest
+    files = dict(sorted((manifest.files | {name: manifest.files["pipeline/model_index.json"]}).items()))
+    memory.pipe_file("/models/sd3/manifest.json", manifest.with_files(files).model_dump_json().encode())
+    with pytest.raises(OutputError, match=rf"{name} cannot be written \(.*\); give another directory"):
+        pull(URL, tmp_path / "outs" / "here")
+    assert not list((tmp_path / "outs").iterdir())
+
+
 def test_here_is_another_bundle_or_something_else(planned: Bundle, tmp_path: Path) -> None:
     push(planned, URL)
     export(tmp_path / "here", small_manifest())
