@@ -40,6 +40,12 @@ def _parser() -> Parser:
     parser.add_argument("--port", type=whole(0, 65535), default=8000, help="default: 8000; 0: any that is free")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="as of cat-generate")
     parser.add_argument(
+        "--public-key",
+        type=path,
+        metavar="FILE",
+        help="refuse bundles that are not signed with this key, a PEM file",
+    )
+    parser.add_argument(
         "--max-batch", type=whole(1, 64), metavar="N", help="most images of a call (default: 1 without a GPU, else 4)"
     )
     parser.add_argument(
@@ -71,6 +77,7 @@ def config_of(arguments: argparse.Namespace) -> ServeConfig:
     return ServeConfig(
         bundles=tuple(arguments.bundle),
         engine=arguments.engine,
+        public_key=arguments.public_key,
         max_batch=arguments.max_batch,
         max_wait_ms=arguments.max_wait_ms,
         queue=arguments.queue,
@@ -93,9 +100,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     console.check_address_space()
     from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.signatures import PublicKey
 
+    key = None if config.public_key is None else PublicKey.read(config.public_key)
     for bundle in config.bundles:  # before the seconds that torch takes
-        Bundle.open(bundle)
+        Bundle.open(bundle, key)
     from cat_pruning.serving.server import serve
 
     serve(config, arguments.host, arguments.port)

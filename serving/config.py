@@ -16,6 +16,7 @@ class ServeConfig:
     Attributes:
         bundles: directories that `cat-export` wrote; a model's name is its directory's.
         engine: see `load_pipeline`.
+        public_key: the PEM file of the key that all bundles must be signed with, or None; see `load_pipeline`.
         max_batch: most images of one call; None: 1 on a processor, where a batch saves nothing, and 4 on a GPU.
         max_wait_ms: how long an image waits for others of its batch while nothing else is computed.
         queue: most images that wait; more are refused with 429.
@@ -32,6 +33,7 @@ class ServeConfig:
 
     bundles: tuple[Path, ...]
     engine: str = "auto"
+    public_key: Path | None = None
     max_batch: int | None = None
     max_wait_ms: float = 5.0
     queue: int = 64

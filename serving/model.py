@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import choose_schedule, read_schedules, speed_of
 from cat_pruning.errors import ScheduleError, ShapeError
 from cat_pruning.families import family_named
+from cat_pruning.runtime.engine_choice import open_signed
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.serving.failures import refused
 from cat_pruning.serving.requests import PRESETS, ImageRequest
@@ -88,8 +88,8 @@ class ServedModel:
     @classmethod
     def load(cls, name: str, path: Path, config: ServeConfig) -> Self:
         """Load a bundle. Raises as `load_pipeline` does."""
-        pipe = load_pipeline(path, config.engine)
-        bundle = Bundle.open(path)
+        pipe = load_pipeline(path, config.engine, public_key=config.public_key)
+        bundle = open_signed(path, config.public_key, config.engine)
         return cls(name, pipe, bundle.manifest, read_schedules(bundle), config)
 
     @property

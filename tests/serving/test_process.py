@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,14 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from serving_server import SMALL
+from signing_keys import write_keys
 
-from cat_pruning.errors import SettingsError
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.changes import sign_bundle
+from cat_pruning.errors import BundleError, EngineError, SettingsError
 from cat_pruning.serving.cli import main
 from cat_pruning.serving.config import ServeConfig
+from cat_pruning.serving.model import ServedModel
 
 _SERVE = "import sys; from cat_pruning.serving.cli import main; sys.exit(main())"
 
@@ -97,6 +102,32 @@ def test_mistakes_are_a_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_bundles_that_must_be_signed(
+    served_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is loaded; signed, they are loaded with the key."""
+    copied = Path(shutil.copytree(served_bundle, tmp_path / "sd3-mini", copy_function=os.link))
+    private, public = write_keys(tmp_path)
+    monkeypatch.setattr("cat_pruning.serving.server.serve", lambda *_: None)
+    assert main([str(copied), "--public-key", str(public)]) == 2
+    assert capsys.readouterr().err.startswith(f"cat-serve: {copied} is not signed: it has no manifest.json.sig")
+    config = ServeConfig(bundles=(copied,), engine="onnxruntime", public_key=public)
+    with pytest.raises(BundleError, match="is not signed"):
+        ServedModel.load("sd3-mini", copied, config)
+    sign_bundle(Bundle.open(copied), private)
+    assert main([str(copied), "--public-key", str(public)]) == 0
+    keys: list[object] = []
+
+    def load(path: Path, engine: str, *, public_key: Path | None) -> object:
+        keys.append(public_key)
+        raise EngineError("loaded")
+
+    monkeypatch.setattr("cat_pruning.serving.model.load_pipeline", load)
+    with pytest.raises(EngineError, match="loaded"):
+        ServedModel.load("sd3-mini", copied, config)
+    assert keys == [public]
 
 
 @pytest.mark.parametrize(
