@@ -136,9 +136,13 @@ def check(arguments: argparse.Namespace) -> None:
     """Check what needs no bundle and no prompts.
 
     Raises:
-        SettingsError: a keep ratio that keeps nothing.
+        SettingsError: a keep ratio that keeps nothing, or two that no file's name tells apart.
     """
     if 0.0 in arguments.keep_ratio:
         raise SettingsError(
             "--keep-ratio 0: expected numbers in (0, 1]", "for pruned steps that compute nothing, --methods forecast"
         )
+    names: dict[str, float] = {}
+    for ratio in arguments.keep_ratio:
+        if (other := names.setdefault(f"{ratio:g}", ratio)) != ratio:
+            raise SettingsError(f"--keep-ratio {other},{ratio}: they differ after the sixth digit only", "give one")

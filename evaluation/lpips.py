@@ -100,7 +100,10 @@ def _alexnet_features(file: Path) -> nn.Sequential:
         features.load_state_dict(weights)
     except OSError as error:
         raise SettingsError(f"metric lpips: {file} cannot be read ({error.strerror or error})", remedy) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words end in the advice to run whatever the pickle says
+        problem = f"metric lpips: {file} is not torchvision's AlexNet: it holds more than weights, or is no pickle"
+        raise SettingsError(problem, remedy) from error
+    except (RuntimeError, EOFError, AttributeError, ValueError, TypeError, LookupError) as error:
         reason = first_line(error)
         raise SettingsError(f"metric lpips: {file} is not torchvision's AlexNet ({reason})", remedy) from error
     return features.eval()

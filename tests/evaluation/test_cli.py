@@ -152,6 +152,7 @@ def test_other_settings_are_refused(
         (["--keep-ratio", "1.5"], "--keep-ratio: '1.5': expected a number from 0 to 1"),
         (["--keep-ratio", "much"], "--keep-ratio"),
         (["--keep-ratio", "0.3,0"], "--keep-ratio 0: "),
+        (["--keep-ratio", "0.3,0.30000000001"], "--keep-ratio 0.3,0.30000000001: they differ after the sixth digit"),
         (["--steps", "0"], "--steps: '0': expected a whole number from 1"),
         (["--seeds", "0"], "--seeds: '0': expected"),
         (["--batch", "-1"], "--batch: '-1': expected"),

@@ -72,7 +72,19 @@ def test_images_of_different_sizes_are_refused(weights: Path) -> None:
         LpipsScorer(weights)([noise(0)], [noise(0, (64, 64))])
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no weights", {"features.0.weight": torch.zeros(1)}, [1]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"no weights",
+        {"features.0.weight": torch.zeros(1)},
+        [1],
+        {1: 2},
+        {"features.0.weight": 3},
+        nn.Linear(1, 1),
+    ],
+)
 def test_a_file_that_is_no_alexnet(tmp_path: Path, content: object) -> None:
     file = tmp_path / "alexnet.pth"
     if isinstance(content, bytes):
@@ -82,6 +94,7 @@ def test_a_file_that_is_no_alexnet(tmp_path: Path, content: object) -> None:
     with pytest.raises(SettingsError, match=r"metric lpips: .*alexnet\.pth") as caught:
         LpipsScorer(file)
     assert "alexnet-owt-7be5be79.pth" in caught.value.remedy
+    assert "arbitrary code" not in str(caught.value)  # which torch would have one run
 
 
 def test_without_a_file_it_says_what_to_download() -> None:
