@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup soak bench-gpu gpu-check clean peers transfer try-tokens
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-serve soak soak-serve bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -156,6 +156,14 @@ bench-forecast: install
 # Whether memory stays flat over 1,000 images of 40 shapes.
 soak: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/soak_memory.py build/eval/sd3-mini
+
+# Half an hour of mixed load on cat-serve, every picture compared with a direct run.
+soak-serve: install build/eval/sd3-mini
+	$(BIN)/python benchmarks/soak_serve.py build/eval/sd3-mini
+
+bench-serve: install build/eval/sd3-mini
+	$(BIN)/python benchmarks/bench_serve_overhead.py build/eval/sd3-mini
+	$(BIN)/python benchmarks/step_batching.py build/eval/sd3-mini
 
 # BEFORE=DIRECTORY measures another checkout beside this one.
 bench-startup: install build/eval/sd3-mini

@@ -1,8 +1,9 @@
-"""What cat-serve costs beside its pipeline: throughput at saturation, and the latency of an idle server.
+"""What cat-serve costs beside its pipeline: throughput at saturation, the latency of an idle server, and rounding.
 
 Pipeline and server take turns within one process, on the same machine under the same load, so only their ratio counts.
 At saturation twice as many requests as fit a batch are always in flight. An idle server is asked for one image at a
-time, and each answer is compared with a call of the pipeline right before it.
+time, and each answer is compared with a call of the pipeline right before it. `--rounding` compares images of batches
+with the same images made one at a time, by the pipeline alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from machine import write_result
 from serving_load import PROMPTS, URL, Direct, Running, running
 
@@ -36,9 +38,14 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=8, help="of a turn at saturation")
     parser.add_argument("--pairs", type=int, default=30, help="of an image asked for and a call")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--rounding", action="store_true", help="measure that alone, into NAME-rounding.json")
     parser.add_argument("--name", default="serve-overhead", help="of the file that is written")
     arguments = parser.parse_args()
     direct = Direct(arguments.bundle)
+    if arguments.rounding:
+        found = rounding(direct, arguments.steps)
+        sys.stdout.write(f"{found}\n{write_result(f'{arguments.name}-rounding', found)}\n")
+        return 0
     result: dict[str, Any] = {"steps": arguments.steps, "size": "128x128", "preset": "forecast", "saturation": {}}
     for batch in map(int, arguments.batch.split(",")):
         with running(arguments.bundle, max_batch=batch) as server:
@@ -105,6 +112,21 @@ def idle(direct: Direct, server: Running, pairs: int, steps: int) -> dict[str, A
         "added_ms": round(statistics.median(added), 1),
         "beside_the_call_ms": round(statistics.median(beside), 1),
     }
+
+
+def rounding(direct: Direct, steps: int) -> dict[str, Any]:
+    """By how many grey values of 255 images of batches of 2, 4 and 8 differ at most from those made alone."""
+    every = {"full": PruneSettings(full_steps=2 * steps), "paper": PruneSettings()}
+    every["forecast"] = PruneSettings.preset("forecast")
+    found: dict[str, Any] = {"steps": steps, "size": "128x128", "grey_values": {}}
+    for name, settings in every.items():
+        prompts = [PROMPTS[number % len(PROMPTS)] for number in range(8)]
+        alone = [direct([prompts[seed]], [seed], settings, SIZE, steps)[0] for seed in range(8)]
+        for count in (2, 4, 8):
+            together = direct(prompts[:count], list(range(count)), settings, SIZE, steps)
+            pairs = [(np.asarray(a).astype(int), np.asarray(b)) for a, b in zip(together, alone, strict=False)]
+            found["grey_values"][f"{name}, {count}"] = [int(np.abs(a - b).max()) for a, b in pairs]
+    return found
 
 
 def ask(client: Any, prompt: str, seed: int, steps: int) -> int:
