@@ -95,10 +95,12 @@ class Place:
         Raises:
             BundleError: it cannot be read.
         """
+        # The hub's client reads ahead in blocks, each a request of its own, unless it is to stream.
+        options = {"block_size": 0} if self.protocol == "hf" else {}
         try:
-            file: Any = self.files.open(self.path(name), "rb")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            file = None
+            file: Any = self.files.open(self.path(name), "rb", **options) if self.has(name) else None
+        except CatError:
+            raise
         except Exception as error:
             raise _not_read(self.url, error) from error
         try:
@@ -115,21 +117,20 @@ class Place:
         """
         try:
             return file.read(size)
-        except FileNotFoundError:  # some storages look only now
-            return b""
         except Exception as error:
             raise _not_read(self.url, error) from error
 
-    def size(self, name: str) -> int | None:
-        """Of a file, in bytes; None where there is none.
+    def has(self, name: str, size: int | None = None) -> bool:
+        """Whether there is such a file, and of this size in bytes, if one is given.
 
         Raises:
             BundleError: it cannot be told.
         """
         try:
-            return int(self.files.size(self.path(name)))
-        except FileNotFoundError:
-            return None
+            found = self.files.info(self.path(name))  # unlike `exists`, it tells of a storage that is not reached
+            return found["type"] == "file" and size in (None, found["size"])
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         except Exception as error:
             raise _not_read(self.url, error) from error
 

@@ -100,7 +100,7 @@ def _manifest(content: bytes | None) -> Manifest | None:
 
 def _is_there(place: Place, name: str, bundle: Bundle, before: Manifest | None) -> bool:
     spec = bundle.manifest.files[name]
-    return before is not None and before.files.get(name) == spec and place.size(name) == spec.size
+    return before is not None and before.files.get(name) == spec and place.has(name, spec.size)
 
 
 def _commit(place: Place, bundle: Bundle, small: dict[str, bytes], gone: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def _commit(place: Place, bundle: Bundle, small: dict[str, bytes], gone: Sequenc
     below = f"{folder}/" if folder else ""
     contents: dict[str, Path | bytes] = {name: bundle.path / name for name in bundle.manifest.files} | dict(small)
     added = (CommitOperationAdd(path_in_repo=below + name, path_or_fileobj=each) for name, each in contents.items())
-    deleted = (CommitOperationDelete(path_in_repo=below + name) for name in gone if place.size(name) is not None)
+    deleted = (CommitOperationDelete(path_in_repo=below + name) for name in gone if place.has(name))
     with place.writing():
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)

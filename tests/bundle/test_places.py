@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import fsspec
 import huggingface_hub
@@ -12,6 +12,7 @@ import pytest
 from bundle_files import edit, export, export_with_plans, names, plan_set, small_manifest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
+from loopback_hub import LoopbackHub, loopback_hub
 from signing_keys import write_keys
 
 from cat_pruning.bundle.bundle import Bundle
@@ -390,82 +391,60 @@ def test_a_cache_that_cannot_be_written(planned: Bundle, monkeypatch: pytest.Mon
 # ------------------------------------------------------------------ the hub
 
 
-class Hub(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """The hub's file system, in memory."""
-
-    protocol = "hf"
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-
-
-class Commits:
-    """What `HfApi` was asked for; commits are applied to `Hub` all at once."""
-
-    def __init__(self) -> None:
-        self.made: list[tuple[str, str | None, list[str]]] = []
-        self.repositories: list[str] = []
-        self.fails = False
-
-    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
-        assert private
-        assert exist_ok
-        self.repositories.append(repository)
-
-    def create_commit(
-        self, repository: str, operations: list[Any], *, commit_message: str, revision: str | None
-    ) -> None:
-        if self.fails:
-            raise huggingface_hub.errors.HfHubHTTPError("403 Forbidden: you may not write here", response=Response())
-        files = Hub()
-        self.made.append((repository, revision, [operation.path_in_repo for operation in operations]))
-        for operation in operations:
-            path = f"/{repository}/{operation.path_in_repo}"
-            if isinstance(operation, huggingface_hub.CommitOperationDelete):
-                files.rm_file(path)
-                continue
-            with operation.as_file() as file:
-                files.pipe_file(path, file.read())
-
-
-class Response:
-    headers: ClassVar[dict[str, str]] = {}
-    request = None
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Commits:
-    commits = Commits()
-    Hub.store = {}
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: commits)
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Hub(), url.removeprefix("hf:/")))
-    monkeypatch.setattr(Place, "of", classmethod(lambda cls, url: cls(url=url, files=Hub(), root=url[len("hf://") :])))
-    return commits
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub on loopback, asked by the real client."""
+    constants = huggingface_hub.constants
+    with loopback_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        yield hub
+    huggingface_hub.HfFileSystem.clear_instance_cache()
 
 
-def test_the_hub_gets_one_commit(planned: Bundle, hub: Commits, tmp_path: Path) -> None:
-    sign_bundle(planned, write_keys(tmp_path)[0])
+def test_the_hub_gets_one_commit(planned: Bundle, hub: LoopbackHub, tmp_path: Path) -> None:
+    private, public = write_keys(tmp_path)
+    sign_bundle(planned, private)
     push(planned, "hf://owner/sd3")
-    assert hub.repositories == ["owner/sd3"]
-    ((repository, revision, files),) = hub.made
-    assert (repository, revision) == ("owner/sd3", None)
-    assert sorted(files) == sorted(on_disk(planned.path))
-    assert on_disk(pull("hf://owner/sd3", tmp_path / "here").path) == on_disk(planned.path)
+    assert (hub.commits, hub.made_private) == (1, ["owner/sd3"])
+    assert hub.repositories["owner/sd3"] == on_disk(planned.path)
+    pulled = pull("hf://owner/sd3", tmp_path / "here", public_key=PublicKey.read(public))
+    assert on_disk(pulled.path) == on_disk(planned.path)
+    hub.repositories["owner/sd3"]["README.md"] = b"mine"
     prune_bundle(planned.path, ["tensorrt"])
     push(Bundle.open(planned.path), "hf://owner/sd3", force=True)
-    assert on_disk(pull("hf://owner/sd3", tmp_path / "later").path) == on_disk(planned.path)  # what is gone is deleted
-    assert len(hub.made) == 2
+    # What is gone is deleted in the same commit, the signature too; files of others stay.
+    assert hub.commits == 2
+    assert hub.repositories["owner/sd3"] == on_disk(planned.path) | {"README.md": b"mine"}
+    assert on_disk(pull("hf://owner/sd3", tmp_path / "later").path) == on_disk(planned.path)
 
 
-def test_a_folder_and_a_revision_of_a_repository(planned: Bundle, hub: Commits) -> None:
-    push(planned, "hf://owner/sd3@v2/bundles/one")
-    ((repository, revision, files),) = hub.made
-    assert (repository, revision) == ("owner/sd3", "v2")
-    assert {name.split("/")[:2] == ["bundles", "one"] for name in files} == {True}
+def test_a_folder_of_a_repository(planned: Bundle, hub: LoopbackHub, tmp_path: Path) -> None:
+    push(planned, "hf://owner/sd3/bundles/one")
+    assert {path.split("/")[0] for path in hub.repositories["owner/sd3"]} == {"bundles"}
+    assert on_disk(pull("hf://owner/sd3/bundles/one", tmp_path / "here").path) == on_disk(planned.path)
 
 
-def test_what_the_hub_refuses(planned: Bundle, hub: Commits) -> None:
-    hub.fails = True
-    with pytest.raises(OutputError, match=r"hf://owner/sd3 cannot be written \(403 Forbidden: you may not write here"):
+def test_what_the_hub_refuses(planned: Bundle, hub: LoopbackHub, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"hf://owner/none has no manifest\.json: no bundle"):
+        pull("hf://owner/none", tmp_path / "here")
+    hub.refuses = True
+    with pytest.raises(OutputError, match=r"hf://owner/sd3 cannot be written \(.*403 Forbidden"):
         push(planned, "hf://owner/sd3")
-    with pytest.raises(SettingsError, match="hf://owner names no repository of the hub; give one, as hf://owner/name"):
+    with pytest.raises(CatError, match="hf://owner"):
         push(planned, "hf://owner")
+
+
+def test_a_file_of_which_half_arrives_from_the_hub(planned: Bundle, hub: LoopbackHub, tmp_path: Path) -> None:
+    push(planned, "hf://owner/sd3")
+    hub.cut_off = "step.onnx"
+    with pytest.raises(BundleError) as caught:
+        pull("hf://owner/sd3", tmp_path / "outs" / "here")
+    assert str(caught.value).startswith("hf://owner/sd3")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "outs").iterdir())
