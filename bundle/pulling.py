@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from cat_pruning.errors import BundleError, OutputError
 from cat_pruning.files import read_bytes
 
 _CHUNK_BYTES: Final = 1 << 22
+_UNUSUAL: Final = re.compile(r"[^\w.@=-]")  # in a directory's name
 _LONGEST_NAME: Final = 80  # characters of a URL's last part in a folder's name
 Told = Callable[[str], object]  # the name of the file that comes next
 
@@ -103,12 +105,13 @@ def local_copy(url: str, public_key: PublicKey | None = None) -> Path:
     source = Source.of(url, public_key)
     if source.place.directory is not None:
         return source.place.directory
-    name = url.rstrip("/").rpartition("/")[2][:_LONGEST_NAME]
+    name = _UNUSUAL.sub("_", url.rstrip("/").rpartition("/")[2]).lstrip(".")[:_LONGEST_NAME] or "bundle"
     folder = cache_folder() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):  # another process may pull the same
-            copy = folder / hashlib.sha256(source.content + (source.signature or b"")).hexdigest()[:16]
+            state = hashlib.sha256(source.content + (source.signature or b"")).hexdigest()[:16]
+            copy = folder / state / name  # a directory's name is the bundle's, in a server too
             if not _is_copy(copy, source):
                 _pulled(source, copy, True, _silent, others=_bundles(folder))
             return copy
@@ -206,7 +209,7 @@ def _is_copy(copy: Path, source: Source) -> bool:
 def _bundles(folder: Path) -> list[Bundle]:
     """The whole bundles in a folder."""
     found = []
-    for path in folder.iterdir():
+    for path in folder.glob("*/*"):
         with suppress(BundleError):
             found.append(Bundle.open(path))
     return found

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from cat_pruning import console
-from cat_pruning.arguments import Parser, number, path, whole
+from cat_pruning.arguments import Parser, number, path, place, whole
 from cat_pruning.installation import require
 from cat_pruning.names import ENGINES
 from cat_pruning.serving.config import ServeConfig
@@ -35,7 +36,12 @@ def _parser() -> Parser:
         epilog=f"{_EXAMPLES}\nWith {API_KEY} in the environment, requests must say `Authorization: Bearer KEY`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", nargs="+", type=path, help="directories; a model's name is its directory's")
+    parser.add_argument(
+        "bundle",
+        nargs="+",
+        type=place,
+        help="directories, or URLs, as hf://owner/name; a model's name is the last part",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=whole(0, 65535), default=8000, help="default: 8000; 0: any that is free")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="as of cat-generate")
@@ -75,7 +81,7 @@ def _parser() -> Parser:
 def config_of(arguments: argparse.Namespace) -> ServeConfig:
     """The configuration that a command line gives."""
     return ServeConfig(
-        bundles=tuple(arguments.bundle),
+        bundles=tuple(map(Path, arguments.bundle)),
         engine=arguments.engine,
         public_key=arguments.public_key,
         max_batch=arguments.max_batch,
@@ -97,12 +103,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _serve(arguments: argparse.Namespace) -> None:
     require("cat-serve", "serve")
-    config = config_of(arguments)
+    config_of(arguments)  # before anything is pulled
     console.check_address_space()
     from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.bundle.places import is_url
+    from cat_pruning.bundle.pulling import local_copy
     from cat_pruning.bundle.signatures import PublicKey
 
-    key = None if config.public_key is None else PublicKey.read(config.public_key)
+    key = None if arguments.public_key is None else PublicKey.read(arguments.public_key)
+    arguments.bundle = [local_copy(each, key) if is_url(each) else each for each in arguments.bundle]
+    config = config_of(arguments)
     for bundle in config.bundles:  # before the seconds that torch takes
         Bundle.open(bundle, key)
     from cat_pruning.serving.server import serve

@@ -332,6 +332,7 @@ def test_a_copy_is_pulled_once_and_again_when_the_bundle_changes(
     push(planned, URL)
     copy = local_copy(URL)
     assert Bundle.open(copy).manifest == planned.manifest
+    assert copy.name == "sd3"  # a server's name for the model
     fetched: list[str] = []
     opened = MemoryFileSystem._open
 
@@ -355,6 +356,14 @@ def test_a_copy_is_pulled_once_and_again_when_the_bundle_changes(
     assert Bundle.open(later).manifest == changed.manifest
     assert set(fetched) <= {"manifest.json", "manifest.json.sig", plan.file}  # the rest is linked
     assert Bundle.open(copy).manifest != changed.manifest  # whoever loads it still can
+
+
+@pytest.mark.parametrize("url", ["memory://models/..", "memory://models/.hidden", "memory://models/a b?c", "memory://"])
+def test_a_copy_lies_below_the_cache_whatever_the_url(planned: Bundle, cache: Path, url: str) -> None:
+    push(planned, url)
+    copy = local_copy(url)
+    assert copy.resolve().relative_to(cache.resolve()).parts[-1] == copy.name
+    assert len(copy.relative_to(cache).parts) == 3
 
 
 def test_a_copy_that_was_edited_is_not_linked(planned: Bundle, cache: Path) -> None:

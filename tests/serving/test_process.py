@@ -110,7 +110,12 @@ def test_bundles_that_must_be_signed(
     """Refused before anything is loaded; signed, they are loaded with the key."""
     copied = Path(shutil.copytree(served_bundle, tmp_path / "sd3-mini", copy_function=os.link))
     private, public = write_keys(tmp_path)
-    monkeypatch.setattr("cat_pruning.serving.server.serve", lambda *_: None)
+    served: list[tuple[str, Path]] = []
+
+    def serve(config: ServeConfig, *_: object) -> None:
+        served.extend(zip(config.names, config.bundles, strict=True))
+
+    monkeypatch.setattr("cat_pruning.serving.server.serve", serve)
     assert main([str(copied), "--public-key", str(public)]) == 2
     assert capsys.readouterr().err.startswith(f"cat-serve: {copied} is not signed: it has no manifest.json.sig")
     config = ServeConfig(bundles=(copied,), engine="onnxruntime", public_key=public)
@@ -118,6 +123,8 @@ def test_bundles_that_must_be_signed(
         ServedModel.load("sd3-mini", copied, config)
     sign_bundle(Bundle.open(copied), private)
     assert main([str(copied), "--public-key", str(public)]) == 0
+    assert main([f"file://{copied}", "--public-key", str(public)]) == 0
+    assert served == [("sd3-mini", copied)] * 2
     keys: list[object] = []
 
     def load(path: Path, engine: str, *, public_key: Path | None) -> object:

@@ -371,7 +371,7 @@ def test_a_bundle_is_loaded_by_its_url(
     cat_bundle("push", mini_bundle, url)
     transformer = CatTransformer.from_bundle(url, "onnxruntime")
     assert transformer.engine.name == "onnxruntime"
-    (copy,) = (tmp_path / "cache").glob("*/*/manifest.json")
+    (copy,) = (tmp_path / "cache").glob("*/*/*/manifest.json")
     opened: list[Path] = []
 
     def load(bundle: Bundle, *_: object, **__: object) -> None:
