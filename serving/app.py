@@ -22,7 +22,6 @@ from cat_pruning.serving.orders import Done, Order, Preview
 from cat_pruning.serving.requests import ImageRequest
 from cat_pruning.serving.service import Service, State
 
-_KEEP_ALIVE_S: Final = 15.0  # of silence in a stream, after which proxies would close it
 _PAGE: Final = "page/index.html"
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": Error} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
@@ -56,10 +55,11 @@ def make_app(service: Service) -> App:
         """The bundles that are served, and what each can be asked for."""
         return Models(data=[answers.Model(**model.described()) for model in service.models.values()])
 
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        """Whether the process should go on; it says so by answering."""
-        return {"status": "live"}
+    @app.get("/health/live", responses={503: {}})
+    async def live() -> JSONResponse:
+        """Whether the process should go on: no if one batch after another fails, as after an error of CUDA's."""
+        is_live = service.is_live
+        return JSONResponse({"status": "live" if is_live else "failing"}, 200 if is_live else 503)
 
     @app.get("/health/ready", responses={503: {}})
     async def ready() -> JSONResponse:

@@ -34,6 +34,12 @@ class RequestError(CatError):
         super().__init__(problem, remedy)
         self.status, self.code, self.param, self.headers = status, code, param, headers or {}
 
+    @property
+    def outcome(self) -> str:
+        """What the metrics call it: see `cat_pruning.serving.metrics.OUTCOMES`."""
+        known = {429: "busy", 503: "unavailable", 504: "timeout"}
+        return known.get(self.status, "failed" if self.status >= 500 else "refused")
+
     def body(self) -> dict[str, Any]:
         """What OpenAI's API answers: `{"error": {"message", "type", "param", "code"}}`."""
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")

@@ -257,6 +257,11 @@ class ServedModel:
             settings = self._settings(job)
         except ScheduleError as error:
             raise refused("speedup", error.problem, "GET /v1/models says which there are") from error
+        if settings.schedule is not None and settings.schedule.num_steps != job.steps:
+            steps = settings.schedule.num_steps
+            raise refused(
+                "num_inference_steps", f"{self.name} computes by a schedule of {steps} steps", f"ask for {steps}"
+            )
         geometry = self._manifest.geometry
         token = geometry.pixels_per_latent * geometry.patch_size
         try:

@@ -24,6 +24,7 @@ from cat_pruning.serving.service import Service
 logger = logging.getLogger(__name__)
 
 _LAST_WORDS_S: Final = 1.0  # of the grace, for telling requests that they are given up
+_MOST_CONNECTIONS: Final = 512  # beside those of images that wait: each may hold a body
 _POLL_S: Final = 0.05
 _STALLED_MS: Final = 30_000  # for a client to take what was sent; then the system closes the connection
 
@@ -53,7 +54,7 @@ def serve(config: ServeConfig, host: str, port: int) -> None:
         asyncio.run(_serve(service, listening))
     finally:
         if not service.close():
-            logger.error("the step in progress does not end; the process does")
+            logger.error("what is computed does not end; the process does")
             sys.stderr.flush()
             os._exit(0)
 
@@ -79,6 +80,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def _serve(service: Service, listening: socket.socket) -> None:
     config = service.config
     options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off", "server_header": False}
+    options["limit_concurrency"] = config.queue + _MOST_CONNECTIONS
     grace = max(1, round(config.grace_s))
     server = Server(uvicorn.Config(make_app(service), timeout_graceful_shutdown=grace, **options))
     loop, stop = asyncio.get_running_loop(), asyncio.Event()

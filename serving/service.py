@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_S: Final = 5  # when to ask again while the models are loaded
 _FIRST_GUESS_S: Final = 1.0  # of an image, before there was one
+_MOST_FAILED: Final = 5  # batches, one after another, before the service says that it cannot go on
 
 
 class State(StrEnum):
@@ -69,6 +70,7 @@ class Service:
         self._error: Exception | None = None
         self._orders: set[Order] = set()
         self._image_seconds = _FIRST_GUESS_S  # of late
+        self._failed = 0  # batches, one after another
 
     def start(self) -> None:
         """Load the bundles and warm them up, on the thread that will compute."""
@@ -90,7 +92,7 @@ class Service:
             order = Order(request, self._checked(request), request_id)
             self._enqueue(order)
         except RequestError as error:
-            self.metrics.requests.labels(_outcome(error)).inc()
+            self.metrics.requests.labels(error.outcome).inc()
             raise
         self._orders.add(order)
         return order
@@ -114,7 +116,7 @@ class Service:
             outcome = "timeout"
             raise too_late(self.config.timeout_s) from None
         except RequestError as error:
-            outcome = _outcome(error)
+            outcome = error.outcome
             raise
         finally:
             self.end(order, outcome)
@@ -124,6 +126,12 @@ class Service:
         events = self.events(self.submit(request, request_id))
         done = [event async for event in events if isinstance(event, Done)]
         return sorted(done, key=lambda each: each.index)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether another process would not do better."""
+        is_over = self.state in (State.READY, State.DRAINING) and not self._thread.is_alive()
+        return not is_over and self._failed < _MOST_FAILED
 
     def drain(self) -> None:
         """Take no more requests; those that are there go on."""
@@ -232,10 +240,12 @@ class Service:
             computed = self.models[job.model].compute(
                 job, [each.asked for each in batch], lambda step: self._after_step(batch, step)
             )
+            self._failed = 0
             self._tell(batch, computed, began)
         except _GivenUpError:
             pass
         except Exception as error:
+            self._failed += 1
             ids = sorted({picture.order.request_id for picture in batch})
             said = error.problem if isinstance(error, CatError) else type(error).__name__
             logger.exception("a batch failed: %s", said, extra={"request_id": ids[0], "requests": ids})
@@ -284,9 +294,3 @@ class Service:
                     grid=computed.grid,
                 )
             )
-
-
-def _outcome(error: RequestError) -> str:
-    """What the metrics call it."""
-    known = {429: "busy", 503: "unavailable", 504: "timeout"}
-    return known.get(error.status, "failed" if error.status >= 500 else "refused")

@@ -22,6 +22,7 @@ from signing_keys import write_keys
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.changes import sign_bundle
 from cat_pruning.errors import BundleError, EngineError, SettingsError
+from cat_pruning.serving import server
 from cat_pruning.serving.cli import main
 from cat_pruning.serving.config import ServeConfig
 from cat_pruning.serving.model import ServedModel
@@ -145,6 +146,17 @@ def test_a_configuration_that_makes_no_sense_is_refused(options: dict[str, Any])
         ServeConfig(**{"bundles": (Path("x"),)} | options)
 
 
+def test_a_bundle_that_cannot_be_loaded_ends_it(served_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "log_as_json", lambda: None)
+    with pytest.raises(EngineError):
+        server.serve(ServeConfig(bundles=(served_bundle,), engine="tensorrt"), "127.0.0.1", 0)
+
+
+def test_an_address_that_is_taken_is_a_line() -> None:
+    with server.listen("127.0.0.1", 0) as taken, pytest.raises(SettingsError, match="Address already in use"):
+        server.listen("127.0.0.1", taken.getsockname()[1])
+
+
 @pytest.mark.long
 def test_no_document_of_ours_makes_it_fail(serve: Callable[..., Any]) -> None:
     """Requests that schemathesis makes of our OpenAPI document, right ones and wrong ones; none takes long."""
@@ -152,8 +164,8 @@ def test_no_document_of_ours_makes_it_fail(serve: Callable[..., Any]) -> None:
     from hypothesis import HealthCheck, given, settings
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-    with serve(max_steps=2, max_pixels=4096) as server:
-        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    with serve(max_steps=2, max_pixels=4096) as running:
+        schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
         for operation in schema.get_all_operations():
             tried: list[int] = []
 

@@ -167,6 +167,22 @@ def test_a_batch_that_fails_is_500_with_its_id_and_the_next_works(
     assert server.post().status_code == 200
 
 
+def test_a_server_of_which_every_batch_fails_says_so(serve: Callable[..., Any]) -> None:
+    with serve() as server:
+        hook = server.service.models["sd3-mini"]._pipe.vae.decoder.register_forward_hook(
+            lambda *all_: all_[2] * torch.nan
+        )
+        try:
+            for _ in range(5):
+                assert server.client.get("/health/live").status_code == 200
+                assert server.post(num_inference_steps=1).status_code == 500
+        finally:
+            hook.remove()
+        assert server.client.get("/health/live").status_code == 503
+        assert server.post(num_inference_steps=1).status_code == 200
+        assert server.client.get("/health/live").status_code == 200
+
+
 def test_a_server_that_drains_takes_nothing_new_and_ends_what_it_has(serve: Callable[..., Any]) -> None:
     with serve() as server, in_progress(server, num_inference_steps=10) as response:
         server.service.drain()
