@@ -8,6 +8,7 @@ from typing import Final
 
 _TOOLS: Final = {
     "cat-bundle": "cat_pruning.tools.bundle_cli",
+    "cat-bench-serve": "cat_pruning.serving.load_cli",
     "cat-doctor": "cat_pruning.tools.doctor_cli",
     "cat-eval": "cat_pruning.evaluation.cli",
     "cat-export": "cat_pruning.exporter.cli",
@@ -20,6 +21,11 @@ _TOOLS: Final = {
 def bundle() -> int:
     """`cat-bundle`."""
     return _run("cat-bundle")
+
+
+def bench_serve() -> int:
+    """`cat-bench-serve`."""
+    return _run("cat-bench-serve")
 
 
 def doctor() -> int:

@@ -8,6 +8,7 @@
     ├── BundleError       a bundle that is missing, truncated, edited or of another format version
     ├── EngineError       a target that cannot be built here, or an engine that cannot run here
     ├── OutputError       an output path that exists, cannot be written, or a disk that is full
+    ├── ServerError       a server that cannot be reached, or that does not do what it is asked
     └── InstallationError a package of an extra that is missing, or a platform that is none of ours
 
 An error's problem says what came and what was expected, its remedy what to do. The command-line tools print both as
@@ -59,6 +60,10 @@ class EngineError(CatError):
 
 class OutputError(CatError):
     """An output path exists, cannot be written, or its disk is full."""
+
+
+class ServerError(CatError):
+    """A server cannot be reached, or does not do what it is asked."""
 
 
 class InstallationError(CatError):

@@ -17,7 +17,7 @@ PACKAGES: Final[dict[str, tuple[str, ...]]] = {
     "lora": ("peft",),
     "sign": ("cryptography",),
     "debug": ("polygraphy", *_EXPORT),
-    "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "serve": ("fastapi", "httpx2", "prometheus_client", "uvicorn"),
     "eval": ("filelock", "jinja2", "scipy", *_EXPORT, *_PICTURES),
 }
 
