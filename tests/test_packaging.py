@@ -41,7 +41,7 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         names = set(archive.namelist())
     for package, folder in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".cu", ".j2", ".json", ".safetensors", ".typed"}:
+            if path.suffix in {".py", ".cu", ".html", ".j2", ".json", ".safetensors", ".typed"}:
                 place = package.replace(".", "/")
                 assert f"{place}/{path.relative_to(ROOT / folder).as_posix()}" in names
 

@@ -16,6 +16,7 @@ TOOLS = (
     "exporter.cli",
     "evaluation.cli",
     "serving.cli",
+    "serving.load_cli",
 )
 
 _BLOCK = f"""

@@ -9,7 +9,7 @@ import pytest
 
 from cat_pruning import entry
 
-COMMANDS = ["cat-bundle", "cat-doctor", "cat-eval", "cat-export", "cat-generate", "cat-tune"]
+COMMANDS = list(entry._TOOLS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

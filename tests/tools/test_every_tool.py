@@ -20,12 +20,15 @@ from cat_pruning.evaluation import arguments as eval_arguments
 from cat_pruning.evaluation import cli as eval_cli
 from cat_pruning.exporter import cli as export_cli
 from cat_pruning.serving import cli as serve_cli
+from cat_pruning.serving import load_cli
 from cat_pruning.tools import bundle_arguments, bundle_cli, doctor_cli, generate_arguments, generate_cli
 from cat_pruning.tuning import arguments as tune_arguments
 from cat_pruning.tuning import cli as tune_cli
 
+NOBODY = "http://127.0.0.1:9"  # where no server listens
 # By the tool, or its command: its module, where its parser is made, what it does, and arguments that are taken.
 TOOLS: dict[str, tuple[ModuleType, ModuleType, str, list[str]]] = {
+    "cat-bench-serve": (load_cli, load_cli, "_bench", [NOBODY]),
     "cat-bundle diff": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "{bundle}"]),
     "cat-bundle inspect": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}"]),
     "cat-bundle prune": (bundle_cli, bundle_arguments, "_bundle", ["{bundle}", "--plans", "tensorrt"]),
@@ -201,8 +204,11 @@ KINDS = [
 ]
 
 
+OF_BUNDLES = [tool for tool in TOOLS if tool != "cat-bench-serve"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", OF_BUNDLES)
 @pytest.mark.usefixtures("places")
 def test_a_bundle_or_model_that_is_none(refused: Refused, tool: str, kind: str) -> None:
     """Refused by name; brackets in it are brackets."""
@@ -295,6 +301,12 @@ def test_an_image_of_another_format(refused: Refused, name: str) -> None:
 def test_two_outputs_in_one_file(refused: Refused) -> None:
     line = refused("cat-generate", "--compare", "--summary=out.png")
     assert "--summary out.png is the same file as --out out.png" in line
+    line = refused("cat-bench-serve", "--json=load.png", "--picture=load.png")
+    assert "--picture load.png is the same file as --json load.png" in line
+
+
+def test_no_server(refused: Refused) -> None:
+    assert f"{NOBODY}/v1/images/generations did not answer" in refused("cat-bench-serve")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +348,7 @@ def test_captions_that_are_none(refused: Refused, places: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["folder", "binary", "deep", "many", "pipe", "loop", "dangling", "file"])
-@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "cat-export"])
+@pytest.mark.parametrize("tool", [tool for tool in OF_BUNDLES if tool != "cat-export"])
 def test_a_manifest_that_is_none(refused: Refused, places: Path, tool: str, kind: str) -> None:
     (places / "bundle").mkdir()
     (places / kind).rename(places / "bundle" / "manifest.json")
