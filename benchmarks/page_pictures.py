@@ -1,4 +1,4 @@
-"""Pictures of cat-serve's page after it has painted: docs/page.png, and in the dark and on a phone beside it, on request.
+"""Pictures of cat-serve's page after it has painted: docs/page.png, or on request more: dark, and on a phone.
 
     python benchmarks/page_pictures.py build/eval/sd3-mini [--all DIRECTORY]
 

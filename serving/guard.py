@@ -66,7 +66,7 @@ class Guard:
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
-            self._check_key(scope["path"], headers)
+            self._check_key(scope["path"].removeprefix(scope.get("root_path", "")), headers)
             await self._app(scope, await _with_body(scope, receive), answer)
         except RequestError as error:
             await _respond(error, scope, receive, answer)
