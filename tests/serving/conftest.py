@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from cat_pruning.serving import server as process
 from cat_pruning.serving.app import make_app
 from cat_pruning.serving.config import ServeConfig
 from cat_pruning.serving.model import ServedModel
-from cat_pruning.serving.service import Service
+from cat_pruning.serving.service import Service, State
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,8 @@ def serve(loaded: ServedModel, served_bundle: Path) -> Callable[..., Any]:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         service.start()
-        asyncio.run(service.ready())
+        while service.state is State.STARTING:  # no event loop: a browser's may run on this thread
+            time.sleep(0.001)
         headers = {"Authorization": f"Bearer {config.api_key}".encode()} if config.api_key else {}
         try:
             with httpx.Client(base_url=url, headers=headers, timeout=60) as client:

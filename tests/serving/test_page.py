@@ -16,15 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from serving_server import Server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytest.importorskip("fastapi", reason="fastapi is not installed")
-
-from live_server import live  # noqa: E402
-
-from cat_pruning.serving.app import make_app  # noqa: E402
-from cat_pruning.serving.config import ServeConfig  # noqa: E402
-from cat_pruning.serving.service import Service, State  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGE = Path(__file__).parents[2] / "serving" / "page" / "index.html"
@@ -37,19 +31,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def service(mini_bundle: Path) -> Iterator[Service]:
-    service = Service(ServeConfig(bundles=(mini_bundle,), max_prompt_chars=200))
-    service.start()
-    while service.state is State.STARTING:
-        time.sleep(0.01)
-    yield service
-    assert service.close()
-
-
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    with live(make_app(service)) as address:
-        yield address
+def server(serve: Callable[..., Any]) -> Iterator[Server]:
+    with serve(max_prompt_chars=200) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +45,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+def opened(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
     """Opens the page, in a context of its own; what its scripts complain of fails the test."""
     contexts, wrong = [], []
 
-    def open_page(at: str = address, *, ready: bool = True, **options: Any) -> Any:
+    def open_page(at: str = server.url, *, ready: bool = True, **options: Any) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         context.set_default_timeout(TIMEOUT_MS)
@@ -134,26 +118,29 @@ def test_full_and_pruned_side_by_side(opened: Callable[..., Any]) -> None:
 
 def test_a_seed_is_painted_again(opened: Callable[..., Any]) -> None:
     page = opened()
-    fill(page, speed="preset:forecast")
+    fill(page, speed=page.input_value("#speed"))  # the schedule of the bundle, which the page offers first
     page.uncheck("#compare")
     page.click("#paint")
     page.wait_for_selector("#status.verdict")
     first = picture(page, "#fast")
+    assert page.inner_text("#fast h2").startswith("Tuned 2×")
     assert page.is_hidden("#full")
     assert page.is_hidden("#map .frame")  # every step computed all tokens or none
     page.click("#status button")
     page.click("#paint")
-    page.wait_for_function("document.querySelector('#status').className === ''")
+    page.wait_for_selector("#status:not(.verdict)")
     page.wait_for_selector("#status.verdict")
     assert np.array_equal(picture(page, "#fast"), first)
 
 
-def test_by_keyboard_alone(opened: Callable[..., Any], service: Service) -> None:
+def test_by_keyboard_alone(opened: Callable[..., Any], server: Server) -> None:
     page = opened()
     keyboard = page.keyboard  # the prompt has the focus
     keyboard.press("Control+A")
     keyboard.type("a red circle")
-    for _ in range(3):  # speed, size, steps
+    keyboard.press("Tab")
+    keyboard.type("Preset")
+    for _ in range(2):  # the size, the steps
         keyboard.press("Tab")
     keyboard.press("Control+A")
     keyboard.type("100")
@@ -165,11 +152,11 @@ def test_by_keyboard_alone(opened: Callable[..., Any], service: Service) -> None
     page.wait_for_selector("#fast progress")
     assert page.evaluate("document.activeElement.id") == "prompt"
     keyboard.press("Escape")
-    page.wait_for_function("document.querySelector('#status').textContent.endsWith('stopped.')")
+    page.wait_for_selector("#status:has-text('stopped.')")
     ends = time.monotonic() + 20
-    while service.num_orders and time.monotonic() < ends:
+    while server.service.num_orders and time.monotonic() < ends:
         time.sleep(0.02)
-    assert service.num_orders == 0  # the server has let go of it, too
+    assert server.service.num_orders == 0  # the server has let go of it, too
     assert page.is_hidden("#stop")
     fill(page, steps=2, speed="full:")
     keyboard.press("Enter")  # in the field of the steps
@@ -217,11 +204,9 @@ def test_what_goes_wrong_is_told(opened: Callable[..., Any], answer: dict[str, A
     assert page.get_attribute("#paint", "aria-disabled") is None
 
 
-def test_a_server_with_a_key(opened: Callable[..., Any], service: Service) -> None:
-    app = make_app(service)
-    app._key = KEY  # type: ignore[attr-defined]
-    with live(app) as address:
-        page = opened(address, ready=False)
+def test_a_server_with_a_key(opened: Callable[..., Any], serve: Callable[..., Any]) -> None:
+    with serve(api_key=KEY) as other:
+        page = opened(other.url, ready=False)
         assert "the API key is missing" in said(page)
         assert page.evaluate("document.activeElement.id") == "key"
         page.keyboard.type(KEY)
@@ -294,12 +279,12 @@ def test_everything_has_a_name(opened: Callable[..., Any]) -> None:
     assert page.eval_on_selector_all("img", "(all) => all.filter((e) => !e.alt).length") == 0
 
 
-def test_nothing_is_loaded_from_elsewhere(opened: Callable[..., Any], address: str) -> None:
+def test_nothing_is_loaded_from_elsewhere(opened: Callable[..., Any], server: Server) -> None:
     page, asked = opened(), []
     page.context.on("request", lambda request: asked.append(request.url))
     page.reload()
     page.wait_for_selector("#size option", state="attached")
-    assert {url for url in asked if not url.startswith("data:")} == {f"{address}/", f"{address}/v1/models"}
+    assert {url for url in asked if not url.startswith("data:")} == {f"{server.url}/", f"{server.url}/v1/models"}
     assert page.evaluate("fetch('https://example.org').then(() => 'sent', () => 'refused')") == "refused"
     source = PAGE.read_text()
     assert "default-src 'none'" in source
