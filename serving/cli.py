@@ -14,6 +14,7 @@ from cat_pruning.arguments import Parser, number, path, place, whole
 from cat_pruning.installation import require
 from cat_pruning.names import ENGINES
 from cat_pruning.serving.config import ServeConfig
+from cat_pruning.terminal import say
 
 API_KEY: Final = "CAT_SERVE_API_KEY"
 _EXAMPLES: Final = """\
@@ -73,6 +74,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-pixels", type=whole(1, 10**9), metavar="N", help="of an image (default: as the bundle was exported)"
     )
+    parser.add_argument(
+        "--export-triton",
+        type=path,
+        metavar="DIRECTORY",
+        help="serve nothing, but write a model repository of Triton Inference Server with the bundles in it",
+    )
     parser.add_argument("--max-steps", type=whole(1, 10_000), default=100, metavar="N", help="default: 100")
     parser.add_argument("--max-prompt-chars", type=whole(1, 100_000), default=4000, metavar="N", help="default: 4000")
     return parser
@@ -115,6 +122,12 @@ def _serve(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     for bundle in config.bundles:  # before the seconds that torch takes
         Bundle.open(bundle, key)
+    if arguments.export_triton:
+        from cat_pruning.serving.triton_repository import export_repository
+
+        for model in export_repository(config, arguments.export_triton):
+            say(str(model))
+        return
     from cat_pruning.serving.server import serve
 
     serve(config, arguments.host, arguments.port)

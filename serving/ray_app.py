@@ -1,7 +1,7 @@
 """cat-serve's HTTP surface on Ray Serve: as many replicas as there is work for, on one machine or many.
 
     serve run cat_pruning.serving.ray_app:app bundles=build/sd3-mini
-    serve deploy examples/serve/ray.yaml
+    serve deploy deploy/ray.yaml
 
 Each replica is a `Service` behind the same app as cat-serve's: it loads its bundles, warms them up, and only then gets
 requests. Ray's proxy spreads these over the replicas, each of which makes batches of its own.
@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from ray import serve
 from starlette.datastructures import MutableHeaders
 
 from cat_pruning.errors import SettingsError
+from cat_pruning.installation import require
 from cat_pruning.serving.app import make_app
 from cat_pruning.serving.cli import API_KEY
 from cat_pruning.serving.config import ServeConfig
 from cat_pruning.serving.guard import App, Message, Receive, Send
 from cat_pruning.serving.service import Service, State
+
+require("cat_pruning.serving.ray_app", "ray")
+from ray import serve  # noqa: E402  # after the line that says what is missing
 
 _RETRY_AFTER_S: Final = 5
 

@@ -17,6 +17,7 @@ PACKAGES: Final[dict[str, tuple[str, ...]]] = {
     "lora": ("peft",),
     "sign": ("cryptography",),
     "debug": ("polygraphy", *_EXPORT),
+    "ray": ("ray",),
     "serve": ("fastapi", "httpx2", "prometheus_client", "uvicorn"),
     "eval": ("filelock", "jinja2", "scipy", *_EXPORT, *_PICTURES),
 }

@@ -32,7 +32,7 @@ with warnings.catch_warnings():  # Ray's own, of pydantic and more
 
     from cat_pruning.serving import ray_app
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "serve" / "ray.yaml"
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "ray.yaml"
 # Ray in a process of its own, which ends with its standard input.
 RAY = """
 import sys
