@@ -18,7 +18,6 @@ from cat_pruning.errors import OutputError
 from cat_pruning.serving.config import ServeConfig
 from cat_pruning.serving.triton_model import KINDS, OPTIONAL
 
-_OPTION: Final = "--export-triton"
 _BATCH: Final = 4  # where none is given
 # What a bundle's results may depend on, at the versions of this installation.
 _PACKAGES: Final = ("torch", "diffusers", "transformers", "onnxruntime", "onnx", "numpy", "pillow", "safetensors")
@@ -47,28 +46,29 @@ _ENVIRONMENT: Final = """
 # parameters: { key: "EXECUTION_ENV_PATH" value: { string_value: "$$TRITON_MODEL_DIRECTORY/environment.tar.gz" } }
 """
 _README: Final = """\
-# A model repository of Triton Inference Server
+# A model for Triton Inference Server
 
-Written by cat-serve --export-triton. Each directory is a model: `config.pbtxt`, `1/model.py` and the bundle itself.
+Written by cat-serve --export-triton: `config.pbtxt`, `1/model.py` and the bundle itself. The directory above is
+Triton's model repository.
 
 ## The environment
 
-`environment.txt` has the versions that the bundles were exported beside. cat-pruning needs Python 3.11 or newer, and
+`environment.txt` has the versions of the installation that wrote this. cat-pruning needs Python 3.11 or newer, and
 Triton's Python backend takes packages of its own Python's version only: `ldd` of its `triton_python_backend_stub` names
 it. Either install into the Python of Triton's image,
 
     python3 -m pip install --constraint environment.txt 'cat_pruning-….whl[serve]'
 
 where the wheel is made in a checkout by `pip wheel --no-deps --wheel-dir dist .`; or pack an environment, and take the
-mark from the line with EXECUTION_ENV_PATH in each config.pbtxt:
+mark from the line with EXECUTION_ENV_PATH in config.pbtxt:
 
     conda create --prefix ./environment python=3.12 && conda activate ./environment
     PYTHONNOUSERSITE=True pip install --constraint environment.txt 'cat_pruning-….whl[serve]'
-    conda-pack --prefix ./environment --output MODEL/environment.tar.gz
+    conda-pack --prefix ./environment --output environment.tar.gz
 
 ## Start
 
-    tritonserver --model-repository=. --backend-config=python,shm-default-byte-size=16777216
+    tritonserver --model-repository=.. --backend-config=python,shm-default-byte-size=16777216
 
 The shared memory holds the images on their way: 3 bytes a pixel, of all of a batch. In a container raise `--shm-size`
 too.
@@ -112,9 +112,11 @@ def export_repository(config: ServeConfig, directory: Path) -> list[Path]:
     """
     bundles = {name: Bundle.open(path) for name, path in zip(config.names, config.bundles, strict=True)}
     for name, bundle in bundles.items():
-        check_directory_outside(bundle, _OPTION, directory)
+        check_directory_outside(bundle, "--export-triton", directory)
         if os.path.lexists(directory / name):
-            raise OutputError(f"{_OPTION} {directory}: {name} is there already", "remove it, or give another directory")
+            raise OutputError(
+                f"--export-triton {directory}: {name} is there already", "remove it, or give another directory"
+            )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _beside(directory) as part:
@@ -122,11 +124,9 @@ def export_repository(config: ServeConfig, directory: Path) -> list[Path]:
                 _write_model(part / name, name, bundle, config)
             for name in bundles:
                 (part / name).rename(directory / name)
-        (directory / "README.md").write_text(_README, encoding="utf-8")
-        (directory / "environment.txt").write_text("".join(_versions()), encoding="utf-8")
     except OSError as error:
         raise OutputError(
-            f"{_OPTION} {directory} cannot be written ({error.strerror or error})", "give another directory"
+            f"--export-triton {directory} cannot be written ({error.strerror or error})", "give another directory"
         ) from error
     return [directory / name for name in bundles]
 
@@ -143,6 +143,8 @@ def _write_model(place: Path, name: str, bundle: Bundle, config: ServeConfig) ->
     (place / "1" / "model.py").write_text(_MODEL, encoding="utf-8")
     text = as_text(model_config(name, config)) + _ENVIRONMENT
     (place / "config.pbtxt").write_text(text, encoding="utf-8")
+    (place / "README.md").write_text(_README, encoding="utf-8")
+    (place / "environment.txt").write_text("".join(_versions()), encoding="utf-8")
     shutil.copytree(bundle.path, place / "bundle", copy_function=shutil.copyfile)
 
 

@@ -197,12 +197,14 @@ def test_an_instance_sees_its_own_gpu(
 
 
 def test_the_repository_is_whole(repository: Path, served_bundle: Path) -> None:
-    assert sorted(path.name for path in repository.iterdir()) == ["README.md", "environment.txt", NAME]
-    copied = repository / NAME / "bundle"
-    files = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
-    assert files == {path.relative_to(served_bundle).as_posix() for path in served_bundle.rglob("*") if path.is_file()}
+    (model,) = repository.iterdir()
+    files = ["1", "README.md", "bundle", "config.pbtxt", "environment.txt"]
+    assert sorted(path.name for path in model.iterdir()) == files
+    copied = model / "bundle"
+    inside = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
+    assert inside == {path.relative_to(served_bundle).as_posix() for path in served_bundle.rglob("*") if path.is_file()}
     assert json.loads((copied / "manifest.json").read_text())
-    lines = (repository / "environment.txt").read_text().splitlines()
+    lines = (model / "environment.txt").read_text().splitlines()
     assert all(line.count("==") == 1 and "+" not in line for line in lines)
     assert {line.partition("==")[0] for line in lines} >= {"cat-pruning", "torch", "diffusers", "onnxruntime"}
 
@@ -220,7 +222,7 @@ def test_a_model_is_added_and_none_is_replaced(copied: Callable[[str], Path], tm
         export_repository(ServeConfig(bundles=(two, one)), place)
     assert not (place / "two").exists()
     export_repository(ServeConfig(bundles=(two,)), place)
-    assert {path.name for path in place.iterdir() if path.is_dir()} == {"of-others", "one", "two"}
+    assert {path.name for path in place.iterdir()} == {"of-others", "one", "two"}
 
 
 def test_no_repository_in_a_bundle_or_a_file(copied: Callable[[str], Path], tmp_path: Path) -> None:
