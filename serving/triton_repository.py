@@ -111,8 +111,8 @@ def export_repository(config: ServeConfig, directory: Path) -> list[Path]:
         SettingsError: the directory is in a bundle.
     """
     bundles = {name: Bundle.open(path) for name, path in zip(config.names, config.bundles, strict=True)}
-    for name, bundle in bundles.items():
-        check_directory_outside(bundle, "--export-triton", directory)
+    check_directory_outside("--export-triton", directory)
+    for name in bundles:
         if os.path.lexists(directory / name):
             raise OutputError(
                 f"--export-triton {directory}: {name} is there already", "remove it, or give another directory"
