@@ -108,7 +108,7 @@ def test_layers_need_polygraphy(
 def test_no_arguments(cat_export: CatExport) -> None:
     code, _, errors = cat_export()
     assert code == 2
-    assert errors == ["cat-export: the following arguments are required: --model; see cat-export --help"]
+    assert errors == ["cat-export: one of the arguments --model --add-plans is required; see cat-export --help"]
 
 
 def test_random_weights_of_a_miniature(refused: Callable[..., None]) -> None:
