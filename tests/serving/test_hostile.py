@@ -199,7 +199,7 @@ def test_a_body_that_does_not_come(serve: Callable[..., Any], monkeypatch: pytes
                 b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 100\r\n\r\n{"
             )
-            answer = connection.recv(65536)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))  # until it is closed
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"the body did not come within" in answer
 
