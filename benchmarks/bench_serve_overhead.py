@@ -1,6 +1,8 @@
 """What cat-serve costs beside its pipeline: throughput at saturation, the latency of an idle server, and rounding.
 
 Pipeline and server take turns within one process, on the same machine under the same load, so only their ratio counts.
+Times are given by the clock and in CPU time of the process, which others on the machine disturb less; the server's
+includes what the client takes.
 At saturation twice as many requests as fit a batch are always in flight. An idle server is asked for one image at a
 time, and each answer is compared with a call of the pipeline right before it. `--rounding` compares images of batches
 with the same images made one at a time, by the pipeline alone.
@@ -59,7 +61,8 @@ def main() -> int:
 
 def saturation(direct: Direct, server: Running, batch: int, rounds: int, num_images: int, steps: int) -> dict[str, Any]:
     """Images per second of both, by turns, and the median of the ratios."""
-    settings, seconds = PruneSettings.preset("forecast"), {"pipeline": [], "server": []}
+    settings = PruneSettings.preset("forecast")
+    seconds: dict[str, list[tuple[float, float]]] = {"pipeline": [], "server": []}  # by the clock, and of CPU
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(num_images)]
 
     def plain() -> None:
@@ -74,17 +77,22 @@ def saturation(direct: Direct, server: Running, batch: int, rounds: int, num_ima
 
     for turn in range(-1, rounds):  # the first one is not counted
         for name, run in (("pipeline", plain), ("server", served)):
-            began = time.perf_counter()
+            began = now()
             run()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    ratios = [before / after for before, after in zip(seconds["pipeline"], seconds["server"], strict=True)]
+                seconds[name].append(since(began))
+    pairs = list(zip(seconds["pipeline"], seconds["server"], strict=True))
+    ratios, cpu = ([before[kind] / after[kind] for before, after in pairs] for kind in (0, 1))
     batches = server.service.metrics.registry.get_sample_value("cat_batch_images_count") or 0.0
     images = server.service.metrics.registry.get_sample_value("cat_batch_images_sum") or 0.0
     return {
-        "images_per_second": {name: round(num_images / statistics.median(took), 3) for name, took in seconds.items()},
+        "images_per_second": {
+            name: round(num_images / statistics.median(clock for clock, _ in took), 3) for name, took in seconds.items()
+        },
         "throughput_ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
+        "cpu_ratio": round(statistics.median(cpu), 3),
+        "cpu_ratios": [round(ratio, 3) for ratio in cpu],
         "images_per_batch": round(images / batches, 2),
     }
 
@@ -94,24 +102,39 @@ def idle(direct: Direct, server: Running, pairs: int, steps: int) -> dict[str, A
     settings, calls, answers, beside = PruneSettings.preset("forecast"), [], [], []
     with server.client() as client:
         for pair in range(-2, pairs):
-            began = time.perf_counter()
+            began = now()
             direct([PROMPTS[0]], [pair + 2], settings, SIZE, steps)
-            called = time.perf_counter()
+            call, began = since(began), now()
             timings = client.post(URL, json=body(PROMPTS[0], pair + 2, steps)).json()["timings"]
-            answered = time.perf_counter()
+            answer = since(began)
             if pair >= 0:
-                calls.append((called - began) * 1e3)
-                answers.append((answered - called) * 1e3)
                 inside = sum(timings[stage] for stage in ("encode_ms", "steps_ms", "decode_ms"))
-                beside.append(answers[-1] - inside)
-    added = [after - before for before, after in zip(calls, answers, strict=True)]
+                calls.append(call)
+                answers.append(answer)
+                beside.append(answer[0] * 1e3 - inside)
+    added = [
+        [(after[kind] - before[kind]) * 1e3 for before, after in zip(calls, answers, strict=True)] for kind in (0, 1)
+    ]
     return {
         "pairs": pairs,
-        "pipeline_ms": round(statistics.median(calls), 1),
-        "answer_ms": round(statistics.median(answers), 1),
-        "added_ms": round(statistics.median(added), 1),
+        "pipeline_ms": round(statistics.median(clock for clock, _ in calls) * 1e3, 1),
+        "answer_ms": round(statistics.median(clock for clock, _ in answers) * 1e3, 1),
+        "added_ms": round(statistics.median(added[0]), 1),
+        "added_cpu_ms": round(statistics.median(added[1]), 1),
         "beside_the_call_ms": round(statistics.median(beside), 1),
+        "beside_the_call_least_ms": round(min(beside), 1),
     }
+
+
+def now() -> tuple[float, float]:
+    """Seconds by the clock, and of CPU time of the process."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: tuple[float, float]) -> tuple[float, float]:
+    """What has passed of both."""
+    clock, cpu = now()
+    return clock - began[0], cpu - began[1]
 
 
 def rounding(direct: Direct, steps: int) -> dict[str, Any]:

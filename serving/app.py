@@ -17,11 +17,12 @@ import cat_pruning
 from cat_pruning.serving import answers
 from cat_pruning.serving.answers import Error, Images, Models
 from cat_pruning.serving.failures import RequestError, failed
-from cat_pruning.serving.guard import App, Guard
+from cat_pruning.serving.guard import App, ClientGoneError, Guard
 from cat_pruning.serving.orders import Done, Order, Preview
 from cat_pruning.serving.requests import ImageRequest
 from cat_pruning.serving.service import Service, State
 
+_CLIENT_GONE: Final = 499  # as nginx logs it; nobody reads the answer
 _PAGE: Final = "page/index.html"
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": Error} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
@@ -45,6 +46,8 @@ def make_app(service: Service) -> App:
             return _Stream(service, order, body)
         try:
             done = await _while_connected(request, _all(service, order))
+        except ClientGoneError:
+            return Response(status_code=_CLIENT_GONE)
         finally:
             service.end(order)
         answer = await asyncio.to_thread(answers.images, body, order.job.size, done, order.began)
@@ -126,14 +129,14 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _
     """What `work` returns; it is cancelled when the client goes away.
 
     Raises:
-        OSError: the client went away.
+        ClientGoneError: the client went away.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise OSError("the client is gone")
+            raise ClientGoneError
         return task.result()
     finally:
         for each in (task, gone):

@@ -30,6 +30,10 @@ _BODY_S: Final = 10.0  # for a body to come
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # an id that a client may give
 
 
+class ClientGoneError(Exception):
+    """Nobody reads an answer any more."""
+
+
 class Guard:
     """ASGI middleware around the whole app.
 
@@ -70,7 +74,7 @@ class Guard:
             await self._app(scope, await _with_body(scope, receive), answer)
         except RequestError as error:
             await _respond(error, scope, receive, answer)
-        except OSError:  # of a client that went away
+        except ClientGoneError:
             logger.info("client is gone", extra={"request_id": request_id})
         except Exception:
             logger.exception("unforeseen", extra={"request_id": request_id})
@@ -123,7 +127,7 @@ async def _with_body(scope: MutableMapping[str, Any], receive: Receive) -> Recei
             while more and size <= _MOST_READ:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise OSError("the client is gone")
+                    raise ClientGoneError
                 part, more = message.get("body", b""), message.get("more_body", False)
                 size += len(part)
                 if size <= MOST_BYTES:
