@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +60,7 @@ def run(program: str, command: Callable[[], None], interrupted: str = "nothing w
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         quiet_libraries()
         check_platform()
+        _check_affinity()
         try:
             command()
         except SystemExit:
@@ -89,13 +91,42 @@ def _foreseen(error: Exception) -> tuple[str, int]:
         return f"there is not enough memory ({said}){_memory_limit()}; {_LESS_MEMORY}", 2
     if number in _FULL:
         return f"there is no room for what is written ({said}); make room", 2
+    if library := _failed_import(error):
+        return (
+            f"{library} cannot be imported ({said}); look at the environment's variables that it reads, or install it "
+            "again; CAT_PRUNING_LOG=DEBUG before the command shows where",
+            2,
+        )
     return f"unforeseen: {said}; CAT_PRUNING_LOG=DEBUG before the command shows where; please report it", 70
+
+
+def _failed_import(error: Exception) -> str | None:
+    """The library that an error is of, if it was raised while that was imported; None of our own errors."""
+    for frame in reversed([frame for frame, _ in traceback.walk_tb(error.__traceback__)]):
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith("cat_pruning."):
+            return None
+        if frame.f_code.co_name == "<module>":  # the top level of a file
+            return module.split(".")[0]
+    return None
 
 
 def is_lack_of_memory(error: Exception) -> bool:
     """Whether an error, of whatever library, says that there is no memory."""
     number = error.errno if isinstance(error, OSError) else None
     return isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)) is not None
+
+
+def _check_affinity() -> None:
+    """That GNU's OpenMP, which torch computes with, can read a variable over which it would wait without end.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    name = "GOMP_CPU_AFFINITY"
+    value = os.environ.get(name, "")
+    if not re.fullmatch(r"\s*([0-9]+(-[0-9]+(:[0-9]+)?)?[\s,]*)*", value):
+        raise SettingsError(f"{name}={value!r}: expected numbers of processors, as 0-3 5", "mend it, or unset it")
 
 
 def check_address_space() -> None:

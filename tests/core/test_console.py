@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import logging
 import os
 import resource
@@ -89,6 +90,30 @@ def test_a_log_level_that_is_none(
     assert console.run("cat-x", lambda: None) == 2
     error = capsys.readouterr().err
     assert error == f"cat-x: CAT_PRUNING_LOG={level!r}: expected CRITICAL, ERROR, WARNING, INFO, DEBUG\n"
+
+
+@pytest.mark.parametrize("value", ["x", "1:2", "0,x"])
+def test_an_affinity_over_which_openmp_waits_without_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", value)
+    assert console.run("cat-test", lambda: None) == 2
+    assert f"GOMP_CPU_AFFINITY='{value}': expected numbers of processors" in capsys.readouterr().err
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0-1:1 0,0")
+    assert console.run("cat-test", lambda: None) == 0
+
+
+def test_a_library_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch cannot with TORCH_LOGS=x. What our own code raises, nobody foresaw."""
+    (tmp_path / "some_library").mkdir()
+    (tmp_path / "some_library" / "__init__.py").write_text("from some_library import settings")
+    (tmp_path / "some_library" / "settings.py").write_text("def read(): return int('x')\nread()")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert console.run("cat-test", lambda: importlib.import_module("some_library") and None) == 2
+    assert "some_library cannot be imported (ValueError: invalid literal" in capsys.readouterr().err
+    assert console.run("cat-test", lambda: int("x") and None) == 70
 
 
 def test_too_small_an_address_space(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
