@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from cat_pruning import console
+from cat_pruning.arguments import shown
 from cat_pruning.errors import SettingsError
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
@@ -78,6 +79,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         ),
     )
     _check_size(manifest, pipe, height, width)
+    _note_cut_prompts(screen, pipe, config)
     _note_other_guidance(screen, settings, config.guidance_scale)
     kinds = step_kinds(config.steps, settings)
     if arguments.token_map and StepKind.FORECAST in kinds and StepKind.PRUNED not in kinds:
@@ -134,6 +136,19 @@ def _note_other_guidance(screen: Console, settings: PruneSettings, guidance_scal
             f"the schedule was tuned at --guidance-scale {made_for.guidance_scale:g}; at {guidance_scale:g} "
             "its images may differ more from the full run's",
         )
+
+
+def _note_cut_prompts(screen: Console, pipe: Any, config: GenerateConfig) -> None:
+    """Say of a prompt that the encoder which reads most of it does not read to its end."""
+    there = (name for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if getattr(pipe, name, None) is not None)
+    if (name := next(there, None)) is None:
+        return
+    encoder, longest = getattr(pipe, name.replace("tokenizer", "text_encoder")), "max_position_embeddings"
+    room = getattr(encoder.config, longest, None) or config.text_arguments.get("max_sequence_length")
+    for prompt in config.prompts:
+        tokens = len(getattr(pipe, name)(prompt, verbose=False).input_ids)
+        if room is not None and tokens > room:
+            _note(screen, f"the prompt {shown(prompt)} has {tokens} tokens, of which the text encoder reads {room}")
 
 
 def _given_or_default(given: Any, pipe: Any, parameter: str) -> Any:

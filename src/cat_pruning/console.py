@@ -210,6 +210,8 @@ def quiet_libraries() -> None:
         logging.basicConfig(level=level.upper())
         return
     warnings.simplefilter("ignore")
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # read when they are imported
+        os.environ.setdefault(name, "error")
     for name in ("diffusers", "transformers", "torch", "onnxscript", "onnx_ir", "matplotlib", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,14 @@ def test_an_image(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     captured = capsys.readouterr()
     assert "out.png" in captured.out.replace("\n", "")
     assert captured.err == ""
+
+
+def test_a_prompt_that_is_not_read_to_its_end(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(mini_bundle, PROMPT, "a star " * 20, "-o", tmp_path / "out.png", "--steps", "1", "--resolution", "64x64")
+    (said, _) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"the prompt 'a star .*…' has \d\d tokens, of which the text encoder reads 24", said)
 
 
 def test_the_same_seed_makes_the_same_image(mini_bundle: Path, tmp_path: Path) -> None:
@@ -249,7 +258,7 @@ def test_bad_arguments(
 def test_nothing_is_written_into_the_bundle(mini_bundle: Path, fails: Fails) -> None:
     """Where it would not load again."""
     for place in ("pipeline/out.png", "pipeline/vae/../out.png"):
-        assert "would be among the bundle's own files" in fails(mini_bundle, PROMPT, "-o", mini_bundle / place)
+        assert "would be among the own files of the bundle" in fails(mini_bundle, PROMPT, "-o", mini_bundle / place)
     line = fails(mini_bundle, PROMPT, "--compare", "--summary", mini_bundle / "manifest.json")
     assert "--summary" in line
     assert "would be among the bundle's own files" in line
