@@ -261,7 +261,7 @@ def test_nothing_is_written_into_the_bundle(mini_bundle: Path, fails: Fails) -> 
         assert "would be among the own files of the bundle" in fails(mini_bundle, PROMPT, "-o", mini_bundle / place)
     line = fails(mini_bundle, PROMPT, "--compare", "--summary", mini_bundle / "manifest.json")
     assert "--summary" in line
-    assert "would be among the bundle's own files" in line
+    assert "would be among the own files of the bundle" in line
 
 
 @pytest.mark.parametrize("prompts", [[""], ["  "], [PROMPT, ""]])
