@@ -24,7 +24,7 @@ from cat_pruning.serving.app import make_app
 from cat_pruning.serving.cli import API_KEY
 from cat_pruning.serving.config import ServeConfig
 from cat_pruning.serving.guard import App, Message, Receive, Send
-from cat_pruning.serving.service import Service, State
+from cat_pruning.serving.service import Service
 
 require("cat_pruning.serving.ray_app", "ray")
 from ray import serve  # noqa: E402  # after the line that says what is missing
@@ -75,8 +75,8 @@ class Images:
 
     def check_health(self) -> None:
         """What Ray calls now and then; a replica that raises is replaced."""
-        if self._service.state is State.STOPPED:
-            raise RuntimeError("the service has stopped")
+        if not self._service.is_live:
+            raise RuntimeError("one batch after another fails, or the thread that computes has ended")
 
     def __del__(self) -> None:
         """What Ray calls when the replica's requests are answered, or its time is over."""

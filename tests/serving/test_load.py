@@ -8,6 +8,7 @@ import math
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,16 @@ def test_an_address_that_is_none(address: str, capsys: pytest.CaptureFixture[str
         load_cli.main([address])
     assert stop.value.code == 2
     assert "expected an address like http://127.0.0.1:8000" in capsys.readouterr().err
+
+
+def test_cat_serve_with_a_queue_of_one(serve: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    with serve(queue=1) as server:
+        options = ["--rate", "1000", "--requests", "6", "--size", "64x64", "--steps", "3", "--json", str(out)]
+        assert load_cli.main([server.url, *options]) == 0
+    (rate,) = json.loads(out.read_text())["rates"]
+    assert rate["completed"] >= 1
+    assert rate["rejected"] >= 3  # one is computed, one waits
+    assert rate["completed"] + rate["rejected"] == 6
+    assert all(said.startswith("429 1 images wait already") for said in rate["rejections"])
+    assert rate["server_ms"].keys() == {"queue_ms", "encode_ms", "steps_ms", "decode_ms", "total_ms"}

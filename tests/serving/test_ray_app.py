@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ serve.shutdown()
 ray.shutdown()
 """
 KEY = "a secret"
+pytestmark = pytest.mark.long  # the last test of them ends the cluster
 SEEDS = range(4)
 QUEUE = 8  # of each replica, and of the proxy
 
@@ -102,7 +104,6 @@ def cluster(mini_bundle: Path) -> Iterator[Cluster]:
             process.communicate()
 
 
-@pytest.mark.long
 def test_a_replica_is_killed_under_load(cluster: Cluster) -> None:
     """Every request is answered: with its picture, or with an error where its replica died."""
     first = {seed: cluster.ask(seed).raise_for_status().json()["data"][0] for seed in SEEDS}
@@ -123,7 +124,6 @@ def test_a_replica_is_killed_under_load(cluster: Cluster) -> None:
     assert cluster.ask(0).json()["data"][0] == first[0]
 
 
-@pytest.mark.long
 def test_the_surface_is_the_same(cluster: Cluster) -> None:
     models = httpx2.get(f"{cluster.address}/v1/models")
     assert (models.status_code, models.json()["error"]["code"]) == (401, "invalid_api_key")  # below a prefix, too
@@ -137,7 +137,6 @@ def test_the_surface_is_the_same(cluster: Cluster) -> None:
     assert names == ["image_generation.partial_image", "image_generation.completed"]
 
 
-@pytest.mark.long
 def test_more_than_there_is_room_for(cluster: Cluster) -> None:
     with ThreadPoolExecutor(5 * QUEUE) as pool:
         answers = list(pool.map(cluster.ask, range(5 * QUEUE)))
@@ -159,6 +158,13 @@ def test_more_than_there_is_room_for(cluster: Cluster) -> None:
 def test_arguments_that_make_no_sense(arguments: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(said)):
         ray_app.app(arguments)
+
+
+def test_a_replica_that_only_fails_is_unhealthy() -> None:
+    check = ray_app.Images.func_or_class.check_health
+    check(SimpleNamespace(_service=SimpleNamespace(is_live=True)))
+    with pytest.raises(RuntimeError, match="one batch after another fails"):
+        check(SimpleNamespace(_service=SimpleNamespace(is_live=False)))
 
 
 def test_arguments_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
