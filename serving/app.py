@@ -33,6 +33,7 @@ _T = TypeVar("_T")
 def make_app(service: Service) -> App:
     """The ASGI app over a service, which whoever calls this starts and closes."""
     app = FastAPI(title="cat-serve", version=cat_pruning.__version__, redoc_url=None)
+    app.state.metrics = service.metrics
     app.add_exception_handler(RequestError, _told)
     app.add_exception_handler(RequestValidationError, _told)
     app.add_exception_handler(HTTPException, _told)
@@ -160,10 +161,13 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestError):
         return JSONResponse(error.body(), error.status, error.headers)
     if isinstance(error, RequestValidationError):
+        request.app.state.metrics.requests.labels("refused").inc()
         told = _invalid(error)
         return JSONResponse(told.body(), told.status)
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
+    if status == HTTPStatus.BAD_REQUEST:  # a body that is no JSON at all
+        request.app.state.metrics.requests.labels("refused").inc()
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "bad_request")
     told = RequestError(status, code, str(error.detail), "GET /docs says what there is")
     return JSONResponse(told.body(), status, error.headers)

@@ -226,7 +226,10 @@ def _send_until(connection: socket.socket, content: bytes, ends: float) -> None:
 def test_nothing_grows_and_it_still_draws(server: Server) -> None:
     """After every hostile request once more, twice: the first time may fill what is kept for good."""
     headers = {"Content-Type": "application/json"}
-    process = psutil.Process()
+    process, failed, refused = (
+        psutil.Process(),
+        *(server.metric("cat_requests_total", outcome=outcome) for outcome in ("failed", "refused")),
+    )
     resident = []
     for _ in range(2):
         for content, _param in FIELDS.values():
@@ -237,5 +240,8 @@ def test_nothing_grows_and_it_still_draws(server: Server) -> None:
     assert resident[1] - resident[0] < 20e6
     assert server.service.num_orders == 0
     assert server.service.num_waiting == 0
-    assert server.metric("cat_requests_total", outcome="failed") == 0
+    assert server.metric("cat_requests_total", outcome="failed") == failed
+    too_large = sum(status == 413 for _, status in BODIES.values())  # which nothing reads
+    expected = refused + 2 * (len(FIELDS) + len(BODIES) - too_large)
+    assert server.metric("cat_requests_total", outcome="refused") == expected
     assert server.post().status_code == 200
