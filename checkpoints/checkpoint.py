@@ -190,12 +190,12 @@ def check_source(source: Source) -> None:
         )
     is_gone = {
         "packaged": source.location not in miniatures(),
-        "random": source.location not in published_models(),
         "directory": not Path(source.location).is_dir(),
     }
     if is_gone.get(source.kind):
-        what = "published architecture" if source.kind == "random" else "checkpoint"
-        raise CheckpointError(f"the {what} {source.location} is not there any more", "export it again")
+        raise CheckpointError(f"the checkpoint {source.location} is not there any more", "export it again")
+    if source.kind == "random" and source.location not in published_models():
+        raise CheckpointError(f"no published architecture is called {source.location}", "export it again")
 
 
 def _transformer_directory(directory: Path) -> Path:

@@ -118,7 +118,7 @@ def test_a_text_length_that_its_pipeline_does_not_make(copied_bundle: Path, leng
 
 def test_random_weights_of_no_published_architecture(copied_bundle: Path) -> None:
     edit_manifest(copied_bundle, source={"kind": "random", "location": "sd3-mini", "revision": None, "seed": 0})
-    with pytest.raises(CheckpointError, match="published architecture sd3-mini is not there any more"):
+    with pytest.raises(CheckpointError, match="no published architecture is called sd3-mini"):
         load_pipeline(copied_bundle, "torch")
 
 

@@ -58,7 +58,7 @@ def test_what_was_found(tmp_path: Path, kind: str, change: dict[str, Any]) -> No
 # Of a bundle whose hashes were mended too: each ended with code 70, or in no end.
 FORGERIES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("manifest.json", {"source": {"kind": "random", "location": "sd3-mini", "revision": None, "seed": 0}},
-     "architecture sd3-mini is not there", ["--engine", "torch"]),
+     "no published architecture is called sd3-mini", ["--engine", "torch"]),
     ("manifest.json", {"geometry": {"text_length": 10**9}}, "text_length is 1000000000, its pipeline makes 25 to", []),
     ("pipeline/model_index.json", {"_class_name": "PixArtSigmaPipeline"}, "has a PixArtTransformer2DModel", []),
     ("pipeline/vae/config.json", {"scaling_factor": None}, "scaling_factor is None, expected a number", []),
