@@ -9,15 +9,19 @@ requests. Ray's proxy spreads these over the replicas, each of which makes batch
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.datastructures import MutableHeaders
 
+from cat_pruning.bundle.places import is_url
+from cat_pruning.bundle.pulling import local_copy
+from cat_pruning.bundle.signatures import PublicKey
 from cat_pruning.errors import SettingsError
 from cat_pruning.installation import require
 from cat_pruning.serving.app import make_app
@@ -33,12 +37,17 @@ _RETRY_AFTER_S: Final = 5
 
 
 class Arguments(BaseModel):
-    """What `args` in the config file may say, or `NAME=VALUE` after `serve run`; see `ServeConfig`."""
+    """What `args` in the config file may say, or `NAME=VALUE` after `serve run`; see `ServeConfig`.
+
+    bundles: directories, which must be there on every machine that replicas may run on, or URLs, of which every machine
+    pulls a copy. Ray keeps an application's arguments, and shows them to who may look: the API key is none of them.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    bundles: tuple[Path, ...] = Field(min_length=1)
+    bundles: tuple[str, ...] = Field(min_length=1)
     engine: str = "auto"
+    public_key: Path | None = None
     max_batch: int | None = None
     max_wait_ms: float = 5.0
     queue: int = 64
@@ -53,18 +62,46 @@ class Arguments(BaseModel):
         """A command line gives them with commas between."""
         return value.split(",") if isinstance(value, str) else value
 
+    @classmethod
+    def read(cls, given: dict[str, Any]) -> Self:
+        """The arguments, checked; a path is of this process's directory.
+
+        Raises:
+            SettingsError: one is unknown, or makes no sense.
+        """
+        try:
+            arguments = cls.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            known = ", ".join(cls.model_fields)
+            raise SettingsError(f"{name}: {first['msg']}", f"the arguments are {known}") from error
+        arguments.config(tuple(map(Path, arguments.bundles)))
+        bundles = tuple(each if is_url(each) else str(Path(each).absolute()) for each in arguments.bundles)
+        key = None if arguments.public_key is None else arguments.public_key.absolute()
+        return arguments.model_copy(update={"bundles": bundles, "public_key": key})
+
+    def config(self, bundles: tuple[Path, ...]) -> ServeConfig:
+        """The configuration of a service of these directories.
+
+        Raises:
+            SettingsError: an argument makes no sense.
+        """
+        return ServeConfig(**(dict(self) | {"bundles": bundles}))
+
+    def local(self) -> tuple[Path, ...]:
+        """The bundles' directories on this machine; what is elsewhere is pulled. Raises as `local_copy`."""
+        key = None if self.public_key is None else PublicKey.read(self.public_key)
+        return tuple(local_copy(each, key) if is_url(each) else Path(each) for each in self.bundles)
+
 
 @serve.deployment(name="Images", health_check_period_s=5, graceful_shutdown_timeout_s=60)
 @serve.ingress()
 class Images:
-    """A replica.
+    """A replica. Its API key is that of its own environment."""
 
-    Args:
-        config: what it serves. The bundles must be there on every machine that replicas may run on. The API key is that
-            of the replica's own environment: Ray keeps what an application is made of, and shows it to who may look.
-    """
-
-    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray awaits it
+    async def __init__(self, arguments: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
+        config = arguments.config(await asyncio.to_thread(arguments.local))
         self._service = Service(dataclasses.replace(config, api_key=os.environ.get(API_KEY)))
         self._service.start()
         await self._service.ready()
@@ -90,19 +127,19 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     Raises:
         SettingsError: an argument is unknown, or makes no sense.
     """
-    config = config_of(arguments)
-    return deployment_of(config).bind(config)
+    read = Arguments.read(arguments)
+    return deployment_of(read).bind(read)
 
 
-def deployment_of(config: ServeConfig) -> serve.Deployment:
-    """`Images`, of which a replica takes at most `config.queue` requests at once.
+def deployment_of(arguments: Arguments) -> serve.Deployment:
+    """`Images`, of which a replica takes at most `queue` requests at once.
 
     As many wait in Ray's proxy. More are answered with 429 and Retry-After, as by cat-serve.
     """
     deployment: Any = Images
     return deployment.options(
-        max_ongoing_requests=config.queue,
-        max_queued_requests=config.queue,
+        max_ongoing_requests=arguments.queue,
+        max_queued_requests=arguments.queue,
         backpressure_config={"status_code": 429, "retry_after_s": _RETRY_AFTER_S},
     )
 
@@ -119,20 +156,3 @@ def _without_id(answering: App) -> App:
         await answering(scope, receive, pass_on)
 
     return answer
-
-
-def config_of(arguments: dict[str, Any]) -> ServeConfig:
-    """The replicas' configuration.
-
-    Raises:
-        SettingsError: an argument is unknown, or makes no sense.
-    """
-    try:
-        given = Arguments.model_validate(arguments)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(Arguments.model_fields)
-        raise SettingsError(f"{name}: {first['msg']}", f"the arguments are {known}") from error
-    bundles = tuple(path.absolute() for path in given.bundles)  # replicas run in other directories
-    return ServeConfig(**(dict(given) | {"bundles": bundles}))

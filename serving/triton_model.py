@@ -36,6 +36,7 @@ OPTIONAL: Final[dict[str, str]] = {
     "preset": "TYPE_STRING",
     "speedup": "TYPE_FP32",
 }
+PUBLIC_KEY: Final = "public_key.pem"  # in the model's directory, where the bundle must be signed
 KINDS: Final = ("full", "pruned", "forecast")  # of the output `steps`
 _POLL_S: Final = 0.1  # how often a client is asked whether it still waits
 
@@ -122,15 +123,17 @@ def config_of(arguments: dict[str, str]) -> ServeConfig:
     parameters = {
         name: value["string_value"] for name, value in json.loads(arguments["model_config"])["parameters"].items()
     }
+    directory = Path(arguments["model_repository"])
     return ServeConfig(
-        bundles=(Path(arguments["model_repository"]) / parameters["bundle"],),
+        bundles=(directory / parameters["bundle"],),
         engine=parameters["engine"],
+        public_key=directory / PUBLIC_KEY if parameters["public_key"] else None,
         max_batch=int(parameters["max_batch"]),
         queue=max(64, int(parameters["max_batch"])),
         timeout_s=float(parameters["timeout_s"]),
         max_steps=int(parameters["max_steps"]),
         max_prompt_chars=int(parameters["max_prompt_chars"]),
-        max_pixels=int(parameters["max_pixels"]) if parameters.get("max_pixels") else None,
+        max_pixels=int(parameters["max_pixels"]) if parameters["max_pixels"] else None,
     )
 
 

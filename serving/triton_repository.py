@@ -14,9 +14,10 @@ from typing import Any, Final
 import cat_pruning
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.outside import check_directory_outside
+from cat_pruning.bundle.signatures import PublicKey
 from cat_pruning.errors import OutputError
 from cat_pruning.serving.config import ServeConfig
-from cat_pruning.serving.triton_model import KINDS, OPTIONAL
+from cat_pruning.serving.triton_model import KINDS, OPTIONAL, PUBLIC_KEY
 
 _BATCH: Final = 4  # where none is given
 # What a bundle's results may depend on, at the versions of this installation.
@@ -110,7 +111,8 @@ def export_repository(config: ServeConfig, directory: Path) -> list[Path]:
         OutputError: a model is there already, or it cannot be written.
         SettingsError: the directory is in a bundle.
     """
-    bundles = {name: Bundle.open(path) for name, path in zip(config.names, config.bundles, strict=True)}
+    key = None if config.public_key is None else PublicKey.read(config.public_key)
+    bundles = {name: Bundle.open(path, key) for name, path in zip(config.names, config.bundles, strict=True)}
     check_directory_outside("--export-triton", directory)
     for name in bundles:
         if os.path.lexists(directory / name):
@@ -143,6 +145,8 @@ def _write_model(place: Path, name: str, bundle: Bundle, config: ServeConfig) ->
     (place / "1" / "model.py").write_text(_MODEL, encoding="utf-8")
     text = as_text(model_config(name, config)) + _ENVIRONMENT
     (place / "config.pbtxt").write_text(text, encoding="utf-8")
+    if config.public_key is not None:
+        shutil.copyfile(config.public_key, place / PUBLIC_KEY)
     (place / "README.md").write_text(_README, encoding="utf-8")
     (place / "environment.txt").write_text("".join(_versions()), encoding="utf-8")
     shutil.copytree(bundle.path, place / "bundle", copy_function=shutil.copyfile)
@@ -172,6 +176,7 @@ def model_config(name: str, config: ServeConfig) -> dict[str, Any]:
         "max_steps": config.max_steps,
         "max_prompt_chars": config.max_prompt_chars,
         "max_pixels": config.max_pixels or "",
+        "public_key": "" if config.public_key is None else PUBLIC_KEY,
     }
     optional = [
         {"name": each, "data_type": Word(kind), "dims": [1], "optional": True} for each, kind in OPTIONAL.items()

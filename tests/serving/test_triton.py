@@ -21,12 +21,16 @@ import pytest
 from google.protobuf import json_format, text_format
 from PIL import Image
 from serving_server import PROMPT, SMALL
+from signing_keys import write_keys
 from triton_double import Array, InferenceRequest, Tensor, Triton, TritonError, served
 
-from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.changes import sign_bundle
+from cat_pruning.bundle.signatures import PublicKey
+from cat_pruning.errors import BundleError, OutputError, SettingsError
 from cat_pruning.serving import cli
 from cat_pruning.serving.config import ServeConfig
-from cat_pruning.serving.triton_model import _choose_gpu
+from cat_pruning.serving.triton_model import _choose_gpu, config_of
 from cat_pruning.serving.triton_repository import as_text, export_repository, model_config
 
 NAME = "sd3-mini"
@@ -227,9 +231,24 @@ def test_a_model_is_added_and_none_is_replaced(copied: Callable[[str], Path], tm
 
 def test_no_repository_in_a_bundle_or_a_file(copied: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = copied("one")
-    with pytest.raises(SettingsError, match=r"--export-triton .* would be among the bundle's own files"):
+    with pytest.raises(SettingsError, match=r"--export-triton .* would be among the own files of the bundle"):
         export_repository(ServeConfig(bundles=(bundle,)), bundle / "models")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match=r"--export-triton .* cannot be written"):
         export_repository(ServeConfig(bundles=(bundle,)), tmp_path / "file" / "models")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bundle_that_must_be_signed(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    """By the key that was given to the export, Triton's copy too."""
+    private, public = write_keys(tmp_path)
+    config = ServeConfig(bundles=(copied("one"),), public_key=public)
+    with pytest.raises(BundleError):
+        export_repository(config, tmp_path / "models")
+    sign_bundle(Bundle.open(config.bundles[0]), private)
+    (model,) = export_repository(config, tmp_path / "models")
+    given = {"model_config": json.dumps(as_json(model_config("one", config))), "model_repository": str(model)}
+    read = config_of(given)
+    assert read.public_key is not None
+    assert read.public_key.read_bytes() == public.read_bytes()
+    assert Bundle.open(read.bundles[0], PublicKey.read(read.public_key)).path == model / "bundle"
