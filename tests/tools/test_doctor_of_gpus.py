@@ -132,8 +132,8 @@ def test_a_cuda_provider_is_tried(make_gpu: MakeGpu, monkeypatch: pytest.MonkeyP
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     real = onnxruntime.InferenceSession
 
-    def session(graph: bytes, providers: list[str]) -> Any:
-        real(graph, providers=["CPUExecutionProvider"])  # a graph that ONNX Runtime takes
+    def session(graph: bytes, options: Any, providers: list[str]) -> Any:
+        real(graph, options, providers=["CPUExecutionProvider"])  # a graph that ONNX Runtime takes
         return SimpleNamespace(get_providers=lambda: names if loads else names[1:])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
