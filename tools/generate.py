@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -21,6 +21,8 @@ from cat_pruning.runtime.record import StepRecord
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.schedule import StepKind
 from cat_pruning.settings import PruneSettings
+
+_TRANSFORMERS: Final = ("cat_pruning.runtime.", "cat_pruning.engines.", "cat_pruning.families.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +159,11 @@ def _failures_told(pipe: Any) -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether an error comes from our code, or from what that called, and not from the pipeline's."""
+    """Whether an error is of our own, or of our transformer and what that called, and not of the pipeline's parts."""
+    if type(error).__module__.startswith("cat_pruning."):
+        return True
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(module.startswith("cat_pruning.") and module != __name__ for module in modules)
+    return any(module.startswith(_TRANSFORMERS) for module in modules)
 
 
 def _synchronise(transformer: CatTransformer) -> None:

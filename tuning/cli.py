@@ -101,8 +101,7 @@ def _check_prompts(arguments: argparse.Namespace, prompts: Sequence[Prompt], oth
 
 
 def _job(arguments: argparse.Namespace, bundle: Bundle, directory: Path) -> Job:
-    import diffusers
-
+    from cat_pruning.bundle.profiles import profile_spec
     from cat_pruning.families import family_named
     from cat_pruning.runtime.pipeline import load_pipeline
     from cat_pruning.settings import PruneSettings
@@ -112,12 +111,11 @@ def _job(arguments: argparse.Namespace, bundle: Bundle, directory: Path) -> Job:
     pipe = load_pipeline(bundle.path, arguments.engine, settings=PruneSettings())
     pipe.set_progress_bar_config(disable=True)
     if arguments.scheduler is not None:
-        scheduler: Any = getattr(diffusers, arguments.scheduler, None)
-        if not issubclass(scheduler if inspect.isclass(scheduler) else object, diffusers.SchedulerMixin):
-            raise SettingsError(f"--scheduler {arguments.scheduler}: diffusers has no such scheduler")
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = _scheduler(arguments.scheduler, pipe.scheduler)
     defaults = inspect.signature(pipe.__call__).parameters
     height, width = arguments.resolution or (manifest.profiles[0].height, manifest.profiles[0].width)
+    # Told here in pixels, before the text encoders run.
+    profile_spec(height, width, 1, geometry=manifest.geometry, settings=PruneSettings(), guidance=manifest.guidance)
     guidance = arguments.guidance_scale
     return Job(
         bundle=bundle,
@@ -133,6 +131,26 @@ def _job(arguments: argparse.Namespace, bundle: Bundle, directory: Path) -> Job:
             pipe, manifest.geometry.text_length
         ),
     )
+
+
+def _scheduler(name: str, before: Any) -> Any:
+    """The scheduler of this class, with the config of the one before.
+
+    Raises:
+        SettingsError: diffusers has none of this name, it cannot be made so, or is not stepped as a pipeline steps one.
+    """
+    import diffusers
+
+    found: Any = getattr(diffusers, name, None)
+    if not inspect.isclass(found) or not issubclass(found, diffusers.SchedulerMixin) or not hasattr(found, "step"):
+        raise SettingsError(f"--scheduler {name}: diffusers has no such scheduler")
+    needed = [each.name for each in inspect.signature(found.step).parameters.values() if each.default is each.empty]
+    if strange := [each for each in needed if each not in ("self", "model_output", "timestep", "sample", "kwargs")]:
+        raise SettingsError(f"--scheduler {name}: its steps need {', '.join(strange)}, which no such pipeline has")
+    try:
+        return found.from_config(before.config)
+    except (TypeError, ValueError, NotImplementedError) as error:  # arguments that it has no defaults of
+        raise SettingsError(f"--scheduler {name}: it cannot be made from the pipeline's ({error})") from error
 
 
 def _with_measures(

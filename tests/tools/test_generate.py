@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cat_pruning.engines.step_engine import StepEngine
+from cat_pruning.engines.step_engine import StepEngine, StepSession
 from cat_pruning.errors import EngineError
 from cat_pruning.tools.generate import GenerateConfig, generate
 
@@ -47,7 +47,7 @@ def test_what_a_pipeline_stumbles_over_is_told_as_its_failure(
     with pytest.raises(EngineError, match=r"StableDiffusion3Pipeline failed \(ValueError: .*max_sequence_length"):
         generate(pipe, pipe.transformer.settings, dataclasses.replace(CONFIG, text_arguments={
             "max_sequence_length": 10**9}))  # fmt: skip
-    monkeypatch.setattr(pipe.transformer, "compute", lambda *arguments, **named: 1 / 0)
+    monkeypatch.setattr(StepSession, "step", lambda *arguments, **named: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(pipe, pipe.transformer.settings, CONFIG)
     monkeypatch.undo()

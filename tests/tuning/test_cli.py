@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import read_schedules
@@ -205,3 +206,25 @@ def test_a_speedup_is_a_number_of_full_steps() -> None:
         budgets("--speedup", "20")
     with pytest.raises(SettingsError, match="--full 28: of 28 steps, expected from 2 to 27"):
         budgets("--full", "28")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("SchedulerMixin", "diffusers has no such scheduler"),
+        ("AutoencoderKL", "diffusers has no such scheduler"),
+        ("__doc__", "diffusers has no such scheduler"),
+        ("KarrasVeScheduler", "its steps need sigma_hat, sigma_prev, sample_hat, which no such pipeline has"),
+        ("VQDiffusionScheduler", "it cannot be made from the pipeline's .*num_vec_classes"),
+    ],
+)
+def test_a_scheduler_that_no_pipeline_takes(name: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=f"--scheduler {name}: {said}"):
+        cli._scheduler(name, FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_size_that_the_model_cannot_take_is_told_in_pixels(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(mini_bundle, "--resolution", "65x64", "--recordings", tmp_path / "recordings") == 2
+    assert "--resolution 65x64: both sides must be multiples of 8 pixels" in capsys.readouterr().err
