@@ -3,8 +3,9 @@
 Pipeline and server take turns within one process, on the same machine under the same load, so only their ratio counts.
 Times are given by the clock and in CPU time of the process, which others on the machine disturb less; the server's
 includes what the client takes.
-At saturation twice as many requests as fit a batch are always in flight. An idle server is asked for one image at a
-time, and each answer is compared with a call of the pipeline right before it. `--rounding` compares images of batches
+At saturation twice as many requests as fit a batch are always in flight. With `--idle`, an idle server is asked for one
+image of one step at a time, so that what it adds is not lost in what is computed, and each answer is compared with a
+call of the pipeline right before it. `--rounding` compares images of batches
 with the same images made one at a time, by the pipeline alone.
 """
 
@@ -38,8 +39,9 @@ def main() -> int:
     parser.add_argument("--batch", default="1,4", help="batches to saturate with (default: 1,4)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--images", type=int, default=8, help="of a turn at saturation")
-    parser.add_argument("--pairs", type=int, default=30, help="of an image asked for and a call")
+    parser.add_argument("--pairs", type=int, default=40, help="of an image asked for and a call, with --idle")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--idle", action="store_true", help="measure that alone, into NAME-idle.json")
     parser.add_argument("--rounding", action="store_true", help="measure that alone, into NAME-rounding.json")
     parser.add_argument("--name", default="serve-overhead", help="of the file that is written")
     arguments = parser.parse_args()
@@ -48,13 +50,16 @@ def main() -> int:
         found = rounding(direct, arguments.steps)
         sys.stdout.write(f"{found}\n{write_result(f'{arguments.name}-rounding', found)}\n")
         return 0
+    if arguments.idle:
+        with running(arguments.bundle, max_batch=1) as server:
+            found = idle(direct, server, arguments.pairs)
+        sys.stdout.write(f"{found}\n{write_result(f'{arguments.name}-idle', found)}\n")
+        return 0
     result: dict[str, Any] = {"steps": arguments.steps, "size": "128x128", "preset": "forecast", "saturation": {}}
     for batch in map(int, arguments.batch.split(",")):
         with running(arguments.bundle, max_batch=batch) as server:
             rates = saturation(direct, server, batch, arguments.rounds, arguments.images, arguments.steps)
             result["saturation"][str(batch)] = rates
-            if batch == 1:
-                result["idle"] = idle(direct, server, arguments.pairs, arguments.steps)
     sys.stdout.write(f"{result}\n{write_result(arguments.name, result)}\n")
     return 0
 
@@ -97,15 +102,15 @@ def saturation(direct: Direct, server: Running, batch: int, rounds: int, num_ima
     }
 
 
-def idle(direct: Direct, server: Running, pairs: int, steps: int) -> dict[str, Any]:
+def idle(direct: Direct, server: Running, pairs: int) -> dict[str, Any]:
     """What an idle server adds to a call of the pipeline, in ms: medians."""
     settings, calls, answers, beside = PruneSettings.preset("forecast"), [], [], []
     with server.client() as client:
         for pair in range(-2, pairs):
             began = now()
-            direct([PROMPTS[0]], [pair + 2], settings, SIZE, steps)
+            direct([PROMPTS[0]], [pair + 2], settings, SIZE, 1)
             call, began = since(began), now()
-            timings = client.post(URL, json=body(PROMPTS[0], pair + 2, steps)).json()["timings"]
+            timings = client.post(URL, json=body(PROMPTS[0], pair + 2, 1)).json()["timings"]
             answer = since(began)
             if pair >= 0:
                 inside = sum(timings[stage] for stage in ("encode_ms", "steps_ms", "decode_ms"))
