@@ -64,5 +64,9 @@ def _run(program: str) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted; nothing was begun\n")
         return 130
+    except ImportError as error:  # of a package that every tool needs
+        said = " ".join(str(error).split())
+        sys.stderr.write(f"{program}: it is not installed whole ({said}); install it again: pip install cat-pruning\n")
+        return 2
     code: int = main()
     return code

@@ -42,3 +42,13 @@ def test_an_interruption_while_a_tool_is_imported(
     monkeypatch.setattr(importlib, "import_module", interrupted)
     assert run() == 130
     assert capsys.readouterr().err == f"{command}: interrupted; nothing was begun\n"
+
+
+def test_an_installation_that_is_not_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'rich'")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert entry.generate() == 2
+    said = "cat-generate: it is not installed whole (No module named 'rich'); install it again: pip install cat-pruning"
+    assert capsys.readouterr().err == f"{said}\n"
