@@ -142,7 +142,8 @@ def _scheduler(name: str, before: Any) -> Any:
     import diffusers
 
     found: Any = getattr(diffusers, name, None)
-    if not inspect.isclass(found) or not issubclass(found, diffusers.SchedulerMixin) or not hasattr(found, "step"):
+    is_one = inspect.isclass(found) and issubclass(found, diffusers.SchedulerMixin) and hasattr(found, "step")
+    if not is_one:
         raise SettingsError(f"--scheduler {name}: diffusers has no such scheduler")
     needed = [each.name for each in inspect.signature(found.step).parameters.values() if each.default is each.empty]
     if strange := [each for each in needed if each not in ("self", "model_output", "timestep", "sample", "kwargs")]:
