@@ -30,6 +30,7 @@ from cat_pruning.engines.host_memory import give_back_freed_memory
 from cat_pruning.engines.residual_inputs import ResidualInputs
 from cat_pruning.errors import EngineError, ShapeError
 from cat_pruning.families.family import Family
+from cat_pruning.finite import has_values
 from cat_pruning.step_io import LATENTS, TIMESTEP, StepDims
 
 _FORMATS: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -139,7 +140,7 @@ class StepSession(ABC):
         """
         self.reset()
         self._check(dims)
-        _check_weights(self.engine)
+        _check_format(self.engine)
         dims = dataclasses.replace(dims, num_kept=0)
         engine = self.engine
         shapes = engine.family.input_shapes(dims)
@@ -159,6 +160,10 @@ class StepSession(ABC):
             for name, tensor in given.items():
                 self._inputs[name].copy_(tensor)
             self._begin(dims, timesteps)
+        if not has_values(engine.device):  # not before: hooks that took the weights away are told as such
+            raise EngineError(
+                "the transformer's weights are on the meta device, which has no values", "load them again"
+            )
         self._dims = dims
 
     def step(
@@ -362,10 +367,8 @@ def enough_memory(device: torch.device, what: str, remedy: str) -> Iterator[None
         raise EngineError(f"{device} has not enough memory for {what}: {reason}", remedy) from error
 
 
-def _check_weights(engine: StepEngine) -> None:
-    """That a model which was moved still has weights to compute with."""
-    if engine.device.type == "meta":
-        raise EngineError("the transformer's weights are on the meta device, which has no values", "load them again")
+def _check_format(engine: StepEngine) -> None:
+    """That a model which was cast still has weights to compute with."""
     if engine.dtype not in _FORMATS:
         raise EngineError(
             f"the transformer's weights are of {engine.dtype}, which no layer computes in",

@@ -16,6 +16,7 @@ from cat_pruning.errors import CheckpointError, SettingsError
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
 from cat_pruning.families.module_hooks import LAYERWISE_CASTING, hooks_of
+from cat_pruning.finite import has_values
 from cat_pruning.step_io import TIMESTEP, StepDims
 
 
@@ -51,7 +52,7 @@ class TorchStepEngine(StepEngine):
         self._wants_graphs = cuda_graphs
         StepModule(transformer, self.family)  # what cannot be intercepted is refused here, not at the first image
         tensors = (*transformer.named_parameters(), *transformer.named_buffers())
-        if name := next((name for name, tensor in tensors if tensor.is_meta), None):
+        if name := next((name for name, tensor in tensors if not has_values(tensor.device)), None):
             problem = f"{name} of the transformer is on the meta device, which has no values"
             raise CheckpointError(problem, "load its weights first")
 

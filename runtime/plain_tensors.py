@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cat_pruning.errors import SettingsError
+from cat_pruning.finite import has_values
 
 _FLOATING: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TAKEN: Final = frozenset(
@@ -30,6 +31,6 @@ def check_plain(name: str, value: object) -> Tensor:
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise SettingsError(f"{name}: expected a dense tensor, got a {kind} one", "make it dense: tensor.to_dense()")
-    if value.is_meta:
+    if not has_values(value.device):
         raise SettingsError(f"{name}: it is on the meta device, which has no values", "make it on another device")
     return value

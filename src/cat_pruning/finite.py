@@ -1,13 +1,20 @@
-"""Whether tensors hold numbers only: no infinity, no NaN."""
+"""Whether tensors hold numbers, and numbers only: no infinity, no NaN."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import torch
 from torch import Tensor
 
+_VALUELESS: Final = frozenset({"meta"})
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # which torch compares
+
+
+def has_values(device: torch.device) -> bool:
+    """Whether the tensors of a device have values; those of torch's meta device have shapes only."""
+    return device.type not in _VALUELESS
 
 
 def is_finite(values: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ REQUESTS = [("a red circle", 0), ("a very large blue star above a small green sq
 @pytest.fixture(scope="module")
 def server(mini_bundle: Path) -> dict[str, Any]:
     """What the page's program defines, over the stored bundle, with fewer steps."""
-    block = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert block is not None
-    program = (
-        block[1].replace("build/sd3-mini", str(mini_bundle)).replace("num_inference_steps=28", "num_inference_steps=5")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (block,) = (each for each in blocks if "def handle" in each)
+    program = block.replace("build/sd3-mini", str(mini_bundle)).replace(
+        "num_inference_steps=28", "num_inference_steps=5"
     )
     names: dict[str, Any] = {}
     exec(program, names)
