@@ -161,9 +161,10 @@ def raw(server: Server, request: bytes) -> bytes:
     """What comes back for bytes that no client sends."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
         parts = [b""]
+        with suppress(OSError):  # it may be closed before all is sent
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
         with suppress(ConnectionResetError):
             while part := connection.recv(65536):
                 parts.append(part)
@@ -184,7 +185,8 @@ def raw(server: Server, request: bytes) -> bytes:
 )
 def test_no_http(server: Server, request_: bytes) -> None:
     answer = raw(server, request_)
-    assert answer.startswith((b"HTTP/1.1 4", b"")), answer
+    page = (b"HTTP/1.1 200",) if b"HTTP/9.9" in request_ else ()  # uvicorn's parser takes any version for its own
+    assert not answer or answer.startswith((b"HTTP/1.1 4", *page)), answer
     assert b" 500 " not in answer
     assert b"Traceback" not in answer
     assert server.client.get("/health/live").status_code == 200
