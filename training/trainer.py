@@ -7,6 +7,7 @@ end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import logging
 import re
@@ -253,6 +254,12 @@ def _drop_shift_unless_known(vae: AutoencoderKL, miniature: Miniature) -> None:
 def train(config: TrainConfig) -> Run:
     """Train until the budget is used; resumes from the folder's checkpoint, and leaves one on SIGTERM."""
     run = prepare(config)
+    with contextlib.closing(run):
+        return _train(run)
+
+
+def _train(run: Run) -> Run:
+    config = run.config
     if run.resume():
         logger.info("resumed at step %d after %.0f s", run.step, run.seconds)
     saved_at, losses = time.monotonic(), []
@@ -267,7 +274,6 @@ def train(config: TrainConfig) -> Run:
                 run.save()
                 saved_at = time.monotonic()
         run.save()
-    run.close()
     if terminated:
         logger.info("terminated at step %d; the same command resumes", run.step)
     else:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mini_stages import sample_round
 from miniatures import MINIATURES, miniature_in
 from scene_kinds import SceneKind
 from train_config import Optimizer, TrainConfig
-from trainer import train
+from trainer import Rounds, train
 
 from cat_pruning.evaluation.scenes import vocabulary
 from cat_pruning.models import miniatures
@@ -277,3 +278,19 @@ def test_the_command_line_is_a_config():
     config = train_pixart_mini.configuration([*arguments, "--vae", "folder"])
     assert (config.miniature, config.vae, config.batch_size) == ("pixart-mini", Path("folder"), 24)
     assert config.size == MINIATURES["pixart-mini"].size
+
+
+def test_rounds_that_are_drawn_ahead_are_the_same(tmp_path, monkeypatch):
+    """Threads stand for the processes, which would import torch."""
+    monkeypatch.setattr("trainer.ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    config = tiny_config(tmp_path, "sd3-mini")
+    inline = Rounds(config, SceneKind.FLAT)
+    ahead = Rounds(dataclasses.replace(config, workers=3), SceneKind.FLAT)
+    try:
+        for index in range(4):
+            (images, captions), (drawn, told) = inline.drawn(index), ahead.drawn(index)
+            assert (images == drawn).all()
+            assert captions == told
+        assert len(ahead._ahead) == 2  # of the next rounds
+    finally:
+        ahead.close()
