@@ -137,7 +137,7 @@ def test_weights_are_decided_by_what_is_loaded(model: Any, drop_in: Make, sample
 def test_a_loaded_adapter_is_a_fused_one(model: Any, drop_in: Make, sample: Make, tmp_path: Path) -> None:
     save_file(adapter(model.transformer, 1), tmp_path / "one.safetensors", metadata={"format": "pt"})
     family = model.engines["torch"].family
-    fused: Any = fuse_loras(copy.deepcopy(model.transformer), (parse_lora(f"{tmp_path / 'one.safetensors'}:0.7"),))
+    fused: Any = fuse_loras(model.make(), (parse_lora(f"{tmp_path / 'one.safetensors'}:0.7"),))
     export_step_graph(StepModule(fused, family), tmp_path)
     engine = OnnxRuntimeStepEngine(tmp_path, family, torch.float32)
     pipe = drop_in(**PRUNED)

@@ -59,7 +59,7 @@ def test_rows_of_equal_latents_follow_themselves(models: Make) -> None:
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(6.0))
     arguments = {
         "encoder_hidden_states": torch.randn(2, 9, config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+        "pooled_projections": 4 * torch.randn(2, config.pooled_projection_dim, generator=generator),
         "img_ids": ids,
         "txt_ids": torch.zeros(9, 3),
     }
