@@ -143,8 +143,8 @@ def test_a_step_of_no_tokens_computes_nothing(engine: StepEngine, monkeypatch: p
     ("name", "shape"),
     [
         ("encoder_hidden_states", (2, 48, 100)),
-        ("encoder_hidden_states", (2, 47, 192)),
-        ("pooled_projections", (1, 192)),
+        ("encoder_hidden_states", (2, 47, 24)),
+        ("pooled_projections", (1, 20)),
         ("layer_gates", (5,)),
     ],
 )

@@ -37,7 +37,7 @@ TARGETS = ("context_embedder", "transformer_blocks.1.norm1.linear", "transformer
 # Weights that TensorRT is asked for together: of a fused projection, and of a query and the constant that scales it.
 COMBINED = [
     [f"transformer.transformer_blocks.0.attn.to_{name}.weight.T" for name in "qkv"],
-    ["transformer.transformer_blocks.0.attn.to_q.weight.T", "query_scale_0.176776695_float"],
+    ["transformer.transformer_blocks.0.attn.to_q.weight.T", "query_scale_0.353553391_float"],
 ]
 
 
@@ -50,6 +50,12 @@ def adapter(config: Any, seed: int) -> dict[str, Tensor]:
         weights[f"transformer.{name}.lora_A.weight"] = 0.2 * torch.randn(2, inputs, generator=generator)
         weights[f"transformer.{name}.lora_B.weight"] = 0.2 * torch.randn(outputs, 2, generator=generator)
     return weights
+
+
+@pytest.fixture
+def mini_one(mini_pipeline: Any) -> dict[str, Tensor]:
+    """One of sd3-mini, which the bundle is of; the others are of the tiny SD3."""
+    return adapter(mini_pipeline.transformer.config, 1)
 
 
 @pytest.fixture
@@ -67,53 +73,53 @@ def final(sample: Make, pipe: Any, **arguments: Any) -> Tensor:
     return latents
 
 
-@pytest.fixture
-def expected(mini_pipeline: Any, one: dict[str, Tensor], sample: Make) -> dict[str, Tensor]:
-    """What the untouched pipeline computes without an adapter and with one."""
-    images = {"base": final(sample, mini_pipeline)}
-    mini_pipeline.load_lora_weights(one)
-    images["one"] = final(sample, mini_pipeline)
+def with_and_without(sample: Make, untouched: Any, one: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an untouched pipeline computes without an adapter and with one, which it has then."""
+    images = {"base": final(sample, untouched)}
+    untouched.load_lora_weights(one)
+    images["one"] = final(sample, untouched)
     assert (images["one"] - images["base"]).abs().max() > 0.1
     return images
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "torch"])
 def test_the_pipeline_of_a_bundle_takes_adapters(
-    mini_bundle: Path, one: dict[str, Tensor], expected: dict[str, Tensor], sample: Make, name: str
+    mini_bundle: Path, mini_pipeline: Any, mini_one: dict[str, Tensor], sample: Make, name: str
 ) -> None:
+    expected = with_and_without(sample, mini_pipeline, mini_one)
     pipe = load_pipeline(mini_bundle, name, settings=PruneSettings(keep_ratio=1.0))
     pipe.set_progress_bar_config(disable=True)
     base = final(sample, pipe)
-    pipe.load_lora_weights(one, adapter_name="one")
+    pipe.load_lora_weights(mini_one, adapter_name="one")
     torch.testing.assert_close(final(sample, pipe), expected["one"], rtol=0, atol=ROUNDING)
     pipe.unload_lora_weights()
     assert torch.equal(final(sample, pipe), base)
     torch.testing.assert_close(base, expected["base"], rtol=0, atol=ROUNDING)
 
 
-def test_only_graphs_that_change_are_loaded_anew(mini_bundle: Path, one: dict[str, Tensor]) -> None:
+def test_only_graphs_that_change_are_loaded_anew(mini_bundle: Path, mini_one: dict[str, Tensor]) -> None:
     pipe = load_pipeline(mini_bundle, "onnxruntime")
     engine = pipe.transformer.engine
     before = dict(engine.graphs)
-    in_step = {name: weight for name, weight in one.items() if "to_q" in name}
+    in_step = {name: weight for name, weight in mini_one.items() if "to_q" in name}
     pipe.load_lora_weights(in_step)
     assert {part for part in before if engine.graphs[part] is not before[part]} == {"step"}
     pipe.unload_lora_weights()
     assert engine.graphs["step"].replaced == {}
 
 
-def test_graphs_that_are_replaced_are_let_go_of(mini_bundle: Path, one: dict[str, Tensor], sample: Make) -> None:
+def test_graphs_that_are_replaced_are_let_go_of(mini_bundle: Path, mini_one: dict[str, Tensor], sample: Make) -> None:
     """By the thread that loads, whose last image's memory was bound to them; not when its next image begins."""
     pipe = load_pipeline(mini_bundle, "onnxruntime")
     pipe.set_progress_bar_config(disable=True)
     final(sample, pipe)
     old = weakref.ref(pipe.transformer.engine.graphs["step"])
-    pipe.load_lora_weights(one)
+    pipe.load_lora_weights(mini_one)
     gc.collect()
     assert old() is None
 
 
-def test_a_bundle_that_was_changed_is_not_read(mini_bundle: Path, one: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_bundle_that_was_changed_is_not_read(mini_bundle: Path, mini_one: dict[str, Tensor], tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(mini_bundle, tmp_path / "bundle"))
     pipe = load_pipeline(bundle, "onnxruntime")
     data = bundle / "step.onnx.data"
@@ -121,7 +127,7 @@ def test_a_bundle_that_was_changed_is_not_read(mini_bundle: Path, one: dict[str,
     content[1000] ^= 1
     data.write_bytes(content)
     with pytest.raises(BundleError, match="was changed after the export"):
-        pipe.load_lora_weights(one)
+        pipe.load_lora_weights(mini_one)
 
 
 # ------------------------------------------------------------------ TensorRT, over the double
@@ -135,7 +141,8 @@ def test_plans_are_refitted(
     sample: Make,
     one: dict[str, Tensor],
     two: dict[str, Tensor],
-    expected: dict[str, Tensor],
+    pipeline: Make,
+    make_tiny_sd3: Make,
     library: TensorRTDouble,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -143,6 +150,7 @@ def test_plans_are_refitted(
 ) -> None:
     """What is combined is given whole; a captured step, which may keep the old weights, is never replayed."""
     monkeypatch.setattr("cat_pruning.engines.step_engine.CudaGraphs", lambda: CudaGraphs(recorder(library)))
+    expected = with_and_without(sample, pipeline(make_tiny_sd3()), one)
     engine = make_tensorrt(kind, combined=COMBINED, cuda_graphs=captures)
     pipe = drop_in(engine, keep_ratio=1.0)
     base = final(sample, pipe)

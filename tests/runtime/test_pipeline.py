@@ -36,7 +36,7 @@ def edit_manifest(bundle: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "onnxruntime", "torch"])
-def test_a_bundle_is_a_pipeline(mini_bundle: Path, name: str, parts: dict[str, Any]) -> None:
+def test_a_bundle_is_a_pipeline(mini_bundle: Path, name: str, mini_parts: dict[str, Any]) -> None:
     pipe = load_pipeline(mini_bundle, name)
     assert type(pipe) is StableDiffusion3Pipeline
     assert isinstance(pipe.transformer, CatTransformer)
@@ -45,11 +45,11 @@ def test_a_bundle_is_a_pipeline(mini_bundle: Path, name: str, parts: dict[str, A
     assert pipe.vae_scale_factor == 4
     assert pipe.default_sample_size == 32  # read off the transformer
     assert pipe.patch_size == 2
-    for part, original in parts.items():
+    for part, original in mini_parts.items():
         if part != "transformer":
             assert type(pipe.components[part]) is type(original), part
     for part in ("vae", "text_encoder", "text_encoder_2"):
-        theirs = parts[part].state_dict()
+        theirs = mini_parts[part].state_dict()
         for key, tensor in pipe.components[part].state_dict().items():
             assert torch.equal(tensor, theirs[key]), f"{part}.{key}"
 

@@ -137,12 +137,12 @@ def test_other_blocks_and_other_texts_begin_it_anew(spied: Spied) -> None:
         spied.step(step)
         spied.step_beside(step)
     spied.step(6)
-    spied.step_beside(6, skip_layers=(2,))
+    spied.step_beside(6, skip_layers=(0,))
     spied.step(7)
     spied.beside = {name: tensor + 1 for name, tensor in spied.beside.items()}
-    spied.step_beside(7, skip_layers=(2,))
+    spied.step_beside(7, skip_layers=(0,))
     spied.step(8)
-    spied.step_beside(8, skip_layers=(2,))
+    spied.step_beside(8, skip_layers=(0,))
     assert spied.num_kept(1) == [64] * 4 + [25] * 2 + [64, 64, 25]
 
 
