@@ -194,7 +194,7 @@ def test_other_guidance_is_refused(pipe: Any, tmp_path: Path) -> None:
         record(
             pipe,
             RUN,
-            TEXT | {"skip_guidance_layers": [2], "skip_layer_guidance_stop": 1.0},
+            TEXT | {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0},
             tmp_path,
             lambda count: None,
         )
