@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt, load_prompts
+from cat_pruning.evaluation.worker import last_latents
 from cat_pruning.models import miniatures
 
 HALVINGS = 7  # of a threshold's range

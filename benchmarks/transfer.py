@@ -50,11 +50,13 @@ from torch import Tensor
 from transfer_settings import BATCH, SETTINGS, WORDS, Errors, Rows, Setting, rows_of
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.evaluation.about import About
 from cat_pruning.evaluation.budgets import forecast_at
-from cat_pruning.evaluation.evaluate import last_latents
+from cat_pruning.evaluation.pool import LocalPool
 from cat_pruning.evaluation.prompts import Prompt, load_prompts, tuning_prompts
 from cat_pruning.evaluation.scenes import Scene, render
 from cat_pruning.evaluation.sweep import costs
+from cat_pruning.evaluation.worker import last_latents
 from cat_pruning.moved_schedule import lines
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.schedule import Schedule, StepKind
@@ -65,6 +67,7 @@ from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.replay import Replay
 from cat_pruning.tuning.scheduler_matrix import scheduler_matrix
 from cat_pruning.tuning.search import search
+from cat_pruning.tuning.worker import Tuner
 
 STEPS, TEXT_TOKENS, BUDGETS = 28, 24, (9, 7)
 FITTED_TO = 16  # recordings
@@ -181,8 +184,9 @@ class Transfer:
             width=setting.size,
             guidance_scale=setting.guidance,
         )
-        recorded = record(self._pipe, run, RUN_IN, folder, lambda count: None)
-        replay = Replay(self._pipe, run.configs(RUN_IN), recorded.timesteps)
+        worker = Tuner(about=About.of(self._bundle, self._pipe), pipe=self._pipe, text_arguments=RUN_IN)
+        recorded = record(LocalPool(worker), run, folder, lambda count: None)
+        replay = Replay(self._pipe, [worker.call(config) for config in run.configs()], recorded.timesteps)
         matrix, recordings = scheduler_matrix(replay.scheduler), recorded.recordings
         choices = search(recordings.grams().mean(0), matrix, BUDGETS, width=4)
         fits = {budget: fit_closed_loop(replay, recordings, matrix, full) for budget, full in choices.items()}

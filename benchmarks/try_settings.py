@@ -23,10 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads
 
 from machine import write_result
 
-from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.prompts import Prompt, load_prompts
+from cat_pruning.evaluation.worker import last_latents
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.schedule import Schedule
 from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse

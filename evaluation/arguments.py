@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from cat_pruning.arguments import (
     MOST,
     MOST_PROMPTS,
     MOST_SEEDS,
     MOST_STEPS,
+    MOST_WORKERS,
     Parser,
     guidance,
     list_of,
     number,
     path,
+    place,
     resolution,
+    shown,
     text,
     whole,
 )
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.cluster import Cluster
 from cat_pruning.evaluation.former import FORMER_METRICS
+from cat_pruning.installation import require
 from cat_pruning.names import ENGINES
 
 _EXAMPLES = """\
@@ -36,6 +42,7 @@ The same command started again after an interruption goes on where it was. With 
 with more --curve-prompts, it adds them to what --out holds, and runs the first method, ratio and schedule that it is
 given then on all prompts, too.
 """
+_RAY_ADDRESS: Final = re.compile(r"(ray://)?([\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 # Where an option is not given: with --quick, and without.
 _QUICK = {"prompts": "scenes:4", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 4, "sheet": 4}
 _DEFAULT = {"prompts": "scenes:64", "steps": (28,), "keep_ratio": (0.3,), "curve_prompts": 64, "sheet": 6}
@@ -57,7 +64,7 @@ def _parser() -> Parser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=path, help="a bundle that cat-export wrote")
+    parser.add_argument("bundle", type=place, help="a bundle that cat-export wrote, or its URL, as hf://owner/name")
     parser.add_argument("--out", type=path, required=True, help="directory of the results and of report.html")
     parser.add_argument(
         "--prompts",
@@ -102,15 +109,61 @@ def _parser() -> Parser:
     )
     parser.add_argument("--lpips-weights", type=path, metavar="FILE", help="torchvision's AlexNet, for lpips")
     parser.add_argument("--engine", choices=ENGINES, default="auto")
+    parser.add_argument(
+        "--public-key",
+        type=path,
+        metavar="FILE",
+        help="refuse a bundle that is not signed with this Ed25519 key, a PEM file: see cat-bundle sign",
+    )
     parser.add_argument("--guidance-scale", type=guidance, help="default: the pipeline's own")
     parser.add_argument("--resolution", type=resolution, metavar="HxW", help="pixels (default: the bundle's)")
     parser.add_argument("--batch", type=whole(1, MOST_PROMPTS), default=8, help="prompts at once (default: 8)")
     parser.add_argument(
         "--sheet", type=whole(0, MOST_PROMPTS), metavar="N", help="prompts whose images the report shows (default: 6)"
     )
+    add_cluster(parser)
     parser.add_argument("--quick", action="store_true", help="four scenes, where nothing else is said")
     parser.add_argument("--force", action="store_true", help="begin anew if --out holds an evaluation")
     return parser
+
+
+def add_cluster(parser: Parser) -> None:
+    """Add the options that spread a tool's prompts over a cluster; `cluster_of` reads them."""
+    parser.add_argument(
+        "--ray",
+        type=_ray_address,
+        metavar="ADDRESS",
+        help="spread the batches of prompts over a cluster of Ray: auto, HOST:PORT, ray://HOST:PORT, or local for one "
+        "of this machine's GPUs (extra ray)",
+    )
+    parser.add_argument(
+        "--ray-workers",
+        type=whole(1, MOST_WORKERS),
+        metavar="N",
+        help="of the cluster, each with the whole model (default: one of each GPU; of each machine if there is none)",
+    )
+
+
+def cluster_of(arguments: argparse.Namespace) -> Cluster | None:
+    """What the options say of a cluster; None where the work is done here.
+
+    Raises:
+        InstallationError: Ray is not installed.
+        SettingsError: workers without a cluster.
+    """
+    if arguments.ray is None:
+        if arguments.ray_workers is not None:
+            raise SettingsError("--ray-workers without --ray: they are of a cluster", "give --ray ADDRESS too")
+        return None
+    require("--ray", "ray")
+    return Cluster(address=arguments.ray, workers=arguments.ray_workers)
+
+
+def _ray_address(argument: str) -> str:
+    """The address of a cluster, as an argument."""
+    if argument in ("auto", "local") or _RAY_ADDRESS.fullmatch(argument):
+        return argument
+    raise argparse.ArgumentTypeError(f"{shown(argument)}: expected auto, local, HOST:PORT or ray://HOST:PORT")
 
 
 class _FormerName(argparse.Action):
@@ -136,8 +189,12 @@ def check(arguments: argparse.Namespace) -> None:
     """Check what needs no bundle and no prompts.
 
     Raises:
-        SettingsError: a keep ratio that keeps nothing, or two that no file's name tells apart.
+        InstallationError: as `cluster_of`.
+        ServerError: no server answers at --ray.
+        SettingsError: a keep ratio that keeps nothing, or two that no file's name tells apart; or as `cluster_of`.
     """
+    if (cluster := cluster_of(arguments)) is not None:
+        cluster.check()
     if 0.0 in arguments.keep_ratio:
         raise SettingsError(
             "--keep-ratio 0: expected numbers in (0, 1]", "for pruned steps that compute nothing, --methods forecast"

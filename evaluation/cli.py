@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_pruning import console
 from cat_pruning.errors import EngineError, SettingsError
-from cat_pruning.evaluation.arguments import check, parse
+from cat_pruning.evaluation.arguments import check, cluster_of, parse
 from cat_pruning.installation import require
 from cat_pruning.terminal import progress, say, terminal, waiting
 
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cat_pruning.bundle.bundle import Bundle
-    from cat_pruning.evaluation.evaluate import Advance, Generator
+    from cat_pruning.evaluation.about import About
+    from cat_pruning.evaluation.evaluate import Advance
     from cat_pruning.evaluation.metrics import Metric
+    from cat_pruning.evaluation.prompts import Prompt
     from cat_pruning.evaluation.results import ResultStore, RunSpec
+    from cat_pruning.evaluation.worker import Recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,36 +37,36 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check(arguments)
     require("cat-eval", "eval")
     console.check_address_space()
-    from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.bundle.outside import check_directory_outside
-    from cat_pruning.evaluation.clip_score import DEFAULT_CLIP_MODEL
     from cat_pruning.evaluation.evaluate import evaluate
-    from cat_pruning.evaluation.metrics import Metrics
     from cat_pruning.evaluation.place import alone
+    from cat_pruning.evaluation.pool import pool_of
     from cat_pruning.evaluation.prompts import load_prompts
     from cat_pruning.evaluation.report import write_report
     from cat_pruning.evaluation.results import ResultStore, clear, existing_spec
+    from cat_pruning.runtime.engine_choice import open_signed
 
     console.quiet_libraries()
     screen = terminal(stderr=True)
     check_directory_outside("--out", arguments.out)
     existing_spec(arguments.out, force=arguments.force)  # before the bundle is loaded
     prompts = load_prompts(arguments.prompts, arguments.limit)
-    bundle = Bundle.open(arguments.bundle)
-    metrics = _metrics(arguments, all(prompt.scene is not None for prompt in prompts))
-    clip_model = arguments.clip_model or DEFAULT_CLIP_MODEL
-    scorer = Metrics(metrics, prompts, clip_model, lpips_weights=arguments.lpips_weights)
-    with waiting(screen, "Load the bundle …"):
-        generator = _load(arguments, bundle)
-    spec = _spec(arguments, bundle, generator, [prompt.text for prompt in prompts], metrics)
-    with alone(arguments.out):
+    bundle = open_signed(arguments.bundle, arguments.public_key, arguments.engine)
+    recipe = _recipe(arguments, bundle, prompts)
+    with ExitStack() as stack:
+        with waiting(screen, "Load the bundle …") as status:
+            pool = stack.enter_context(
+                pool_of(recipe, cluster_of(arguments), status.update, lambda line: say(line, to=screen))
+            )
+        spec = _spec(arguments, bundle, recipe, pool.about)
+        stack.enter_context(alone(arguments.out))
         if arguments.force:
             clear(arguments.out)
         store = ResultStore(arguments.out, spec)
         if store.added:
             say(f"{arguments.out} grows: {', '.join(store.added)}", to=screen)
         with _progress(screen, store) as advance:
-            evaluate(store, prompts, scorer, generator, advance)
+            evaluate(store, prompts, pool, advance)
         say(str(write_report(arguments.out)))
 
 
@@ -100,76 +104,59 @@ def _methods(arguments: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
     return tuple(arguments.methods)
 
 
-def _load(arguments: argparse.Namespace, bundle: Bundle) -> Generator:
-    """The pipeline, and what makes AT-EDM's engine when it is needed."""
-    import functools
-
-    from cat_pruning.engines.torch_engine import TorchStepEngine
-    from cat_pruning.evaluation.at_edm import AtEdmStepEngine
-    from cat_pruning.evaluation.evaluate import Generator
-    from cat_pruning.evaluation.solvers import SOLVERS, check_solver
-    from cat_pruning.families import family_named
-    from cat_pruning.runtime.engine_choice import engine_from_bundle
-    from cat_pruning.runtime.pipeline import load_pipeline
-    from cat_pruning.runtime.transformer import CatTransformer
+def _recipe(arguments: argparse.Namespace, bundle: Bundle, prompts: list[Prompt]) -> Recipe:
+    """How a worker loads the pipeline, and what it measures; paths are absolute, because it may be elsewhere."""
+    from cat_pruning.bundle.places import is_url
+    from cat_pruning.evaluation.clip_score import DEFAULT_CLIP_MODEL
+    from cat_pruning.evaluation.worker import Recipe
     from cat_pruning.settings import Reuse
 
-    manifest = bundle.manifest
     # The paper's in what the methods vary, whatever the bundle's defaults are.
-    settings = manifest.settings.replace(refresh_every=0, schedule=None, reuse=Reuse.REPEAT)
+    settings = bundle.manifest.settings.replace(refresh_every=0, schedule=None, reuse=Reuse.REPEAT)
     if arguments.full_steps is not None:
         settings = settings.replace(full_steps=arguments.full_steps)
-    arguments.methods = _methods(arguments, bundle)
-    pipe = load_pipeline(arguments.bundle, arguments.engine, settings=settings)
-    pipe.set_progress_bar_config(disable=True)
-    for method in arguments.methods:
-        if method in SOLVERS:
-            check_solver(method, pipe.scheduler)
-
-    @functools.cache
-    def at_edm() -> CatTransformer:
-        engine = engine_from_bundle(bundle, "torch")
-        assert isinstance(engine, TorchStepEngine)
-        return CatTransformer(AtEdmStepEngine(engine.transformer), settings)
-
-    text = family_named(manifest.family, manifest.transformer_config).pipeline_arguments(
-        pipe, manifest.geometry.text_length
+    clip_model, weights, key = arguments.clip_model, arguments.lpips_weights, arguments.public_key
+    if clip_model is not None and Path(clip_model).exists():
+        clip_model = str(Path(clip_model).absolute())
+    return Recipe(
+        bundle=arguments.bundle if is_url(arguments.bundle) else arguments.bundle.absolute(),
+        public_key=None if key is None else key.absolute(),
+        engine=arguments.engine,
+        settings=settings,
+        methods=_methods(arguments, bundle),
+        metrics=tuple(_metrics(arguments, all(prompt.scene is not None for prompt in prompts))),
+        prompts=tuple(prompts),
+        clip_model=clip_model or DEFAULT_CLIP_MODEL,
+        lpips_weights=None if weights is None else weights.absolute(),
     )
-    return Generator(pipe=pipe, transformer=pipe.transformer, at_edm=at_edm, settings=settings, text_arguments=text)
 
 
-def _spec(
-    arguments: argparse.Namespace, bundle: Bundle, generator: Generator, prompts: list[str], metrics: list[Metric]
-) -> RunSpec:
-    import inspect
-
-    from cat_pruning.evaluation.results import RunSpec, machine
+def _spec(arguments: argparse.Namespace, bundle: Bundle, recipe: Recipe, about: About) -> RunSpec:
+    from cat_pruning.evaluation.results import RunSpec
     from cat_pruning.evaluation.sweep import Sweep
 
-    manifest, pipe = bundle.manifest, generator.pipe
-    guidance = arguments.guidance_scale
-    if guidance is None:
-        guidance = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    manifest = bundle.manifest
+    guidance = about.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
     height, width = arguments.resolution or (manifest.profiles[0].height, manifest.profiles[0].width)
-    engine = generator.transformer.engine.name
+    prompts = tuple(prompt.text for prompt in recipe.prompts)
     sweep = Sweep(
         bundle=bundle,
         height=height,
         width=width,
         guided=guidance > 1.0,
-        settings=generator.settings,
+        settings=recipe.settings,
         steps=arguments.steps,
         keep_ratios=arguments.keep_ratio,
-        methods=arguments.methods,
+        methods=recipe.methods,
         prompts=len(prompts),
         curve_prompts=arguments.curve_prompts,
-        engine=engine,
+        engine=about.engine,
     )
     return RunSpec(
         bundle=bundle.path.name,
         bundle_sha256=manifest.digest,
-        engine=engine,
-        prompts=tuple(prompts),
+        engine=about.engine,
+        prompts=prompts,
         prompts_source=arguments.prompts,
         seeds=arguments.seeds,
         batch=arguments.batch,
@@ -177,10 +164,10 @@ def _spec(
         height=height,
         width=width,
         guidance_scale=float(guidance),
-        metrics=tuple(metric.score for metric in metrics),
-        settings=generator.settings.to_dict(),
+        metrics=tuple(metric.score for metric in recipe.metrics),
+        settings=recipe.settings.to_dict(),
         candidates=sweep.candidates(),
-        machine=machine(),
+        machine=about.machine,
     )
 
 

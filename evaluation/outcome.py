@@ -29,7 +29,10 @@ class Outcome:
         grouped: dict[str, dict[tuple[int, int], ImageResult]] = {}
         for result in found:
             grouped.setdefault(result.candidate, {})[result.prompt, result.seed] = result
-        self.results = {key: list(images.values()) for key, images in grouped.items()}
+        # In one order, whatever order they were made in: sums of floats depend on it.
+        self.results = {
+            key: sorted(images.values(), key=lambda each: (each.seed, each.prompt)) for key, images in grouped.items()
+        }
         self.candidates = tuple(candidate for candidate in self.spec.candidates if candidate.key in self.results)
         self.metrics = tuple(
             metric

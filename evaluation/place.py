@@ -29,9 +29,14 @@ REMEDY = "give another --out"
 _LOCK = ".lock"
 
 
-def picture_name(prompt: int) -> str:
-    """The file of a prompt's first image, in its candidate's folder."""
-    return f"{prompt:05d}-0.png"
+def picture_place(candidate: str, prompt: int) -> str:
+    """The file of a candidate's first image of a prompt, relative to the directory."""
+    return f"{IMAGES}/{candidate}/{prompt:05d}-0.png"
+
+
+def token_map_place(candidate: str) -> str:
+    """The file of a candidate's token map, likewise."""
+    return f"{TOKENS}/{candidate}.png"
 
 
 def check_writable_place(directory: Path) -> None:

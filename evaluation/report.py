@@ -11,7 +11,7 @@ from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.charts import Picture, inline_picture, quality_curves
 from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.outcome import Outcome
-from cat_pruning.evaluation.place import IMAGES, REPORT, TOKENS, picture_name
+from cat_pruning.evaluation.place import REPORT, picture_place, token_map_place
 from cat_pruning.evaluation.results import RunSpec
 from cat_pruning.evaluation.tables import columns, groups
 from cat_pruning.evaluation.wording import summary
@@ -99,12 +99,12 @@ def _sheet_picture(found: Outcome, candidate: Candidate, prompt: int) -> Picture
         for metric, value in values
         if value is not None
     )
-    return inline_picture(found.directory / IMAGES / candidate.key / picture_name(prompt), caption, _SHEET_PIXELS)
+    return inline_picture(found.directory / picture_place(candidate.key, prompt), caption, _SHEET_PIXELS)
 
 
 def _token_maps(found: Outcome) -> list[Picture]:
     maps = [
-        inline_picture(found.directory / TOKENS / f"{candidate.key}.png", f"{candidate.title}, {candidate.steps} steps")
+        inline_picture(found.directory / token_map_place(candidate.key), f"{candidate.title}, {candidate.steps} steps")
         for candidate in found.candidates
     ]
     return [picture for picture in maps if picture.uri]

@@ -28,7 +28,8 @@ from cat_pruning.evaluation.place import (
     TOKENS,
     check_listed,
     check_writable_place,
-    picture_name,
+    picture_place,
+    token_map_place,
 )
 from cat_pruning.files import parse_json, read_json, read_text, write_whole
 from cat_pruning.ours import check_files, remove_ours
@@ -76,8 +77,8 @@ class RunSpec:
         """The files of the evaluation, relative to its directory: what may be deleted and written over."""
         keys = [candidate.key for candidate in self.candidates]
         sheet = range(min(self.sheet, len(self.prompts)))
-        pictures = {f"{IMAGES}/{key}/{picture_name(prompt)}" for key in keys for prompt in sheet}
-        return {RUN, RESULTS, REPORT, *pictures, *(f"{TOKENS}/{key}.png" for key in keys)}
+        pictures = {picture_place(key, prompt) for key in keys for prompt in sheet}
+        return {RUN, RESULTS, REPORT, *pictures, *map(token_map_place, keys)}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

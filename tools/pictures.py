@@ -33,23 +33,38 @@ _FONT_PIXELS = 18
 
 
 def draw_token_map(records: Sequence[StepRecord], path: str | Path, image: Image.Image | None, row: int = -1) -> None:
+    """Draw which tokens were computed when, as a file: see `token_map`.
+
+    Args:
+        records: as there, and so are all others but one.
+        path: the PNG; an existing file is replaced at once, never half.
+        image: as there.
+        row: as there.
+
+    Raises:
+        SettingsError: as there, or a path that is no PNG.
+        ShapeError: as there.
+        OutputError: the file cannot be written.
+    """
+    path = _png_path(path)
+    _write(path, token_map(records, image, row))
+
+
+def token_map(records: Sequence[StepRecord], image: Image.Image | None, row: int = -1) -> bytes:
     """Draw which tokens were computed when, as one PNG: image, clusters, a heat map, then every pruned step.
 
     Args:
         records: the steps of one image, in order; full steps are counted in the header only.
-        path: the PNG; an existing file is replaced at once, never half.
         image: what was generated, dimmed under the tokens; None draws them on plain grey.
         row: row of the batch; the default is the last, with guidance the conditional row of the last prompt.
 
     Copies the records' tensors to the host, which synchronises.
 
     Raises:
-        SettingsError: no pruned step among the records, a row outside the batch, or a path that is no PNG.
+        SettingsError: no pruned step among the records, or a row outside the batch.
         ShapeError: records of different token grids.
-        OutputError: the file cannot be written.
     """
     pruned = _pruned_steps(records, row)
-    path = _png_path(path)
     layout = _Layout.of(len(pruned), pruned[0].grid)
     figure = Figure(figsize=(layout.width, layout.height), dpi=_DOTS_PER_INCH, layout="constrained")
     figure.suptitle(_header(records, pruned), fontsize=11, x=0.012, ha="left", linespacing=1.5)
@@ -66,7 +81,7 @@ def draw_token_map(records: Sequence[StepRecord], path: str | Path, image: Image
         axes.set_title(title, fontsize=font_size, pad=2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    _write(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def draw_comparison(panels: Sequence[tuple[Image.Image, str]], path: str | Path) -> None:

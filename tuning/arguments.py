@@ -19,6 +19,7 @@ from cat_pruning.arguments import (
     whole,
 )
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.arguments import add_cluster, cluster_of
 from cat_pruning.names import ENGINES
 
 _EXAMPLES = """\
@@ -83,6 +84,7 @@ def _parser() -> Parser:
         metavar="DIR",
         help="of recordings, tune.json and tune.png (default: beside the bundle, NAME.tune)",
     )
+    add_cluster(parser)
     parser.add_argument("--no-peers", action="store_true", help="measure the schedules alone, nothing beside them")
     parser.add_argument("--force", action="store_true", help="record anew")
     return parser
@@ -93,8 +95,12 @@ def check(arguments: argparse.Namespace) -> None:
 
     Raises:
         SettingsError: a number outside its range, or options that do not go together.
+        InstallationError: as `cluster_of`.
+        ServerError: no server answers at --ray.
         OutputError: --recordings is no directory, or cannot be written.
     """
+    if (cluster := cluster_of(arguments)) is not None:
+        cluster.check()
     if arguments.speedup is not None and arguments.full is not None:
         raise SettingsError("--speedup and --full are both given", "give one of them")
     for speedup in arguments.speedup or ():

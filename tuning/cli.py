@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cat_pruning import console
 from cat_pruning.arguments import check_outputs
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.arguments import cluster_of
 from cat_pruning.installation import require
 from cat_pruning.terminal import progress, say, terminal, waiting
 from cat_pruning.tuning.arguments import budgets_of, check, parse
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cat_pruning.bundle.bundle import Bundle
+    from cat_pruning.evaluation.pool import Pool
     from cat_pruning.evaluation.prompts import Prompt
     from cat_pruning.schedule import Schedule
     from cat_pruning.tuning.job import Job
     from cat_pruning.tuning.measure import Outcome
+    from cat_pruning.tuning.worker import Tuner
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +44,11 @@ def _tune(arguments: argparse.Namespace) -> None:
     from cat_pruning.bundle.manifest import MANIFEST_NAME
     from cat_pruning.bundle.outside import check_directory_outside
     from cat_pruning.bundle.schedules import write_schedules
+    from cat_pruning.evaluation.pool import pool_of
     from cat_pruning.evaluation.prompts import load_prompts, tuning_prompts
     from cat_pruning.tuning.recorder import NUMBERS, PICTURE, existing_run, forget
     from cat_pruning.tuning.report import draw, table, to_json, write_json
+    from cat_pruning.tuning.worker import Recipe
 
     console.quiet_libraries()
     screen = terminal(stderr=True)
@@ -56,15 +60,21 @@ def _tune(arguments: argparse.Namespace) -> None:
     # Before the bundle is loaded, and the hour that recording takes.
     check_outputs([("the bundle's", bundle.path / MANIFEST_NAME)])
     existing_run(directory, force=arguments.force)
-    with waiting(screen, "Load the bundle …"):
-        job = _job(arguments, bundle, directory)
-        console.quiet_libraries()  # diffusers sets its own level when it is imported
-    budgets = budgets_of(arguments, job.steps, job.speed)
-    if arguments.force:
-        forget(directory)
-    with _progress(screen) as advance:
-        schedules, expected = job.tune(prompts, budgets, advance)
-        outcomes = job.measure(others, schedules, advance, peers=not arguments.no_peers)
+    _check_size(arguments, bundle)
+    recipe = Recipe(bundle=bundle.path.absolute(), engine=arguments.engine, scheduler=arguments.scheduler)
+    with ExitStack() as stack:
+        with waiting(screen, "Load the bundle …") as status:
+            pool = stack.enter_context(
+                pool_of(recipe, cluster_of(arguments), status.update, lambda line: say(line, to=screen))
+            )
+            console.quiet_libraries()  # diffusers sets its own level when it is imported
+        job = _job(arguments, bundle, pool, directory)
+        budgets = budgets_of(arguments, job.steps, job.speed)
+        if arguments.force:
+            forget(directory)
+        with _progress(screen) as advance:
+            schedules, expected = job.tune(prompts, budgets, advance)
+            outcomes = job.measure(others, schedules, advance, peers=not arguments.no_peers)
     full, *compared = outcomes
     measured = _with_measures(schedules, expected, compared, job)
     write_json(
@@ -100,58 +110,37 @@ def _check_prompts(arguments: argparse.Namespace, prompts: Sequence[Prompt], oth
         )
 
 
-def _job(arguments: argparse.Namespace, bundle: Bundle, directory: Path) -> Job:
-    from cat_pruning.bundle.profiles import profile_spec
-    from cat_pruning.families import family_named
-    from cat_pruning.runtime.pipeline import load_pipeline
-    from cat_pruning.settings import PruneSettings
+def _job(arguments: argparse.Namespace, bundle: Bundle, pool: Pool[Tuner], directory: Path) -> Job:
     from cat_pruning.tuning.job import Job
 
-    manifest = bundle.manifest
-    pipe = load_pipeline(bundle.path, arguments.engine, settings=PruneSettings())
-    pipe.set_progress_bar_config(disable=True)
-    if arguments.scheduler is not None:
-        pipe.scheduler = _scheduler(arguments.scheduler, pipe.scheduler)
-    defaults = inspect.signature(pipe.__call__).parameters
-    height, width = arguments.resolution or (manifest.profiles[0].height, manifest.profiles[0].width)
-    # Told here in pixels, before the text encoders run.
-    profile_spec(height, width, 1, geometry=manifest.geometry, settings=PruneSettings(), guidance=manifest.guidance)
-    guidance = arguments.guidance_scale
+    about, guidance = pool.about, arguments.guidance_scale
+    height, width = _size(arguments, bundle)
     return Job(
         bundle=bundle,
-        pipe=pipe,
+        pool=pool,
         directory=directory,
-        steps=arguments.steps or defaults["num_inference_steps"].default,
-        guidance_scale=float(guidance if guidance is not None else defaults["guidance_scale"].default),
+        steps=arguments.steps or about.steps,
+        guidance_scale=float(guidance if guidance is not None else about.guidance_scale),
         height=height,
         width=width,
         batch=arguments.batch,
         seed=arguments.seed,
-        text_arguments=family_named(manifest.family, manifest.transformer_config).pipeline_arguments(
-            pipe, manifest.geometry.text_length
-        ),
     )
 
 
-def _scheduler(name: str, before: Any) -> Any:
-    """The scheduler of this class, with the config of the one before.
+def _size(arguments: argparse.Namespace, bundle: Bundle) -> tuple[int, int]:
+    first = bundle.manifest.profiles[0]
+    return arguments.resolution or (first.height, first.width)
 
-    Raises:
-        SettingsError: diffusers has none of this name, it cannot be made so, or is not stepped as a pipeline steps one.
-    """
-    import diffusers
 
-    found: Any = getattr(diffusers, name, None)
-    is_one = inspect.isclass(found) and issubclass(found, diffusers.SchedulerMixin) and hasattr(found, "step")
-    if not is_one:
-        raise SettingsError(f"--scheduler {name}: diffusers has no such scheduler")
-    needed = [each.name for each in inspect.signature(found.step).parameters.values() if each.default is each.empty]
-    if strange := [each for each in needed if each not in ("self", "model_output", "timestep", "sample", "kwargs")]:
-        raise SettingsError(f"--scheduler {name}: its steps need {', '.join(strange)}, which no such pipeline has")
-    try:
-        return found.from_config(before.config)
-    except (TypeError, ValueError, NotImplementedError) as error:  # arguments that it has no defaults of
-        raise SettingsError(f"--scheduler {name}: it cannot be made from the pipeline's ({error})") from error
+def _check_size(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    """Tell a size that the model cannot take in pixels, before the text encoders run."""
+    from cat_pruning.bundle.profiles import profile_spec
+    from cat_pruning.settings import PruneSettings
+
+    manifest = bundle.manifest
+    height, width = _size(arguments, bundle)
+    profile_spec(height, width, 1, geometry=manifest.geometry, settings=PruneSettings(), guidance=manifest.guidance)
 
 
 def _with_measures(

@@ -7,32 +7,28 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import torch
+from typing import Any
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.budgets import cat_at, forecast_at, macs_of_full_steps
 from cat_pruning.evaluation.candidates import TUNED
+from cat_pruning.evaluation.pool import Pool
 from cat_pruning.evaluation.prompts import Prompt
-from cat_pruning.evaluation.results import machine
 from cat_pruning.evaluation.solvers import SOLVERS, check_solver
 from cat_pruning.evaluation.sweep import costs
 from cat_pruning.exporter.macs import ImageMacs
 from cat_pruning.schedule import MadeFor, Schedule, config_sha256
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import never_pruned
+from cat_pruning.tuning.fitting import fit
 from cat_pruning.tuning.measure import FULL, Contender, Outcome, measure
 from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.recordings import Recordings
-from cat_pruning.tuning.replay import Replay
-from cat_pruning.tuning.scheduler_matrix import TOLERANCE, scheduler_matrix
-from cat_pruning.tuning.tune import fit_schedules, most_steps
+from cat_pruning.tuning.tune import most_steps
+from cat_pruning.tuning.worker import Tuner
 
 Advance = Callable[[str, int, int], None]  # called with a stage, its total, and how much more of it is done
-# What the rounding of the latents after every step may add up to, relative.
-_ROUNDED: Final = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,15 +37,14 @@ class Job:
 
     Attributes:
         bundle: whose model is tuned.
-        pipe: over it; its settings are changed.
+        pool: its workers have the pipeline over it.
         directory: of the recordings.
         steps, guidance_scale, height, width: of the pipeline's calls.
         batch: prompts at once. seed: of the first recording.
-        text_arguments: passed to the pipeline's call as they are.
     """
 
     bundle: Bundle
-    pipe: Any
+    pool: Pool[Tuner]
     directory: Path
     steps: int
     guidance_scale: float
@@ -57,7 +52,6 @@ class Job:
     width: int
     batch: int
     seed: int
-    text_arguments: dict[str, Any]
 
     @functools.cached_property
     def full_macs(self) -> int:
@@ -89,17 +83,11 @@ class Job:
             OutputError: the recordings cannot be written.
         """
         run = self._run(prompts)
-        configs = run.configs(self.text_arguments)
         stage = f"record {self.steps} steps"
-        recorded = record(
-            self.pipe, run, self.text_arguments, self.directory, lambda n: advance(stage, len(prompts), n)
-        )
-        replay = Replay(self.pipe, configs, recorded.timesteps)
-        matrix = scheduler_matrix(replay.scheduler)
+        recorded = record(self.pool, run, self.directory, lambda n: advance(stage, len(prompts), n))
         recordings = recorded.recordings
-        recordings.check(matrix, _ROUNDED[self.pipe.transformer.dtype])
         total = most_steps(budgets, recordings.count, self.batch)
-        found = fit_schedules(replay, recordings, matrix, budgets, self.batch, lambda n: advance("fit", total, n))
+        found = fit(self.pool, recorded, run.configs(), budgets, self.batch, lambda n: advance("fit", total, n))
         advance("fit", total, total)  # the bar goes no further: choices that begin alike shared steps
         schedules = [
             Schedule.of(
@@ -123,19 +111,19 @@ class Job:
         run = self._run(prompts)
         configs = [
             dataclasses.replace(config, seed=first)
-            for first, config in zip(range(0, len(prompts), self.batch), run.configs(self.text_arguments), strict=True)
+            for first, config in zip(range(0, len(prompts), self.batch), run.configs(), strict=True)
         ]
-        return measure(self.pipe, contenders, prompts, configs, lambda n: advance("measure images", total, n))
+        return measure(self.pool, contenders, prompts, configs, lambda n: advance("measure images", total, n))
 
     def machine(self) -> dict[str, str]:
         """Processor, libraries and engine."""
-        return machine() | {"engine": self.pipe.transformer.engine.name}
+        return self.pool.about.machine | {"engine": self.pool.about.engine}
 
     def _run(self, prompts: Sequence[Prompt]) -> RecordedRun:
-        scheduler = self.pipe.scheduler
+        scheduler = self.pool.about.scheduler
         return RecordedRun(
             bundle=self.bundle.manifest.digest,
-            engine=self.pipe.transformer.engine.name,
+            engine=self.pool.about.engine,
             scheduler={"class": type(scheduler).__name__, **scheduler.config},
             steps=self.steps,
             prompts=tuple(prompt.text for prompt in prompts),
@@ -151,7 +139,7 @@ class Job:
         return MadeFor(
             transformer_class=manifest.transformer_class,
             config_sha256=config_sha256(manifest.transformer_config),
-            scheduler=type(self.pipe.scheduler).__name__,
+            scheduler=type(self.pool.about.scheduler).__name__,
             guidance_scale=self.guidance_scale,
             height=self.height,
             width=self.width,
@@ -182,7 +170,7 @@ class Job:
             tuned,
             pruned("forecast", forecast_at(budget, steps, macs)),
             fewer("fewer steps"),
-            *(fewer(name, solver=name) for name in SOLVERS if _is_possible(name, self.pipe.scheduler)),
+            *(fewer(name, solver=name) for name in SOLVERS if _is_possible(name, self.pool.about.scheduler)),
             pruned("cat", cat_at(budget, steps, PruneSettings(), self.macs)),
         ]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
-from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
+from cat_pruning.evaluation.pool import Pool, Tell
 from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.solvers import solver_in
+from cat_pruning.evaluation.worker import last_latents
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate
+from cat_pruning.tuning.worker import Tuner
 
 FULL: Final = "full"  # what the others are held against
 
@@ -59,16 +61,31 @@ class Outcome:
     seconds: float
 
 
-@dataclass(slots=True)
-class _Scores:
-    error: list[float | None] = field(default_factory=list)
-    psnr_db: list[float | None] = field(default_factory=list)
-    change: list[float | None] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A job: a batch of prompts, and who makes its images, the full run first.
+
+    Attributes:
+        config: the pipeline's call; each contender changes the steps.
+        metrics, prompts: what the images are scored by.
+    """
+
+    config: GenerateConfig
+    metrics: tuple[Metric, ...]
+    prompts: tuple[Prompt, ...]
+    contenders: tuple[Contender, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A contender's images of a batch: their scores by `Metric.score`, and the seconds of all of them."""
+
+    scores: list[dict[str, float | None]]
+    seconds: float
 
 
 def measure(
-    pipe: Any,
+    pool: Pool[Tuner],
     contenders: Sequence[Contender],
     prompts: Sequence[Prompt],
     configs: Sequence[GenerateConfig],
@@ -77,30 +94,41 @@ def measure(
     """Make every contender's images of the same prompts and noise, and hold them against the full run's.
 
     Args:
-        pipe: a pipeline with a `CatTransformer`; its settings are changed.
+        pool: its workers make the images.
         contenders: in the order of the results; the first is the full run.
         prompts: all of them.
         configs: the pipeline's calls, in the order of the prompts; each contender changes the steps.
         advance: called with the number of images that were made.
+
+    Raises:
+        CatError: as `Pool.run`.
     """
     square = all(config.height == config.width for config in configs)
     scenes = square and all(prompt.scene is not None for prompt in prompts)
-    metrics = Metrics([Metric.LATENTS, Metric.PSNR, *([Metric.COVERAGE] if scenes else [])], prompts)
-    scores = [_Scores() for _ in contenders]
-    for config, batch in zip(configs, _batches(prompts, configs), strict=True):
-        full: Sample | None = None
-        of_full: list[dict[str, float | None]] = []
-        for contender, collected in zip(contenders, scores, strict=True):
-            sample, seconds = _sample(pipe, config, contender)
-            full = full or sample
-            of_sample = metrics.score(sample, full, batch)
-            of_full = of_full or of_sample
-            collected.error += [score["latents_error"] for score in of_sample]
-            collected.psnr_db += [score["psnr_db"] for score in of_sample]
-            collected.change += [_change(one, other) for one, other in zip(of_sample, of_full, strict=True)]
-            collected.seconds.append(seconds / len(batch))
-            advance(len(batch))
-    return [_outcome(contender, collected) for contender, collected in zip(contenders, scores, strict=True)]
+    metrics = (Metric.LATENTS, Metric.PSNR, *([Metric.COVERAGE] if scenes else []))
+    batches = [
+        Batch(config=config, metrics=metrics, prompts=tuple(some), contenders=tuple(contenders))
+        for config, some in zip(configs, _batches(prompts, configs), strict=True)
+    ]
+    found: list[list[Scored]] = [[] for _ in batches]  # of every batch, in the order of the contenders
+
+    def keep(number: int, scored: Scored) -> None:
+        found[number].append(scored)
+        advance(len(scored.scores))
+
+    pool.run(make_images, batches, keep)
+    of_contenders = list(zip(*found, strict=True))
+    return [_outcome(each, scored, of_contenders[0]) for each, scored in zip(contenders, of_contenders, strict=True)]
+
+
+def make_images(worker: Tuner, batch: Batch, tell: Tell) -> None:
+    """Make a batch's images and tell `Scored` of every contender, in their order."""
+    metrics = Metrics(batch.metrics, batch.prompts)
+    full: Sample | None = None
+    for contender in batch.contenders:
+        sample, seconds = _sample(worker, batch.config, contender)
+        full = full or sample
+        tell(Scored(scores=metrics.score(sample, full, batch.prompts), seconds=seconds))
 
 
 def _batches(prompts: Sequence[Prompt], configs: Sequence[GenerateConfig]) -> Iterator[Sequence[Prompt]]:
@@ -110,26 +138,28 @@ def _batches(prompts: Sequence[Prompt], configs: Sequence[GenerateConfig]) -> It
         first += len(config.prompts)
 
 
-def _sample(pipe: Any, config: GenerateConfig, contender: Contender) -> tuple[Sample, float]:
-    changed = dataclasses.replace(config, steps=contender.steps)
+def _sample(worker: Tuner, config: GenerateConfig, contender: Contender) -> tuple[Sample, float]:
+    pipe, changed = worker.pipe, worker.call(dataclasses.replace(config, steps=contender.steps))
     with solver_in(pipe, contender.solver) if contender.solver else nullcontext(), last_latents(pipe) as latents:
         run = generate(pipe, contender.settings, changed)
     return Sample(images=run.images, latents=latents[-1].float()), run.seconds
 
 
-def _change(score: dict[str, float | None], of_full: dict[str, float | None]) -> float | None:
-    one, other = score.get("coverage"), of_full.get("coverage")
-    return one - other if one is not None and other is not None else None
-
-
-def _outcome(contender: Contender, scores: _Scores) -> Outcome:
-    prompts = range(len(scores.error))
-    error = mean_interval(scores.error, prompts)
+def _outcome(contender: Contender, batches: Sequence[Scored], of_full: Sequence[Scored]) -> Outcome:
+    scores = [score for batch in batches for score in batch.scores]
+    others = [score for batch in of_full for score in batch.scores]
+    prompts = range(len(scores))
+    error = mean_interval([score["latents_error"] for score in scores], prompts)
     assert error is not None
     return Outcome(
         contender=contender,
         error=error,
-        psnr_db=mean_interval(scores.psnr_db, prompts),
-        score_change=mean_interval(scores.change, prompts),
-        seconds=sorted(scores.seconds)[len(scores.seconds) // 2],
+        psnr_db=mean_interval([score["psnr_db"] for score in scores], prompts),
+        score_change=mean_interval([_change(*pair) for pair in zip(scores, others, strict=True)], prompts),
+        seconds=sorted(batch.seconds / len(batch.scores) for batch in batches)[len(batches) // 2],
     )
+
+
+def _change(score: dict[str, float | None], of_full: dict[str, float | None]) -> float | None:
+    one, other = score.get("coverage"), of_full.get("coverage")
+    return one - other if one is not None and other is not None else None

@@ -28,13 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.evaluation.pool import Pool, Tell
 from cat_pruning.files import check_writable_directory, read_json, replacing, write_whole
 from cat_pruning.ours import check_files, check_ours, remove_ours
-from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 from cat_pruning.tuning.guidance import check_parts, parts_of
 from cat_pruning.tuning.recordings import Recordings
 from cat_pruning.tuning.stored_batch import as_recordings, check_batch, stored_batch
+from cat_pruning.tuning.worker import Tuner
 
 RUN, NUMBERS, PICTURE = "run.json", "tune.json", "tune.png"
 _PLACES: Final = (RUN, NUMBERS, PICTURE, "batch-*.safetensors")
@@ -63,8 +64,8 @@ class RecordedRun:
     width: int
     guidance_scale: float
 
-    def configs(self, text_arguments: dict[str, Any]) -> list[GenerateConfig]:
-        """The pipeline's calls, one a batch."""
+    def configs(self) -> list[GenerateConfig]:
+        """The pipeline's calls, one a batch, as far as they do not depend on the pipeline."""
         return [
             GenerateConfig(
                 prompts=self.prompts[first : first + self.batch],
@@ -73,7 +74,6 @@ class RecordedRun:
                 steps=self.steps,
                 guidance_scale=self.guidance_scale,
                 seed=self.seed + first,
-                text_arguments=text_arguments,
             )
             for first in range(0, len(self.prompts), self.batch)
         ]
@@ -103,15 +103,12 @@ class Recorded:
     timesteps: tuple[float, ...]
 
 
-def record(
-    pipe: Any, run: RecordedRun, text_arguments: dict[str, Any], directory: Path, advance: Callable[[int], None]
-) -> Recorded:
+def record(pool: Pool[Tuner], run: RecordedRun, directory: Path, advance: Callable[[int], None]) -> Recorded:
     """Record what `directory` does not hold yet. Each batch is written whole or not at all.
 
     Args:
-        pipe: a pipeline with a `CatTransformer`.
+        pool: its workers record.
         run: what to record.
-        text_arguments: passed to the pipeline's call as they are.
         directory: made if it is not there.
         advance: called with the number of prompts that were recorded, or found.
 
@@ -120,30 +117,46 @@ def record(
             what no run leaves; the scheduler calls the model more than once a step; the pipeline has other guidance
             than the plain one.
         OutputError: it cannot be written, or holds files that no run lists where the recordings would be.
+        CatError: as `Pool.run`.
     """
     _begin(directory, run)
-    settings = never_pruned(pipe.transformer.settings, run.steps)
-    batches: list[dict[str, Tensor]] = []
-    for number, config in enumerate(run.configs(text_arguments)):
+    configs = run.configs()
+    batches: dict[int, dict[str, Tensor]] = {}
+
+    def timesteps() -> Tensor | None:
+        return batches[min(batches)]["timesteps"] if batches else None
+
+    def take(number: int, tensors: dict[str, Tensor]) -> None:
+        batches[number] = tensors
+        advance(len(configs[number].prompts))
+
+    for number, config in enumerate(configs):
+        if (tensors := stored_batch(directory / batch_name(number), run.marks(config))) is not None:
+            check_batch(directory / batch_name(number), tensors, len(config.prompts), config.steps, timesteps())
+            take(number, tensors)
+    missing = [number for number in range(len(configs)) if number not in batches]
+
+    def keep(job: int, tensors: dict[str, Tensor]) -> None:
+        number = missing[job]
         path = directory / batch_name(number)
-        marks = run.marks(config)
-        tensors = stored_batch(path, marks)
-        if tensors is not None:
-            first = batches[0]["timesteps"] if batches else None
-            check_batch(path, tensors, len(config.prompts), config.steps, first)
-        else:
-            tensors = _recorded(pipe, settings, config)
-            try:
-                with replacing(path) as part:
-                    save_file(tensors, part, metadata=marks)
-            except (OSError, SafetensorError) as error:
-                raise OutputError(f"{path} cannot be written ({error})", "make room") from error
-        batches.append(tensors)
-        advance(len(config.prompts))
+        if (first := timesteps()) is not None and not torch.equal(tensors["timesteps"], first):
+            raise SettingsError(
+                f"{directory} holds recordings of other timesteps than are recorded now",
+                f"{_REMEDY}, or --force to record anew",
+            )
+        try:
+            with replacing(path) as part:
+                save_file(tensors, part, metadata=run.marks(configs[number]))
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{path} cannot be written ({error})", "make room") from error
+        take(number, tensors)
+
+    pool.run(record_batch, [configs[number] for number in missing], keep)
+    ordered = [batches[number] for number in range(len(configs))]
     recordings = Recordings.joined(
-        [as_recordings(f"batch {number} of the prompts", batch) for number, batch in enumerate(batches)]
+        [as_recordings(f"batch {number} of the prompts", batch) for number, batch in enumerate(ordered)]
     )
-    return Recorded(recordings=recordings, timesteps=tuple(batches[0]["timesteps"].tolist()))
+    return Recorded(recordings=recordings, timesteps=tuple(ordered[0]["timesteps"].tolist()))
 
 
 def batch_name(number: int) -> str:
@@ -206,7 +219,15 @@ def _begin(directory: Path, run: RecordedRun) -> None:
         raise OutputError(f"{directory} cannot be written ({error.strerror or error})", _REMEDY) from error
 
 
-def _recorded(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> dict[str, Tensor]:
+def record_batch(worker: Tuner, config: GenerateConfig, tell: Tell) -> None:
+    """Run the full model on a batch, and tell what `stored_batch` reads.
+
+    Raises:
+        SettingsError: the scheduler calls the model more than once a step; the pipeline has other guidance than the
+            plain one.
+    """
+    pipe, config = worker.pipe, worker.call(config)
+    settings = never_pruned(pipe.transformer.settings, config.steps)
     with recorded_steps(pipe) as steps, recorded_noise(pipe) as noises:
         run = generate(pipe, settings, config)
     if len(steps) != len(run.records) or len(steps) != config.steps:
@@ -224,12 +245,14 @@ def _recorded(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> dic
     parts = [parts_of(noise, step.sample, config.guidance_scale) for noise, step in zip(noises, steps, strict=True)]
     for each, step in zip(parts, steps, strict=True):
         check_parts(each, step.output, pipe.transformer.dtype, pipe)
-    return {
-        "start": steps[0].sample,
-        "parts": torch.stack(parts, dim=1),
-        "final": steps[-1].result,
-        "timesteps": torch.tensor([record.timestep for record in run.records], dtype=torch.float64),
-    }
+    tell(
+        {
+            "start": steps[0].sample,
+            "parts": torch.stack(parts, dim=1),
+            "final": steps[-1].result,
+            "timesteps": torch.tensor([record.timestep for record in run.records], dtype=torch.float64),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -23,6 +23,7 @@ MOST_STEPS: Final = 10_000
 MOST_PROMPTS: Final = 4096  # of a batch
 MOST_TEXT: Final = 65_536  # tokens
 MOST_SEEDS: Final = 10_000  # images of a prompt
+MOST_WORKERS: Final = 10_000
 MOST: Final = 10**9  # of what costs nothing by itself
 _MOST_PIXELS: Final = 65_536  # of a side
 _SHOWN: Final = 40  # characters of a value in an error

@@ -114,7 +114,7 @@ def test_a_finished_run_computes_nothing(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(quick, out)
-    monkeypatch.setattr("cat_pruning.evaluation.evaluate.generate", None)
+    monkeypatch.setattr("cat_pruning.evaluation.worker.generate", None)
     assert run(mini_bundle, "--out", out, *QUICK) == 0
     assert (out / RESULTS).read_bytes() == (quick / RESULTS).read_bytes()
 

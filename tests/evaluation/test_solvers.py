@@ -17,8 +17,8 @@ from diffusers import (
 from torch import Tensor
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.evaluation.evaluate import last_latents
 from cat_pruning.evaluation.solvers import AB2, MULTISTEP, SOLVERS, UNIPC, SolverScheduler, check_solver, solver_in
+from cat_pruning.evaluation.worker import last_latents
 
 # diffusers' schedulers, of the pair of torch and numpy; nothing that a test is about
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

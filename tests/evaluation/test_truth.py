@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cat_pruning.evaluation import cli
-from cat_pruning.evaluation.evaluate import Generator
 from cat_pruning.evaluation.place import RESULTS
+from cat_pruning.evaluation.worker import Generator
 
 
 @pytest.mark.long
@@ -23,7 +23,7 @@ def test_the_truth_is_made_once_for_a_batch_and_only_if_it_is_needed(
     generate = Generator.__call__
 
     def recorded(generator: Generator, candidate: Any, config: Any) -> Any:
-        made.append((candidate.method, config.steps))
+        made.append((candidate.method, candidate.sampled_steps))
         return generate(generator, candidate, config)
 
     monkeypatch.setattr(Generator, "__call__", recorded)

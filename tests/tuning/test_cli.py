@@ -19,6 +19,7 @@ from cat_pruning.schedule import Schedule
 from cat_pruning.tools import generate_cli
 from cat_pruning.tuning import cli
 from cat_pruning.tuning.arguments import budgets_of, parse
+from cat_pruning.tuning.worker import scheduler_of
 
 CAPTION = "a large red circle above a small blue star on a plain black background"
 OPTIONS = [
@@ -148,7 +149,7 @@ def test_killed_it_leaves_the_bundle_as_it_was(
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cat_pruning.tuning.job.fit_schedules", interrupt)
+    monkeypatch.setattr("cat_pruning.tuning.fitting.fit_schedules", interrupt)
     assert run(bundle, *OPTIONS) == 130
     assert "recordings are kept" in capsys.readouterr().err
     assert sorted(path.relative_to(bundle) for path in bundle.rglob("*")) == before
@@ -220,7 +221,7 @@ def test_a_speedup_is_a_number_of_full_steps() -> None:
 )
 def test_a_scheduler_that_no_pipeline_takes(name: str, said: str) -> None:
     with pytest.raises(SettingsError, match=f"--scheduler {name}: {said}"):
-        cli._scheduler(name, FlowMatchEulerDiscreteScheduler())
+        scheduler_of(name, FlowMatchEulerDiscreteScheduler())
 
 
 def test_a_size_that_the_model_cannot_take_is_told_in_pixels(

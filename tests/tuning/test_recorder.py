@@ -6,13 +6,11 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cat_pruning.errors import OutputError
-from cat_pruning.settings import PruneSettings
 from cat_pruning.tuning.recorder import RecordedRun, existing_run, forget, record
 
 RUN = RecordedRun(
@@ -74,6 +72,6 @@ def test_what_is_no_file_in_a_batchs_place_is_told(tmp_path: Path, make: Any) ->
     """A pipe would be waited for without end."""
     write(tmp_path, "run.json")
     make(tmp_path / "batch-0000.safetensors")
-    pipe = SimpleNamespace(transformer=SimpleNamespace(settings=PruneSettings()))
+    pool: Any = None  # nothing is recorded
     with pytest.raises(OutputError, match=r"batch-0000\.safetensors is no file; move it away, or give another --rec"):
-        record(pipe, RUN, {}, tmp_path, lambda count: None)
+        record(pool, RUN, tmp_path, lambda count: None)

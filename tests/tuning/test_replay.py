@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.errors import OutputError, SettingsError
+from cat_pruning.evaluation.pool import LocalPool
 from cat_pruning.models import miniatures
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
+from cat_pruning.tools.generate import GenerateConfig
 from cat_pruning.tuning.guidance import check_parts, parts_of
 from cat_pruning.tuning.recorder import RecordedRun, record
 from cat_pruning.tuning.replay import Replay
 from cat_pruning.tuning.scheduler_matrix import scheduler_matrix
+from cat_pruning.tuning.worker import Tuner
 
 RUN = RecordedRun(
     bundle="0" * 64,
@@ -39,6 +42,16 @@ RUN = RecordedRun(
 TEXT: dict[str, Any] = {"max_sequence_length": 24}
 
 
+def local(pipe: Any, text: dict[str, Any] = TEXT) -> LocalPool[Tuner]:
+    """A pipeline in this process, of which nobody asks what it is."""
+    about: Any = None
+    return LocalPool(Tuner(about=about, pipe=pipe, text_arguments=text))
+
+
+def calls(run: RecordedRun, text: dict[str, Any] = TEXT) -> list[GenerateConfig]:
+    return [dataclasses.replace(config, text_arguments=text) for config in run.configs()]
+
+
 NAMES = ("batch-0000.safetensors", "batch-0001.safetensors")
 SCHEDULED: Any = SimpleNamespace(transformer=SimpleNamespace(settings=PruneSettings()))  # for what calls no model
 
@@ -48,7 +61,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recordings of noise, as `record` leaves them."""
     directory = tmp_path_factory.mktemp("recorded")
     (directory / "run.json").write_text(json.dumps(RUN.to_dict()))
-    for name, config in zip(NAMES, RUN.configs(TEXT), strict=True):
+    for name, config in zip(NAMES, calls(RUN), strict=True):
         runs = len(config.prompts)
         parts = torch.randn(runs, 4, 2, 3, generator=torch.Generator().manual_seed(config.seed))
         tensors = {
@@ -73,10 +86,10 @@ def test_replayed_at_the_recorded_latents_it_is_what_was_recorded(
 ) -> None:
     run = dataclasses.replace(RUN, guidance_scale=guidance_scale)
     done: list[int] = []
-    recorded = record(pipe, run, TEXT, tmp_path, done.append)
+    recorded = record(local(pipe), run, tmp_path, done.append)
     assert done == [2, 1]
     assert recorded.recordings.parts.shape[:3] == (3, 4, num_parts)
-    replay = Replay(pipe, run.configs(TEXT), recorded.timesteps)
+    replay = Replay(pipe, calls(run), recorded.timesteps)
     matrix = scheduler_matrix(replay.scheduler)
     recorded.recordings.check(matrix)
     for step in (3, 1, 0):  # in any order
@@ -93,8 +106,8 @@ def test_pixart_s_calls_and_its_scheduler_with_memory(tmp_path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer = CatTransformer.from_model(pipe.transformer)
     options = {"use_resolution_binning": False, "clean_caption": False}
-    recorded = record(pipe, RUN, options, tmp_path, lambda count: None)
-    replay = Replay(pipe, RUN.configs(options), recorded.timesteps)
+    recorded = record(local(pipe, options), RUN, tmp_path, lambda count: None)
+    replay = Replay(pipe, calls(RUN, options), recorded.timesteps)
     matrix = scheduler_matrix(replay.scheduler)
     recorded.recordings.check(matrix)
     found = replay(2, recorded.recordings.states(matrix, 2))
@@ -102,11 +115,11 @@ def test_pixart_s_calls_and_its_scheduler_with_memory(tmp_path: Path) -> None:
 
 
 def test_what_is_on_disk_is_not_recorded_again(pipe: Any, tmp_path: Path) -> None:
-    first = record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    first = record(local(pipe), RUN, tmp_path, lambda count: None)
     (tmp_path / "batch-0001.safetensors").write_bytes(b"half of it")
     calls: list[int] = []
     pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-    again = record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+    again = record(local(pipe), RUN, tmp_path, lambda count: None)
     assert len(calls) == 4  # the damaged batch's
     torch.testing.assert_close(again.recordings.parts, first.recordings.parts)
     assert again.timesteps == first.timesteps
@@ -138,13 +151,13 @@ def test_a_batch_on_disk_that_no_run_leaves_is_named(
     stored = load_file(recorded / NAMES[1])
     for name in ("run.json", NAMES[0]):
         shutil.copy(recorded / name, tmp_path)
-    config = RUN.configs(TEXT)[1]
+    config = calls(RUN)[1]
     changed = {
         name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in (stored | change(stored)).items()
     }
     save_file(changed, tmp_path / NAMES[1], metadata=RUN.marks(config) if marked else None)
     with pytest.raises(SettingsError, match=rf"{NAMES[1]} is no recording of its batch \(.*{says}.*; delete it"):
-        record(SCHEDULED, RUN, TEXT, tmp_path, lambda count: None)
+        record(local(SCHEDULED), RUN, tmp_path, lambda count: None)
 
 
 @pytest.mark.parametrize(
@@ -166,38 +179,33 @@ def test_a_batch_of_others_is_named(
         shutil.copy(recorded / source, tmp_path / name)
     (tmp_path / "run.json").write_text(json.dumps(run.to_dict()))
     with pytest.raises(SettingsError, match=f"{NAMES[0]} is no recording of its batch .{says}"):
-        record(SCHEDULED, run, TEXT, tmp_path, lambda count: None)
+        record(local(SCHEDULED), run, tmp_path, lambda count: None)
 
 
 def test_what_is_no_file_is_not_recorded_over(recorded: Path, tmp_path: Path) -> None:
     shutil.copy(recorded / "run.json", tmp_path)
     (tmp_path / NAMES[0]).mkdir()
     with pytest.raises(OutputError, match=f"{NAMES[0]} is no file; move it away"):
-        record(SCHEDULED, RUN, TEXT, tmp_path, lambda count: None)
+        record(local(SCHEDULED), RUN, tmp_path, lambda count: None)
 
 
 def test_a_run_file_that_is_damaged_is_named(pipe: Any, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(OutputError, match=r"has run\.json, not listed by the run\.json of recordings"):
-        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+        record(local(pipe), RUN, tmp_path, lambda count: None)
 
 
 def test_a_scheduler_of_second_order_is_refused(engines: dict[str, StepEngine], drop_in: Any, tmp_path: Path) -> None:
     pipe = drop_in(engines["onnxruntime"], scheduler=FlowMatchHeunDiscreteScheduler)
     with pytest.raises(SettingsError, match="FlowMatchHeunDiscreteScheduler took 7 steps with 4 noise levels for 4"):
-        record(pipe, RUN, TEXT, tmp_path, lambda count: None)
+        record(local(pipe), RUN, tmp_path, lambda count: None)
     assert not [*tmp_path.glob("batch-*")]
 
 
 def test_other_guidance_is_refused(pipe: Any, tmp_path: Path) -> None:
+    text = TEXT | {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
     with pytest.raises(SettingsError, match=r"called the transformer 7 times in 4 steps"):
-        record(
-            pipe,
-            RUN,
-            TEXT | {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0},
-            tmp_path,
-            lambda count: None,
-        )
+        record(local(pipe, text), RUN, tmp_path, lambda count: None)
 
 
 def test_guidance_that_is_rescaled_is_refused() -> None:
@@ -209,8 +217,8 @@ def test_guidance_that_is_rescaled_is_refused() -> None:
 
 
 def test_the_pipeline_is_as_it_was(pipe: Any, tmp_path: Path) -> None:
-    record(pipe, RUN, TEXT, tmp_path, lambda count: None)
-    Replay(pipe, RUN.configs(TEXT), (1000.0, 667.0, 334.0, 1.0))
+    record(local(pipe), RUN, tmp_path, lambda count: None)
+    Replay(pipe, calls(RUN), (1000.0, 667.0, 334.0, 1.0))
     assert "step" not in vars(pipe.scheduler)
     assert not pipe.transformer._forward_hooks
     assert not pipe.transformer._forward_pre_hooks
