@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic
 
-from cat_pruning import __version__, console
+import cat_pruning
+from cat_pruning import console
 from cat_pruning.errors import CatError, EngineError, InstallationError, ServerError
 from cat_pruning.evaluation.cluster import Cluster, Share
 from cat_pruning.evaluation.pool import JobT, Recipe, Told, Work, WorkerT
@@ -46,18 +47,18 @@ class Host:
 
     def load(self, version: str, recipe: bytes) -> About:
         """Load the worker."""
-        if version != __version__:
-            raise InstallationError(
-                f"it has cat-pruning {__version__}, expected {version}", "install the same on every machine"
-            )
-        self._worker = pickle.loads(recipe)()
+        with _on_this_machine():
+            if version != (here := cat_pruning.__version__):  # of the module: Ray copies globals with the class
+                raise InstallationError(f"cat-pruning is {here}, expected {version}", "install the same everywhere")
+            self._worker = pickle.loads(recipe)()
         about: About = self._worker.about
         return about
 
     def work(self, work: Work[Any, Any], job: Any) -> None:
         """Do a job; `next_piece` has what it tells."""
         try:
-            work(self._worker, job, lambda piece: self._pieces.put((piece,)))
+            with _on_this_machine():
+                work(self._worker, job, lambda piece: self._pieces.put((piece,)))
         finally:
             self._pieces.put(None)
 
@@ -69,7 +70,20 @@ class Host:
     @ray.method(concurrency_group="telling")  # type: ignore[untyped-decorator]
     def machine(self) -> str:
         """Where it is."""
-        return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+        return _machine()
+
+
+def _machine() -> str:
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+
+
+@contextmanager
+def _on_this_machine() -> Iterator[None]:
+    """Meanwhile, errors of ours say where they were raised."""
+    try:
+        yield
+    except CatError as error:
+        raise type(error)(f"worker on {_machine()}: {error.problem}", error.remedy) from error
 
 
 @dataclass(slots=True, eq=False)
@@ -145,21 +159,25 @@ class RayPool(Generic[WorkerT]):
             ServerError: worker after worker dies.
         """
         todo = deque(_Task(number, job) for number, job in enumerate(jobs))
-        while open_tasks := len(todo) + sum(hired.task is not None for hired in self._staff):
-            while len(self._staff) < min(self.size, open_tasks):
-                self._hire()
-            for hired in self._staff:
-                if hired.awaited is None and todo:
-                    self._begin(hired, work, todo.popleft())
-            by_reference = {hired.awaited: hired for hired in self._staff if hired.awaited is not None}
-            ready, _ = ray.wait(list(by_reference))
-            self._go_on(by_reference[ready[0]], todo, told)
+        try:
+            while unfinished := len(todo) + sum(hired.task is not None for hired in self._staff):
+                while len(self._staff) < min(self.size, unfinished):
+                    self._hire()
+                for hired in self._staff:
+                    if hired.awaited is None and todo:
+                        self._begin(hired, work, todo.popleft())
+                by_reference = {hired.awaited: hired for hired in self._staff if hired.awaited is not None}
+                ready, _ = ray.wait(list(by_reference))
+                self._go_on(by_reference[ready[0]], todo, told)
+        except BaseException:
+            self.close()  # nobody will ask the others for what they find
+            raise
 
     def _hire(self) -> _Hired:
         host: Any = Host
         options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus, "scheduling_strategy": "SPREAD"}
         actor = host.options(**options).remote()
-        hired = _Hired(actor, actor.load.remote(__version__, self._recipe))
+        hired = _Hired(actor, actor.load.remote(cat_pruning.__version__, self._recipe))
         self._staff.append(hired)
         return hired
 
@@ -220,12 +238,12 @@ class RayPool(Generic[WorkerT]):
 
     def close(self) -> None:
         """End the workers, whatever they do."""
-        for hired in self._staff:
-            ray.kill(hired.actor)
+        while self._staff:
+            ray.kill(self._staff.pop().actor)
 
 
 def _got(reference: Any) -> Any:
-    """What a reference stands for; what a worker raised is raised as it was, with its machine.
+    """What a reference stands for; what a worker raised is raised as it was.
 
     Raises:
         RayError: the worker, or its machine, is lost.
@@ -233,10 +251,7 @@ def _got(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, CatError):
-            raise type(cause)(f"worker on {error.ip}: {cause.problem}", cause.remedy) from error
-        raise cause from error
+        raise error.cause from error
 
 
 @contextmanager
