@@ -85,16 +85,23 @@ def _methods(arguments: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
 
     Raises:
         EngineError: AT-EDM was asked for and cannot run the model, or its attention cannot be seen.
+        SettingsError: a method is not known, or AT-EDM was asked for with a public key.
     """
     from cat_pruning.evaluation.at_edm import AtEdmStepEngine, at_edm_family
     from cat_pruning.evaluation.methods import AT_EDM, METHODS, check_method
     from cat_pruning.families import family_named
 
-    possible = arguments.engine in ("auto", "torch") and AtEdmStepEngine.supports(bundle.manifest.transformer_class)
+    seen = arguments.engine in ("auto", "torch") and arguments.public_key is None
+    possible = seen and AtEdmStepEngine.supports(bundle.manifest.transformer_class)
     if arguments.methods is None:
         return tuple(method for method in METHODS if method != AT_EDM or possible)
     for method in arguments.methods:
         check_method(method)
+    if AT_EDM in arguments.methods and arguments.public_key is not None:
+        raise SettingsError(
+            f"--methods {AT_EDM} and --public-key: it loads the checkpoint, which is not in the bundle and not signed",
+            "leave out one of them",
+        )
     if AT_EDM in arguments.methods and not possible:
         at_edm_family(family_named(bundle.manifest.family, bundle.manifest.transformer_config))
         raise EngineError(

@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import socket
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,10 +55,11 @@ class Host:
         about: About = self._worker.about
         return about
 
-    def work(self, work: Work[Any, Any], job: Any) -> None:
-        """Do a job; `next_piece` has what it tells."""
+    def work(self, task: bytes) -> None:
+        """Do a job; `next_piece` has what it tells. It is a pickle: one that cannot be read ends the job here."""
         try:
             with _on_this_machine():
+                work, job = pickle.loads(task)
                 work(self._worker, job, lambda piece: self._pieces.put((piece,)))
         finally:
             self._pieces.put(None)
@@ -183,7 +185,7 @@ class RayPool(Generic[WorkerT]):
 
     def _begin(self, hired: _Hired, work: Work[WorkerT, JobT], task: _Task[JobT]) -> None:
         task.heard, hired.task = 0, task
-        hired.work = hired.actor.work.remote(work, task.job)
+        hired.work = hired.actor.work.remote(pickle.dumps((work, task.job)))
         hired.awaited = hired.actor.next_piece.remote()
 
     def _go_on(self, hired: _Hired, todo: deque[_Task[Any]], told: Told) -> None:
@@ -220,7 +222,8 @@ class RayPool(Generic[WorkerT]):
         _log.debug("a worker was lost", exc_info=error)
         self._staff.remove(hired)
         ray.kill(hired.actor)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:_LONGEST_REASON]
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        reason = textwrap.shorten(last, _LONGEST_REASON, placeholder=" …")
         if hired.task is None:
             self._failed += 1
             losses, lost = self._failed, "died before it was loaded"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from signing_keys import write_keys
 
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.arguments import parse
 from cat_pruning.evaluation.methods import METHODS
 from cat_pruning.evaluation.place import RESULTS, RUN
+from cat_pruning.evaluation.prompts import load_prompts
 
 # What tells the methods apart, of few steps and scenes; `test_an_interruption_says_that_it_goes_on` has its own.
 QUICK = ["--quick", "--prompts", "scenes:2", "--steps", "10", "--full-steps", "4", "--guidance-scale", "3"]
@@ -175,6 +180,40 @@ def test_bad_input_is_one_line(
     assert error.startswith("cat-eval: ")
     assert says in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_is_not_signed_is_not_evaluated(
+    mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a directory and of a URL; AT-EDM loads what no signature is of."""
+    write_keys(tmp_path)
+    key = ["--public-key", tmp_path / "key.public.pem", "--out", tmp_path / "out", "--quick"]
+    for place in (mini_bundle, f"file://{mini_bundle}"):
+        assert run(place, *key) == 2
+        assert f"{place} is not signed: it has no " in capsys.readouterr().err
+    arguments = parse([str(mini_bundle), *map(str, key), "--methods", "cat,at-edm"])
+    with pytest.raises(SettingsError, match="--methods at-edm and --public-key: it loads the checkpoint"):
+        cli._recipe(arguments, Bundle.open(mini_bundle), [])
+    arguments.methods = None
+    assert "at-edm" not in cli._recipe(arguments, Bundle.open(mini_bundle), []).methods
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_elsewhere_can_load_what_is_asked_for(
+    mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its working directory is another, and nothing but a pickle gets there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    bundle, prompts = Bundle.open(mini_bundle), load_prompts("scenes:1")
+    given = ["--public-key", "k.pem", "--lpips-weights", "w.pth", "--clip-model", "clip", "--metrics", "clip,lpips"]
+    recipe = cli._recipe(parse(["bundle", "--out", "out", *given]), bundle, prompts)
+    assert (recipe.bundle, recipe.public_key) == (tmp_path / "bundle", tmp_path / "k.pem")
+    assert (recipe.lpips_weights, recipe.clip_model) == (tmp_path / "w.pth", str(tmp_path / "clip"))
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    url = parse(["hf://owner/name", "--out", "out", "--clip-model", "openai/clip-vit-base-patch16"])
+    recipe = cli._recipe(url, bundle, prompts)
+    assert (recipe.bundle, recipe.clip_model) == ("hf://owner/name", "openai/clip-vit-base-patch16")
 
 
 def test_former_names_are_taken_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,13 +22,18 @@ import pytest
 pytest.importorskip("ray", reason="ray is not installed: pip install 'cat-pruning[ray]'")
 
 import psutil
-from pool_workers import Plain, Recipe, count, die, die_after_two, fail
+import torch
+from pool_workers import Plain, Recipe, Unreadable, count, die, die_after_two, fail
+from safetensors.torch import load_file
 
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.errors import BundleError, CatError, EngineError, InstallationError, ServerError, SettingsError
 from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.cluster import Cluster
 from cat_pruning.evaluation.place import IMAGES, RESULTS, TOKENS
 from cat_pruning.evaluation.pool import Pool
+from cat_pruning.tuning import cli as tuning_cli
 
 with warnings.catch_warnings():  # Ray's own
     warnings.simplefilter("ignore")
@@ -143,6 +148,8 @@ def test_an_error_of_a_job_is_the_same_here(connect: Connect) -> None:
         assert re.fullmatch(r"worker on \S+ \([\d.]+\): the image is not finite; take bf16", str(found.value))
         with pytest.raises(ZeroDivisionError, match="by nobody"):
             pool.run(fail, ["theirs"], lambda number, piece: told.append(piece))
+        with pytest.raises(ValueError, match="it is of another version"):
+            pool.run(fail, [Unreadable()], lambda number, piece: told.append(piece))
     assert told == ["one", "one"]
 
 
@@ -252,3 +259,20 @@ def test_an_interruption_keeps_what_is_done(mini_bundle: Path, tmp_path: Path, a
     assert error.splitlines()[-1].startswith("cat-eval: interrupted; what is done is kept")
     assert results(out)
     assert not any(host.is_running() for host in hosts())
+
+
+def test_cat_tune_finds_the_same(mini_bundle: Path, tmp_path: Path, address: str) -> None:
+    options = ["--guidance-scale", "3", "--steps", "6", "--full", "4,3", "--prompts", "scenes:4", "--batch", "2"]
+    options += ["--measure", "scenes:2", "--engine", "onnxruntime", "--resolution", "64x64", "--no-peers"]
+    found = []
+    for name, more in (("here", []), ("there", ["--ray", address, "--ray-workers", "2"])):
+        bundle = tmp_path / name
+        shutil.copytree(mini_bundle, bundle, copy_function=os.link)
+        assert tuning_cli.main([str(bundle), *options, *more]) == 0
+        recordings = [load_file(path) for path in sorted(tmp_path.glob(f"{name}.tune/*.safetensors"))]
+        found.append((read_schedules(Bundle.open(bundle)), recordings))
+    (here, recorded), (there, others) = found
+    assert there == here
+    assert len(recorded) == len(others) == 2
+    for one, other in zip(recorded, others, strict=True):
+        assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
