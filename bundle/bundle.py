@@ -101,14 +101,20 @@ class Bundle:
         return path
 
     def verify_graphs(self) -> None:
-        """Verify the graphs and the files that they refer to, all that runs without a plan.
+        """Verify the step's graphs and the files that they refer to, all that runs without a plan.
 
         Raises:
             BundleError: as `verified`; also where a graph refers to a file that is not one of the bundle's.
         """
         for graph in self.manifest.graphs:
-            for name in external_files(self.verified(graph.file)):
-                self.verified(name)
+            self.verify_graph(graph.file)
+
+    def verify_graph(self, file: str) -> Path:
+        """Verify one graph and the files that it refers to, and return its path. Raises as `verify_graphs`."""
+        path = self.verified(file)
+        for name in external_files(path):
+            self.verified(name)
+        return path
 
     def verified_tree(self, prefix: str) -> Path:
         """The path of a directory, every file below it verified and none there that is not listed.

@@ -3,6 +3,7 @@
     Manifest
     ├── Source, transformer_class, transformer_config, dtype, guidance, PruneSettings    what was exported
     ├── Geometry, GraphSpec*, ProfileSpec*                                               its graphs and shapes
+    ├── ComponentSpec*                                                                   graphs of the other parts
     ├── MacsSpec*                                                                        what a step costs
     ├── PlanSpec*, PipelineSpec, schedules                                               what lies beside the graphs
     └── versions, FileSpec*                                                              what made it, what to check
@@ -28,6 +29,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 
 from cat_pruning.bundle.schema import (
     BundlePath,
+    ComponentSpec,
     FileSpec,
     Geometry,
     GraphSpec,
@@ -39,6 +41,7 @@ from cat_pruning.bundle.schema import (
     Spec,
 )
 from cat_pruning.bundle.signatures import PublicKey, read_signature
+from cat_pruning.components import Component, components_of
 from cat_pruning.dtype import DType
 from cat_pruning.errors import BundleError
 from cat_pruning.files import decoded, parse_json, read_bytes
@@ -46,7 +49,8 @@ from cat_pruning.names import Flavour
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, is_residual
 
-FORMAT_VERSION: Final = 6
+FORMAT_VERSION: Final = 7
+_READ: Final = (6, FORMAT_VERSION)  # 6 had no components
 MANIFEST_NAME: Final = "manifest.json"
 CHANGING_NAME: Final = ".changing.json"  # the names of the files that a change in place adds and drops
 
@@ -89,6 +93,7 @@ class Manifest(Spec):
     geometry: Geometry
     graphs: Annotated[tuple[GraphSpec, ...], Strict(False)]
     profiles: Annotated[tuple[ProfileSpec, ...], Strict(False), Field(min_length=1)]
+    components: Annotated[tuple[ComponentSpec, ...], Strict(False)] = ()
     macs: Annotated[tuple[MacsSpec, ...], Strict(False)] = ()
     plans: Annotated[tuple[PlanSpec, ...], Strict(False)] = ()
     pipeline: PipelineSpec | None = None
@@ -131,6 +136,32 @@ class Manifest(Spec):
             raise ValueError(f"the step does not take {', '.join(sorted(tensor.name for tensor in missing))}")
         return self
 
+    @model_validator(mode="after")
+    def _check_components(self) -> Self:
+        there = [spec.component for spec in self.components]
+        if len(set(there)) < len(there):
+            raise ValueError(f"two graphs of one component: {', '.join(there)}")
+        for part in {component.pipeline_part for component in there}:
+            if missing := set(components_of(part)) - set(there):
+                raise ValueError(f"{part} has no graph {', '.join(sorted(missing))}, and no weights without it")
+        if there and (self.pipeline is None or self.pipeline.kind != "copied"):
+            raise ValueError("graphs of a pipeline's parts, and no pipeline among the files that they are of")
+        if unknown := {str(plan.part) for plan in self.plans} - {*map(str, Part), *map(str, there)}:
+            raise ValueError(f"plans of {', '.join(sorted(unknown))}, of which there is no graph")
+        return self
+
+    def every_graph(self) -> tuple[GraphSpec | ComponentSpec, ...]:
+        """The step's graphs, then the components'."""
+        return (*self.graphs, *self.components)
+
+    def component(self, component: Component) -> ComponentSpec:
+        """The graph of one component, which there is."""
+        return next(spec for spec in self.components if spec.component is component)
+
+    def component_parts(self) -> tuple[str, ...]:
+        """The parts of the pipeline that are graphs, by diffusers' names."""
+        return tuple(dict.fromkeys(spec.component.pipeline_part for spec in self.components))
+
     def graph(self, part: Part) -> GraphSpec:
         """The graph of one part."""
         return next(graph for graph in self.graphs if graph.part is part)
@@ -139,7 +170,7 @@ class Manifest(Spec):
     def _check_files(self) -> Self:
         if not self.files:  # not yet: the writer of the bundle fills them in
             return self
-        if missing := [graph.file for graph in self.graphs if graph.file not in self.files]:
+        if missing := [graph.file for graph in self.every_graph() if graph.file not in self.files]:
             raise ValueError(f"graphs that are not among the files: {', '.join(missing)}")
         if missing := [plan.file for plan in self.plans if plan.file not in self.files]:
             raise ValueError(f"plans that are not among the files: {', '.join(missing)}")
@@ -192,6 +223,7 @@ class Manifest(Spec):
         for flavour in targets:
             words += ["--target", flavour]
         words += self._plan_options(targets)
+        words += ["--components", ",".join(parts)] if (parts := self.component_parts()) else []
         words += ["--controlnet"] if any(is_residual(tensor.name) for tensor in self.graph(Part.STEP).inputs) else []
         return shlex.join([*words, "--out", str(out), "--force"])
 
@@ -233,7 +265,7 @@ def parse_manifest(content: bytes, name: str, directory: Path) -> Manifest:
     try:
         fields = parse_json(text := decoded(content))
         # Before the schema, which is this version's and would only complain about fields.
-        if (version := fields.get("format_version") if isinstance(fields, dict) else None) != FORMAT_VERSION:
+        if (version := fields.get("format_version") if isinstance(fields, dict) else None) not in _READ:
             raise BundleError(f"has format version {version!r}, this cat-pruning reads version {FORMAT_VERSION}")
         manifest = Manifest.model_validate_json(text)
         if not manifest.files:

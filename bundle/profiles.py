@@ -8,9 +8,9 @@ DiT engines.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cat_pruning.bundle.schema import Geometry, GraphSpec, ProfileSpec
+from cat_pruning.bundle.schema import ComponentSpec, ComponentTensor, Geometry, GraphSpec, ProfileSpec
 from cat_pruning.errors import ShapeError
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import MAX_TIMESTEPS, Part, Shape, StepDims
@@ -89,3 +89,34 @@ def plan_profiles(graph: GraphSpec, profiles: Sequence[ProfileSpec], patch_size:
             if plan_profile not in plan_profiles:
                 plan_profiles.append(plan_profile)
     return plan_profiles
+
+
+def component_profiles(spec: ComponentSpec, profiles: Sequence[ProfileSpec]) -> list[PlanProfile]:
+    """The profiles that a plan of a component is built with, without repetitions.
+
+    A text encoder's: from one prompt to as many as a batch has, of any of its lengths. An autoencoder's: the sizes and
+    batches of the step's, static, so its tiles are none of them.
+    """
+    prompts = [profile.prompts for profile in profiles]
+    if spec.text_lengths is not None:
+        rows = zip((1, prompts[0], max(prompts)), spec.text_lengths, strict=True)
+        ranges = [{"batch": batch, "text_length": length} for batch, length in rows]
+        return [{tensor.name: _at(tensor, ranges) for tensor in spec.inputs}]
+    plan_profiles: list[PlanProfile] = []
+    for profile in profiles:
+        sizes = {
+            "batch": profile.prompts,
+            "latent_height": profile.latent_height,
+            "latent_width": profile.latent_width,
+            "height": profile.height,
+            "width": profile.width,
+        }
+        plan_profile = {tensor.name: _at(tensor, [sizes] * 3) for tensor in spec.inputs}
+        if plan_profile not in plan_profiles:
+            plan_profiles.append(plan_profile)
+    return plan_profiles
+
+
+def _at(tensor: ComponentTensor, sizes: Sequence[Mapping[str, int]]) -> tuple[Shape, Shape, Shape]:
+    lowest, best, highest = (tensor.shape_at(each) for each in sizes)
+    return lowest, best, highest

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, Strict, model_validator
 
+from cat_pruning.components import DIMENSIONS, Component
+from cat_pruning.errors import ShapeError
 from cat_pruning.names import Flavour
 from cat_pruning.step_io import Part, Shape, StepDims
 
@@ -27,9 +30,16 @@ def _dimension(name: str) -> str:
     return name
 
 
+def _component_dimension(name: str) -> str:
+    if name not in DIMENSIONS:
+        raise ValueError(f"{name!r} is no dimension; known are {', '.join(DIMENSIONS)}")
+    return name
+
+
 BundlePath = Annotated[str, AfterValidator(_inside)]
 Architecture = Annotated[str, Field(pattern=r"^sm\d{2,3}$")]  # sm90: compute capability 9.0
 _DimName = Annotated[str, AfterValidator(_dimension)]
+_ComponentDimName = Annotated[str, AfterValidator(_component_dimension)]
 
 
 class Spec(BaseModel):
@@ -123,6 +133,48 @@ class GraphSpec(Spec):
         return {tensor.name: tensor.shape_at(dims) for tensor in self.inputs}
 
 
+class ComponentTensor(Spec):
+    """An input or output of a component's graph: its ONNX type, and its shape with the dynamic dimensions by name."""
+
+    name: Annotated[str, Field(min_length=1)]
+    dtype: str
+    shape: Annotated[tuple[PositiveInt | _ComponentDimName, ...], Strict(False)]
+
+    def shape_at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with numbers for names."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+class ComponentSpec(Spec):
+    """The ONNX graph of one of the pipeline's other parts, whose weights are nowhere else in the bundle.
+
+    text_lengths: of a text encoder: the shortest, the usual and the longest text that its plans are built for.
+    """
+
+    component: Annotated[Component, Strict(False)]
+    file: BundlePath
+    inputs: Annotated[tuple[ComponentTensor, ...], Strict(False), Field(min_length=1)]
+    outputs: Annotated[tuple[ComponentTensor, ...], Strict(False), Field(min_length=1)]
+    text_lengths: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Strict(False)] | None = None
+
+    def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The dynamic dimensions of inputs by their names.
+
+        Raises:
+            ShapeError: an input is missing, has another number of dimensions, or one that does not fit the others.
+        """
+        sizes: dict[str, int] = {}
+        for tensor in self.inputs:
+            shape = tuple(shapes.get(tensor.name, ()))
+            fits = len(shape) == len(tensor.shape)
+            for dim, size in zip(tensor.shape, shape, strict=False):
+                fits = fits and (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) == size
+            if not fits:
+                expected = ", ".join(map(str, tensor.shape))
+                raise ShapeError(f"{self.file}: {tensor.name} has shape {shape}, expected ({expected})")
+        return sizes
+
+
 class MacsSpec(Spec):
     """Multiply-accumulates at a profile: linear and convolution layers, and apart from them QKᵀ and PV.
 
@@ -158,7 +210,7 @@ class PlanSpec(Spec):
     built again.
     """
 
-    part: Annotated[Part, Strict(False)]
+    part: Annotated[Part, Strict(False)] | Annotated[Component, Strict(False)]
     flavour: Flavour
     version: str
     architectures: Annotated[tuple[Architecture, ...], Strict(False), Field(min_length=1)]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cat_pruning.bundle.schema import LoraSpec, Source
-from cat_pruning.checkpoints.hub import download_checkpoint, is_hub_id
+from cat_pruning.checkpoints.hub import download_checkpoint, is_hub_id, pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import first_line
 from cat_pruning.checkpoints.lora import fuse_loras
 from cat_pruning.checkpoints.parts import check_has_weights, load_module, read_object
@@ -135,6 +135,20 @@ def load_transformer(source: Source, dtype: DType) -> nn.Module:
     module = fuse_loras(load_module(transformer_class, folder, dtype.torch), source.loras)
     check_weights(module, folder, dtype)
     return module.eval()
+
+
+def pipeline_of(source: Source) -> Path:
+    """The directory of the pipeline that weights came from; downloaded if it is on the hub.
+
+    Raises:
+        CheckpointError: it is gone, there is none, or the hub cannot be reached.
+    """
+    check_source(source)
+    if source.kind == "hub":
+        return pipeline_snapshot(source.location, source.revision)
+    if source.kind == "random":
+        raise CheckpointError(f"{source.location} of random weights has no other parts", "take another engine")
+    return miniatures()[source.location] if source.kind == "packaged" else Path(source.location)
 
 
 def _transformer_of(source: Source) -> tuple[Any, Path]:

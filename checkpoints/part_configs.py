@@ -57,7 +57,7 @@ def check_together(pipeline: Any, where: Path) -> None:
         encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
         if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
             continue
-        largest, known = max(tokenizer.get_vocab().values(), default=0), encoder.get_input_embeddings().num_embeddings
+        largest, known = max(tokenizer.get_vocab().values(), default=0), encoder.config.vocab_size
         if largest >= known:
             raise CheckpointError(
                 f"{where}: {name} has the token {largest}, its text encoder knows {known} tokens", "download it again"

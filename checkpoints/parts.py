@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,13 +63,20 @@ def check_parts(directory: Path, transformer_class: str) -> None:
     load_parts(directory, transformer_class, device_map="meta")
 
 
-def load_parts(directory: Path, transformer_class: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
+def load_parts(
+    directory: Path,
+    transformer_class: str,
+    dtype: torch.dtype | None = None,
+    without: Collection[str] = (),
+    **options: Any,
+) -> Any:
     """The diffusers pipeline in a directory, with None for its transformer.
 
     Args:
         directory: in the diffusers layout.
         transformer_class: of the transformer that it is to have.
         dtype: of its modules; None for that of their files.
+        without: parts that have a config and no weights; None in the pipeline.
         options: for the modules' `from_pretrained`.
 
     Raises:
@@ -91,7 +99,9 @@ def load_parts(directory: Path, transformer_class: str, dtype: torch.dtype | Non
             continue
         part_class = _class_of(directory, part, value)
         _check_files(part_class, directory / part)
-        if issubclass(part_class, nn.Module):
+        if part in without:
+            parts[part] = None
+        elif issubclass(part_class, nn.Module):
             parts[part] = load_module(part_class, directory / part, dtype=dtype, **options)
     try:
         with quiet_diffusers():
@@ -115,6 +125,16 @@ def _pipeline_class(directory: Path, index: dict[str, Any]) -> Any:
             "update diffusers, or " + _AGAIN,
         )
     return found
+
+
+def part_class_name(directory: Path, part: str) -> str:
+    """The name of the class that a pipeline's index gives a part.
+
+    Raises:
+        CheckpointError: the index is damaged or has no such part.
+    """
+    index = read_object(directory, INDEX, f"{directory} is no diffusers pipeline")
+    return str(_class_of(directory, part, index.get(part)).__name__)
 
 
 def _class_of(directory: Path, part: str, value: Any) -> Any:

@@ -7,34 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from cat_pruning import step_io
 from cat_pruning.engines.graph_weights import GraphWeights
-from cat_pruning.engines.onnxruntime_sessions import ORT_ERRORS, quiet_run_options, quiet_session
+from cat_pruning.engines.onnxruntime_graphs import (
+    bind_tensor,
+    check_dtype,
+    load_graph,
+    ort_value,
+    run_bound,
+    run_graph,
+    run_options,
+)
 from cat_pruning.engines.side_stream import SideStream
 from cat_pruning.engines.step_engine import StepEngine, StepSession, zeros
 from cat_pruning.engines.timestep_states import TimestepStates
-from cat_pruning.errors import EngineError
 from cat_pruning.families.family import Family
 from cat_pruning.step_io import Part, StepDims
-
-_ONNX_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.int32: onnx.TensorProto.INT32,
-}
-_TORCH_TYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-    "tensor(int32)": torch.int32,
-}
 
 
 class OnnxRuntimeStepEngine(StepEngine):
@@ -73,9 +65,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         self.inputs = {part: [value.name for value in graph.get_inputs()] for part, graph in self.graphs.items()}
         self.residual_inputs = tuple(filter(step_io.is_residual, self.inputs[Part.STEP]))
         self.takes_residuals = bool(self.residual_inputs)
-        self._run_options = quiet_run_options()
-        if self.device.type == "cuda":  # the stream keeps the order
-            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._run_options = run_options(self.device)
 
     @override
     def session(self) -> OnnxRuntimeSession:
@@ -93,7 +83,7 @@ class OnnxRuntimeStepEngine(StepEngine):
         """
         parts = self.base_weights().parts
         concerned = set().union(*(parts[name] for name in self._changed | set(weights)))
-        new = {name: _ort_value(weights[name]) for name in weights}
+        new = {name: ort_value(weights[name]) for name in weights}
         loaded = {
             part: self._load(part, {name: new[name] for name in new if part in parts[name]}) for part in concerned
         }
@@ -101,23 +91,7 @@ class OnnxRuntimeStepEngine(StepEngine):
 
     def _load(self, part: Part, replaced: Mapping[str, Any]) -> Any:
         """An ONNX Runtime session of a graph, with OrtValues in the place of some initializers."""
-        options = onnxruntime.SessionOptions()
-        # Between two steps the selection and the scheduler run in torch, on the same cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if self.device.type == "cpu":
-            # Each of the three graphs would keep its largest activations of every shape; it is no faster with them.
-            options.enable_cpu_mem_arena = False
-        for name, value in replaced.items():
-            options.add_initializer(name, value)
-        path = self._directory / part.onnx
-        try:
-            # Without a fallback: if a provider cannot be loaded, the user is told.
-            graph = quiet_session(path, self._providers(), options, enable_fallback=0)
-        except ORT_ERRORS as error:
-            raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
-        graph.replaced = replaced  # which it refers to and does not hold
-        self._check_provider(graph)
-        return graph
+        return load_graph(self._directory / part.onnx, self.device, self.stream, replaced)
 
     def run(
         self, part: Part, inputs: Mapping[str, Tensor], graphs: Mapping[Part, Any] | None = None
@@ -128,22 +102,7 @@ class OnnxRuntimeStepEngine(StepEngine):
             EngineError: ONNX Runtime failed.
         """
         graph = (graphs or self.graphs)[part]
-        binding = graph.io_binding()
-        sizes: dict[object, int] = {}
-        given = {value.name: inputs[value.name].detach().contiguous() for value in graph.get_inputs()}
-        for value in graph.get_inputs():
-            self.bind(binding.bind_input, value.name, given[value.name])
-            sizes |= dict(zip(value.shape, given[value.name].shape, strict=False))
-        results = {
-            value.name: torch.empty(
-                [int(sizes.get(dim, dim)) for dim in value.shape], dtype=_TORCH_TYPES[value.type], device=self.device
-            )
-            for value in graph.get_outputs()
-        }
-        for name, result in results.items():
-            self.bind(binding.bind_output, name, result)
-        self.run_bound(graph, binding, part.onnx)
-        return results
+        return run_graph(graph, inputs, self.device, self.stream, self._run_options, part.onnx)
 
     def run_bound(self, graph: Any, binding: Any, what: str) -> None:
         """Run a graph on bound memory. Does not synchronise with a GPU.
@@ -151,66 +110,11 @@ class OnnxRuntimeStepEngine(StepEngine):
         Raises:
             EngineError: ONNX Runtime failed in `what`.
         """
-        try:
-            with self.stream.in_turn():  # the stream that the provider was given
-                graph.run_with_iobinding(binding, self._run_options)
-        except ORT_ERRORS as error:
-            raise EngineError(f"ONNX Runtime failed in {what}: {error}") from error
+        run_bound(graph, binding, self.stream, self._run_options, what)
 
     def bind(self, bind: Any, name: str, tensor: Tensor) -> None:
         """Bind a contiguous tensor by its address, with `bind_input` or `bind_output` of a binding."""
-        bind(
-            name,
-            tensor.device.type,
-            tensor.device.index or 0,
-            _ONNX_TYPES[tensor.dtype],
-            tensor.shape,
-            tensor.data_ptr(),
-        )
-
-    def _providers(self) -> list[Any]:
-        if self.device.type == "cpu":
-            return ["CPUExecutionProvider"]
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise EngineError(
-                f"this ONNX Runtime {onnxruntime.__version__} has no CUDA provider",
-                "pip install onnxruntime-gpu in its place, or load the engine on the CPU",
-            )
-        options = {
-            "device_id": str(self.device.index or 0),
-            "user_compute_stream": str(self.stream.handle),
-            "use_tf32": "0",  # fp32 is what was asked for, and what the other engines compute
-            "arena_extend_strategy": "kSameAsRequested",
-        }
-        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-
-    def _check_provider(self, graph: Any) -> None:
-        if self.device.type == "cuda" and "CUDAExecutionProvider" not in graph.get_providers():
-            raise EngineError(
-                f"the CUDA provider of ONNX Runtime {onnxruntime.__version__} cannot be loaded",
-                "pip install 'onnxruntime-gpu[cuda,cudnn]', or take the engine torch",
-            )
-
-
-def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """That ONNX Runtime computes in `dtype` on `device`.
-
-    Raises:
-        EngineError: it does not.
-    """
-    if device.type == "cpu" and dtype is torch.bfloat16:
-        raise EngineError(
-            "ONNX Runtime's CPU provider does not compute in bfloat16",
-            "export with --dtype fp32, or use --engine torch",
-        )
-
-
-def _ort_value(tensor: Tensor) -> Any:
-    """On the CPU, over a tensor's own memory."""
-    if tensor.dtype is torch.bfloat16:  # which numpy has not got
-        bits = tensor.view(torch.int16).numpy()
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_TYPES[tensor.dtype])
-    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        bind_tensor(bind, name, tensor)
 
 
 class OnnxRuntimeSession(StepSession):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.plan_sets import plan_sets
 from cat_pruning.bundle.schema import PlanSpec
+from cat_pruning.components import Component
 from cat_pruning.errors import EngineError
 from cat_pruning.names import TITLES, Flavour
 from cat_pruning.step_io import Part
@@ -18,20 +19,22 @@ class PlanFit:
     """How a bundle's plans of one flavour fit a machine.
 
     Attributes:
-        plans: that of every part where they fit, else none.
+        plans: that of every graph where they fit, else none.
         problem: what the bundle does not have; empty where the plans fit.
         has: all plans of the bundle, in words.
         rebuild: the flavour whose plans would fit.
     """
 
-    plans: dict[Part, PlanSpec]
+    plans: dict[Part | Component, PlanSpec]
     problem: str
     has: str
     rebuild: Flavour
 
 
-def plans_for(bundle: Bundle, flavour: Flavour, *, version: str, architecture: str | None) -> dict[Part, PlanSpec]:
-    """The plan of every part that `flavour` runs here.
+def plans_for(
+    bundle: Bundle, flavour: Flavour, *, version: str, architecture: str | None
+) -> dict[Part | Component, PlanSpec]:
+    """The plan of every graph, of the step's parts and of the components, that `flavour` runs here.
 
     Args:
         bundle: with any plans or none.
@@ -64,6 +67,7 @@ def plan_fit(bundle: Bundle, flavour: Flavour, *, version: str | None, architect
     # Of several that run here, as of GPUs that are one another's successors, the one that lacks no part and came last.
     runnable = max(({plan.part: plan for plan in each.plans} for each in reversed(sets)), key=len, default={})
     problem, rebuild = "", flavour
+    wanted = (*Part, *(spec.component for spec in bundle.manifest.components))
     if not ours:
         problem = f"no plans for {title}"
     elif not current:
@@ -71,9 +75,9 @@ def plan_fit(bundle: Bundle, flavour: Flavour, *, version: str | None, architect
     elif not runnable:
         problem = f"no plans for {architecture}, this machine's GPU"
         rebuild = "tensorrt"  # TensorRT-RTX's are the same from every machine; it does not know this GPU
-    elif missing := ", ".join(part.onnx for part in Part if part not in runnable):
+    elif missing := ", ".join(part.onnx for part in wanted if part not in runnable):
         problem = f"no plan of {missing} for {named}" + (f" on {architecture}" if architecture else "")
-    plans = {} if problem else {part: runnable[part] for part in Part}
+    plans = {} if problem else {part: runnable[part] for part in wanted}
     return PlanFit(plans=plans, problem=problem, has=_described(bundle.manifest.plans), rebuild=rebuild)
 
 

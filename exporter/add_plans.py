@@ -9,14 +9,15 @@ from cat_pruning.bundle.bundle import Bundle, beside_bundle
 from cat_pruning.bundle.changes import Change, change_bundle
 from cat_pruning.bundle.manifest import Manifest
 from cat_pruning.bundle.plan_sets import plan_sets
-from cat_pruning.bundle.profiles import plan_profiles
+from cat_pruning.bundle.profiles import component_profiles, plan_profiles
 from cat_pruning.bundle.schema import PlanSpec
 from cat_pruning.engines.plan_caches import timing_cache_path
 from cat_pruning.errors import EngineError, OutputError, SettingsError
 from cat_pruning.exporter.memory import check_memory
-from cat_pruning.exporter.plans import build_one, wanted_plans
+from cat_pruning.exporter.plans import build_one, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
 from cat_pruning.names import Target
+from cat_pruning.step_io import Part
 
 
 def add_plans(
@@ -49,7 +50,8 @@ def add_plans(
         SettingsError: it has such plans already, or nothing is asked for.
     """
     bundle = Bundle.open(directory)
-    plans = wanted_plans(targets, plugin=plugin, refittable=refittable)
+    of_step = wanted_plans(targets, plugin=plugin, refittable=refittable)
+    plans = with_component_plans(of_step, bundle.manifest.components)
     if not plans:
         raise SettingsError("--add-plans: no plans to build", "give --target tensorrt or --target tensorrt_rtx")
     _check_new(bundle, bundle.manifest, plans)
@@ -59,7 +61,8 @@ def add_plans(
     except EngineError as error:
         raise EngineError(error.problem, "add the plans on a larger machine") from error
     with stage("Hash the graphs"):
-        bundle.verify_graphs()
+        for graph in bundle.manifest.every_graph():
+            bundle.verify_graph(graph.file)
     with beside_bundle(bundle.path, needed_bytes=weights * len({plan.flavour for plan in plans})) as folder:
         built = tuple(_build(bundle, plan, folder / plan.file, stage) for plan in plans)
         with stage("Hash and move into place"):
@@ -67,10 +70,12 @@ def add_plans(
 
 
 def _build(bundle: Bundle, plan: PlanSpec, file: Path, stage: Stage) -> PlanSpec:
-    manifest = bundle.manifest
-    graph = manifest.graph(plan.part)
-    shapes = plan_profiles(graph, manifest.profiles, manifest.geometry.patch_size)
-    return build_one(plan, bundle.path / graph.file, file, shapes, timing_cache_path(bundle.path, plan), stage)
+    manifest, part = bundle.manifest, plan.part
+    if isinstance(part, Part):
+        shapes = plan_profiles(manifest.graph(part), manifest.profiles, manifest.geometry.patch_size)
+    else:
+        shapes = component_profiles(manifest.component(part), manifest.profiles)
+    return build_one(plan, bundle.path / part.onnx, file, shapes, timing_cache_path(bundle.path, plan), stage)
 
 
 def _addition(bundle: Bundle, manifest: Manifest, built: tuple[PlanSpec, ...], folder: Path) -> Change:
@@ -95,5 +100,5 @@ def _check_new(bundle: Bundle, manifest: Manifest, plans: Sequence[PlanSpec]) ->
 
 def _graph_bytes(manifest: Manifest) -> int:
     """The size of the graphs with their weights, which a plan holds again."""
-    graphs = tuple(graph.file for graph in manifest.graphs)
+    graphs = tuple(graph.file for graph in manifest.every_graph())
     return sum(spec.size for name, spec in manifest.files.items() if name.startswith(graphs))

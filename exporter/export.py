@@ -16,7 +16,7 @@ from torch import nn
 
 from cat_pruning.bundle.bundle import Bundle, new_bundle
 from cat_pruning.bundle.manifest import Manifest
-from cat_pruning.bundle.profiles import profile_spec, step_dims
+from cat_pruning.bundle.profiles import PlanProfile, component_profiles, plan_profiles, profile_spec, step_dims
 from cat_pruning.bundle.schema import (
     Geometry,
     GraphSpec,
@@ -34,14 +34,16 @@ from cat_pruning.checkpoints.checkpoint import (
     load_transformer,
 )
 from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer
+from cat_pruning.components import COMPONENT_PARTS, Component
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import can_build, can_build_refittable
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter import data_loader
+from cat_pruning.exporter.components import WantedPart, export_components, wanted_parts
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes
 from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, pipeline_files
-from cat_pruning.exporter.plans import build_plans, wanted_plans
+from cat_pruning.exporter.plans import build_plans, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
@@ -74,6 +76,7 @@ class ExportConfig:
     model, revision, random_weights, loras: see `find_checkpoint`. out: the bundle's directory; force replaces a bundle
     there. resolutions: (height, width) in pixels; empty for the model's own. prompts: numbers of prompts in a batch.
     text_length: text rows of the profiles; None for what the pipeline passes at its defaults.
+    components: the pipeline's parts that become graphs, of `COMPONENT_PARTS`; their weights are in no other file then.
     guidance: classifier-free guidance doubles the rows of a batch. verify: compare graphs and plans with torch.
     plugin: our kernels for the token operators of TensorRT's plans; without, TensorRT compiles their function bodies.
     controlnet: steps take a ControlNet's residuals.
@@ -89,6 +92,7 @@ class ExportConfig:
     resolutions: tuple[tuple[int, int], ...] = ()
     prompts: tuple[int, ...] = (1,)
     text_length: int | None = None
+    components: tuple[str, ...] = ()
     guidance: bool = True
     settings: PruneSettings = field(default_factory=PruneSettings)
     targets: tuple[Target, ...] = field(default_factory=default_targets)
@@ -103,6 +107,11 @@ class ExportConfig:
             raise SettingsError(f"--batch {' '.join(map(str, self.prompts))}: expected numbers of prompts >= 1")
         if self.text_length is not None and self.text_length < 1:
             raise SettingsError(f"--text-length {self.text_length}: expected a number of text tokens >= 1")
+        if unknown := [name for name in self.components if name not in COMPONENT_PARTS]:
+            raise SettingsError(
+                f"--components {', '.join(unknown)}: no part of a pipeline that becomes a graph",
+                f"known are {', '.join(COMPONENT_PARTS)}, all and none",
+            )
         if not self.plugin and Target.TENSORRT not in self.targets:
             raise SettingsError(
                 "--no-plugin: only TensorRT's plans have the plugin, and none are built", "give --target tensorrt too"
@@ -129,9 +138,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     Raises:
         CheckpointError, ShapeError, SettingsError, EngineError, OutputError: see `cat_pruning.errors`.
     """
-    plans = wanted_plans(
-        config.targets, plugin=config.plugin, refittable=config.refittable
-    )  # before a checkpoint is downloaded
+    # Before a checkpoint is downloaded.
+    plans = wanted_plans(config.targets, plugin=config.plugin, refittable=config.refittable)
     verification = Verification.of(config.verify, config.dtype, plans)
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, random_weights=config.random_weights, loras=config.loras
@@ -139,6 +147,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     if transformer is not None:
         checkpoint = _with_weights_of(checkpoint, transformer, config)
     check_pipeline(checkpoint)
+    parts = wanted_parts(checkpoint, config.components)
     if config.controlnet:
         checkpoint = dataclasses.replace(checkpoint, family=checkpoint.family.with_residuals())
     geometry = _geometry(checkpoint, config.text_length)
@@ -154,9 +163,14 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify is not None),
         builds_plans=bool(plans),
     )
-    with new_bundle(config.out, force=config.force, needed_bytes=_needed_bytes(config, checkpoint, plans)) as writer:
+    needed = _needed_bytes(config, checkpoint, plans, parts)
+    with new_bundle(config.out, force=config.force, needed_bytes=needed) as writer:
         with stage("Copy the pipeline's other parts"):
-            pipeline = add_pipeline(checkpoint, writer.path / PIPELINE)
+            pipeline = add_pipeline(checkpoint, writer.path / PIPELINE, {part.name: part.folder for part in parts})
+        components = export_components(
+            parts, writer.path, config.dtype, geometry.text_length, stage, verify=config.verify is not None
+        )
+        plans = with_component_plans(plans, components)
         graphs, samples = _write_graphs(config, checkpoint, transformer, writer.path, profiles[0], verification, stage)
         shutil.copyfile(data_loader.__file__, writer.path / DATA_LOADER)
         with stage("Count MACs"):
@@ -165,7 +179,10 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         def verify(plans: Sequence[PlanSpec]) -> None:
             verification.check_plans(plans, samples, writer.path, graphs, stage)
 
-        built, failure = build_plans(plans, graphs, profiles, geometry.patch_size, writer, stage, verify)
+        shapes: dict[Part | Component, list[PlanProfile]]
+        shapes = {graph.part: plan_profiles(graph, profiles, geometry.patch_size) for graph in graphs}
+        shapes |= {spec.component: component_profiles(spec, profiles) for spec in components}
+        built, failure = build_plans(plans, shapes, writer, stage, verify)
         with stage("Hash and move into place"):
             bundle = writer.commit(
                 Manifest(
@@ -179,6 +196,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     geometry=geometry,
                     graphs=graphs,
                     profiles=profiles,
+                    components=components,
                     macs=macs,
                     plans=built,
                     pipeline=pipeline,
@@ -256,11 +274,14 @@ def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
     )
 
 
-def _needed_bytes(config: ExportConfig, checkpoint: Checkpoint, plans: tuple[PlanSpec, ...]) -> int:
+def _needed_bytes(
+    config: ExportConfig, checkpoint: Checkpoint, plans: tuple[PlanSpec, ...], parts: Sequence[WantedPart]
+) -> int:
     weights = checkpoint.num_parameters * config.dtype.num_bytes
-    copies = 1 + len({plan.flavour for plan in plans})  # the plans hold the weights again
-    parts = sum(path.stat().st_size for path in pipeline_files(checkpoint))
-    return weights * copies + parts + _SLACK_BYTES
+    flavours = len({plan.flavour for plan in plans})  # the plans hold the weights again
+    others = sum(path.stat().st_size for path in pipeline_files(checkpoint))
+    of_graphs = sum(path.stat().st_size for part in parts for path in part.folder.glob("*.safetensors"))
+    return weights * (1 + flavours) + others + of_graphs * flavours + _SLACK_BYTES
 
 
 def _write_graphs(

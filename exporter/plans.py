@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from cat_pruning.bundle.bundle import BundleWriter
-from cat_pruning.bundle.profiles import PlanProfile, plan_profiles
-from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec, TokenOps
+from cat_pruning.bundle.plan_sets import plan_sets
+from cat_pruning.bundle.profiles import PlanProfile
+from cat_pruning.bundle.schema import ComponentSpec, PlanSpec, TokenOps
+from cat_pruning.components import Component
 from cat_pruning.engines.builder.build import build_plan, plan_specs, with_report
 from cat_pruning.engines.plan_caches import timing_cache_path
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.importer_rules import importer_findings
 from cat_pruning.exporter.progress import Stage
 from cat_pruning.names import FLAVOURS, TITLES, Flavour
+from cat_pruning.step_io import Part
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +58,30 @@ def build_one(
         return with_report(plan, build_plan(plan, onnx, file, shapes, timings))
 
 
+def with_component_plans(plans: Sequence[PlanSpec], components: Sequence[ComponentSpec]) -> tuple[PlanSpec, ...]:
+    """The plans of the step's graphs, each set of them followed by those of the components, as they are built alike."""
+    found = list(plans)
+    for each in reversed(plan_sets(plans)):
+        last = each.plans[-1]
+        folder = last.file.rpartition("/")[0]
+        place = found.index(last) + 1
+        found[place:place] = [
+            last.model_copy(
+                update={
+                    "part": spec.component,
+                    "token_ops": "function",
+                    "refittable": False,
+                    "file": f"{folder}/{spec.component}.plan",
+                }
+            )
+            for spec in components
+        ]
+    return tuple(found)
+
+
 def build_plans(
     plans: Sequence[PlanSpec],
-    graphs: Sequence[GraphSpec],
-    profiles: Sequence[ProfileSpec],
-    patch_size: int,
+    shapes: Mapping[Part | Component, Sequence[PlanProfile]],
     writer: BundleWriter,
     stage: Stage,
     verify: Callable[[Sequence[PlanSpec]], None],
@@ -67,8 +89,15 @@ def build_plans(
     """Build the plans into the bundle, and return those that are whole, and what failed.
 
     Where a plan fails, its flavour has none, and the export goes on: the graphs took long to write and run without
-    plans. Unless a bundle is there already: one with plans is not replaced by one without. `verify` is called with the
-    plans of a flavour when all are built; what it raises is a failure like another.
+    plans. Unless a bundle is there already: one with plans is not replaced by one without. `verify` is called with a
+    flavour's plans of the step when all are built; what it raises is a failure like another.
+
+    Args:
+        plans: to build.
+        shapes: the profiles of every graph.
+        writer: of the bundle, where the graphs are.
+        stage: entered for every plan.
+        verify: see above.
     """
     built: list[PlanSpec] = []
     failure: EngineError | None = None
@@ -76,14 +105,12 @@ def build_plans(
     for plan in plans:
         if plan.flavour in failed:
             continue
-        graph = next(graph for graph in graphs if graph.part is plan.part)
-        shapes = plan_profiles(graph, profiles, patch_size)
-        files, timings = (writer.path / graph.file, writer.path / plan.file), timing_cache_path(writer.out, plan)
+        files, timings = (writer.path / plan.part.onnx, writer.path / plan.file), timing_cache_path(writer.out, plan)
         try:
-            built.append(build_one(plan, *files, shapes, timings, stage))
-            of_flavour = [each for each in built if each.flavour == plan.flavour]
-            if len(of_flavour) == len(graphs):
-                verify(of_flavour)
+            built.append(build_one(plan, *files, shapes[plan.part], timings, stage))
+            of_step = [each for each in built if each.flavour == plan.flavour and isinstance(each.part, Part)]
+            if isinstance(plan.part, Part) and len(of_step) == len(Part):
+                verify(of_step)
         except EngineError as error:
             if writer.out.exists():
                 raise

@@ -163,7 +163,7 @@ def _drop_unused(graph: ir.Graph) -> None:
         graph.inputs.remove(value)
     for value in [value for value in graph.initializers.values() if not value.uses()]:
         del graph.initializers[value.name or ""]
-        value.const_value = None  # see `export_step_graph`: the graph's old values live on
+        value.const_value = None  # see `save_graphs`: the graph's old values live on
 
 
 def _read_sizes_from(graph: ir.Graph, shapes: Mapping[str, Shape]) -> None:

@@ -117,7 +117,7 @@ def verify_plans(
         EngineError: a result differs by more than the tolerance of the dtype, or something does not run.
         ShapeError: the plans have no profile for the sample.
     """
-    make = _plan_runners(plans, {plan.part: directory / plan.file for plan in plans}, graphs, sample)
+    make = _plan_runners(plans, {str(plan.part): directory / plan.file for plan in plans}, graphs, sample)
     return compare_graphs({part: directory / part.onnx for part in Part}, sample, dtype, make)
 
 
@@ -133,16 +133,17 @@ def verify_layers(
         EngineError: a layer differs by more than the tolerance of the dtype, or something cannot be built or run.
     """
     with marked_graphs(directory, sample.layers) as marked, tempfile.TemporaryDirectory(dir=directory) as folder:
-        files = {plan.part: Path(folder) / f"{plan.part}.plan" for plan in plans}
+        files = {str(plan.part): Path(folder) / f"{plan.part}.plan" for plan in plans}
         for plan in plans:
-            shapes = next(graph for graph in graphs if graph.part is plan.part).input_shapes(sample.dims)
-            build_plan(plan, marked[plan.part], files[plan.part], [{name: (s, s, s) for name, s in shapes.items()}])
+            graph = next(graph for graph in graphs if graph.part is plan.part)
+            shapes = graph.input_shapes(sample.dims)
+            build_plan(plan, marked[graph.part], files[graph.part], [{name: (s, s, s) for name, s in shapes.items()}])
         make = _plan_runners(plans, files, graphs, sample) if plans else None
         return compare_graphs(marked, sample, dtype, make)
 
 
 def _plan_runners(
-    plans: Sequence[PlanSpec], files: Mapping[Part, Path], graphs: Sequence[GraphSpec], sample: StepSample
+    plans: Sequence[PlanSpec], files: Mapping[str, Path], graphs: Sequence[GraphSpec], sample: StepSample
 ) -> MakeRunner:
     from cat_pruning.exporter.plan_runner import PlanRunner
 

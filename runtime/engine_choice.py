@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,10 @@ import torch
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.places import is_url
 from cat_pruning.bundle.pulling import local_copy
+from cat_pruning.bundle.schema import ComponentSpec, PlanSpec
 from cat_pruning.bundle.signatures import PublicKey
+from cat_pruning.components import Component
+from cat_pruning.engines.component_engine import ComponentEngine, Runner
 from cat_pruning.engines.gpu import gpu_architecture, missing_gpu
 from cat_pruning.engines.graph_family import family_of_bundle
 from cat_pruning.engines.graph_weights import GraphWeights
@@ -102,6 +106,54 @@ def best_engine(bundle: Bundle) -> str:
     return "onnxruntime"
 
 
+def component_engines(bundle: Bundle, engine: str) -> dict[Component, ComponentEngine]:
+    """The engines of a bundle's components, none of them loaded; none beside the torch engine.
+
+    Args:
+        bundle: with any components.
+        engine: the name of the step's engine, not "auto".
+
+    Raises:
+        EngineError: there are no plans of them for this machine.
+    """
+    manifest = bundle.manifest
+    if not manifest.components or engine == "torch":
+        return {}
+    device = onnxruntime_device() if engine == "onnxruntime" else _device()
+    loads: dict[Component, Callable[[], Runner]]
+    if engine == "onnxruntime":
+        loads = {
+            spec.component: functools.partial(_component_graph, bundle, spec, device) for spec in manifest.components
+        }
+    else:
+        flavour = next(each for each in FLAVOURS if each == engine)
+        version = tensorrt_library(flavour).__version__
+        plans = plans_for(bundle, flavour, version=version, architecture=gpu_architecture())
+        loads = {
+            spec.component: functools.partial(_component_plan, bundle, spec, plans[spec.component], device)
+            for spec in manifest.components
+        }
+    return {
+        spec.component: ComponentEngine(spec, loads[spec.component], manifest.dtype, device)
+        for spec in manifest.components
+    }
+
+
+def _component_graph(bundle: Bundle, spec: ComponentSpec, device: torch.device) -> Runner:
+    from cat_pruning.engines.onnxruntime_component import OnnxRuntimeComponent
+
+    path = bundle.verify_graph(spec.file)
+    return OnnxRuntimeComponent(spec, path, device, bundle.manifest.geometry.pixels_per_latent)
+
+
+def _component_plan(bundle: Bundle, spec: ComponentSpec, plan: PlanSpec, device: torch.device) -> Runner:
+    from cat_pruning.engines.plan import Plan
+    from cat_pruning.engines.plan_component import PlanComponent
+
+    loaded = Plan(plan.flavour, bundle.verified(plan.file), device, runtime_cache_path(bundle.path, plan))
+    return PlanComponent(spec, loaded, device, bundle.manifest.geometry.pixels_per_latent)
+
+
 def _tensorrt(bundle: Bundle, family: Family, flavour: Flavour, cuda_graphs: bool) -> StepEngine:
     from cat_pruning.engines.plan import Plan
     from cat_pruning.engines.tensorrt_engine import TensorRTStepEngine
@@ -109,7 +161,8 @@ def _tensorrt(bundle: Bundle, family: Family, flavour: Flavour, cuda_graphs: boo
     manifest, version = bundle.manifest, tensorrt_library(flavour).__version__
     if not torch.cuda.is_available():
         raise EngineError(f"{TITLES[flavour]} runs on an NVIDIA GPU, and torch can use none here ({missing_gpu()})")
-    specs = plans_for(bundle, flavour, version=version, architecture=gpu_architecture())
+    found = plans_for(bundle, flavour, version=version, architecture=gpu_architecture())
+    specs = {part: found[part] for part in Part}
     plans = {
         part: Plan(flavour, bundle.verified(spec.file), _device(), runtime_cache_path(bundle.path, spec))
         for part, spec in specs.items()

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import choose_schedule, read_schedules
 from cat_pruning.checked import checked
 from cat_pruning.checkpoints.hub import pipeline_snapshot
-from cat_pruning.checkpoints.library_logs import quiet_diffusers
-from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, read_object
+from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.checkpoints.part_configs import check_together
+from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, part_class_name, read_object
+from cat_pruning.components import AUTOENCODER, Component
 from cat_pruning.dtype import torch_dtype_of
 from cat_pruning.engines.graph_family import family_of_bundle
 from cat_pruning.engines.step_engine import enough_memory
 from cat_pruning.errors import BundleError, CheckpointError, SettingsError
 from cat_pruning.imports import importing
 from cat_pruning.installation import check_platform
-from cat_pruning.runtime.engine_choice import engine_from_bundle, open_signed
+from cat_pruning.runtime.components import engine_autoencoder, engine_text_encoder
+from cat_pruning.runtime.engine_choice import component_engines, engine_from_bundle, open_signed
+from cat_pruning.runtime.prompts import cache_prompts, offload_text
 from cat_pruning.runtime.transformer import CatTransformer
 from cat_pruning.settings import PruneSettings
 
 if TYPE_CHECKING:
+    from cat_pruning.engines.component_engine import ComponentEngine
     from cat_pruning.engines.step_engine import StepEngine
 
 
@@ -43,6 +49,8 @@ def load_pipeline(
     cuda_graphs: bool = True,
     compiled: bool = False,
     public_key: str | Path | None = None,
+    offload: Literal["text"] | None = None,
+    prompt_cache_bytes: NonNegativeInt = 0,
 ) -> Any:
     """Load a bundle that `cat-export` wrote as the pipeline that it was exported from, on its engine's device.
 
@@ -61,13 +69,18 @@ def load_pipeline(
         compiled: see `CatTransformer.from_bundle`.
         public_key: a PEM file with the Ed25519 key that the bundle must be signed with, which is checked before
             anything else of it is read: see `cat-bundle sign`. Not with the engine torch, which loads the checkpoint.
+        offload: "text" lets go of the text encoders' weights when an image's first step begins, and reads them again
+            for the next prompt. For bundles whose text encoders are graphs.
+        prompt_cache_bytes: keep so many bytes of what text encoders returned, and return it again for the same prompt.
+            See `cache_prompts`.
 
     Raises:
         BundleError: no bundle, one that is truncated, edited, not signed or of another version, or one without a
             pipeline that can be loaded.
         EngineError: the engine cannot run here.
         CheckpointError: the pipeline's parts are on the hub, which cannot be reached.
-        SettingsError: `settings` and `speedup` are both given, or an argument is of another type.
+        SettingsError: `settings` and `speedup` are both given, an argument is of another type, or the bundle cannot do
+            what is asked for.
         ScheduleError: the bundle has no schedule of this speedup and number of steps.
     """
     check_platform()
@@ -79,9 +92,26 @@ def load_pipeline(
     parts = pipeline_directory(bundle)
     step_engine = _engine_beside_imports(bundle, parts, engine, cuda_graphs, compiled)
     transformer = CatTransformer(step_engine, settings or bundle.manifest.settings)
-    loaded = pipeline_parts(bundle, parts, others_dtype or transformer.dtype)
-    # Made anew, because a pipeline reads sizes off its transformer when it is made.
-    pipe = type(loaded)(**{**loaded.components, "transformer": transformer})
+    engines = component_engines(bundle, step_engine.name)
+    if bundle.manifest.components and not engines:
+        from cat_pruning.checkpoints.checkpoint import pipeline_of
+
+        parts = pipeline_of(bundle.manifest.source)  # the torch engine's transformer is the checkpoint's too
+    if engines and others_dtype not in (None, step_engine.dtype):
+        named = ", ".join(bundle.manifest.component_parts())
+        raise SettingsError(
+            f"dtype {dtype}: {named} are graphs in {bundle.manifest.dtype}",
+            "leave dtype out, or export without them (cat-export --components)",
+        )
+    loaded = pipeline_parts(bundle, parts, others_dtype or transformer.dtype, with_graphs=not engines)
+    # Made anew, because a pipeline reads sizes off its transformer and its autoencoder when it is made.
+    made = _engine_parts(parts, engines)
+    pipe = type(loaded)(**{**loaded.components, **made, "transformer": transformer})
+    _check_together(pipe, parts)
+    if offload == "text":
+        offload_text(pipe)
+    if prompt_cache_bytes:
+        cache_prompts(pipe, prompt_cache_bytes)
     if speedup is not None:
         steps = steps or inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
         schedule = choose_schedule(schedules, speedup, steps, tune=f"cat-tune {path}")
@@ -125,7 +155,42 @@ def import_pipeline(parts: Path) -> None:
                 getattr(importlib.import_module(value[0]), str(value[-1]), None)
 
 
-def pipeline_parts(bundle: Bundle, directory: Path, dtype: torch.dtype | None = None) -> Any:
+def _engine_parts(directory: Path, engines: Mapping[Component, ComponentEngine]) -> dict[str, Any]:
+    """The parts of a pipeline that engines compute, by diffusers' names.
+
+    Raises:
+        BundleError: a part's config is not one of its class.
+    """
+    parts: dict[str, Any] = {}
+    for component, engine in engines.items():
+        name = component.pipeline_part
+        if name in parts:
+            continue
+        folder = directory / name
+        try:
+            if name == AUTOENCODER:
+                decoder, encoder = engines[Component.VAE_DECODER], engines[Component.VAE_ENCODER]
+                parts[name] = engine_autoencoder(folder, decoder, encoder)
+            else:
+                parts[name] = engine_text_encoder(folder, part_class_name(directory, name), engine)
+        except (KeyError, ValueError, TypeError, OSError, CheckpointError) as error:
+            raise BundleError(
+                f"{folder} is no config of a part whose graph the bundle has ({first_line(error)})",
+                "run cat-export again",
+            ) from error
+    return parts
+
+
+def _check_together(pipe: Any, directory: Path) -> None:
+    try:
+        check_together(pipe, directory)
+    except CheckpointError as error:
+        raise BundleError(error.problem, error.remedy) from error
+
+
+def pipeline_parts(
+    bundle: Bundle, directory: Path, dtype: torch.dtype | None = None, *, with_graphs: bool = False
+) -> Any:
     """The pipeline without its transformer, every weight of it one of the files'.
 
     Args:
@@ -133,12 +198,14 @@ def pipeline_parts(bundle: Bundle, directory: Path, dtype: torch.dtype | None = 
             checked here.
         directory: see `pipeline_directory`.
         dtype: of its modules; None for that of the files.
+        with_graphs: load the parts that are graphs too, where the directory has their weights; else they are None.
 
     Raises:
         BundleError: it cannot be loaded.
     """
+    without = () if with_graphs else bundle.manifest.component_parts()
     try:
-        loaded = load_parts(directory, bundle.manifest.transformer_class, dtype)
+        loaded = load_parts(directory, bundle.manifest.transformer_class, dtype, without)
         if bundle.manifest.pipeline is not None and bundle.manifest.pipeline.kind == "hub":
             for part in {path.parent for path in directory.glob("*/*.safetensors")}:
                 check_finite(part)

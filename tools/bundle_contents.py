@@ -153,7 +153,7 @@ def plans_of(manifest: Manifest) -> tuple[Plans, ...]:
             architectures=each.architectures,
             parts=tuple(plan.part.value for plan in each.plans),
             token_ops=each.plans[0].token_ops,
-            refittable=all(plan.refittable for plan in each.plans),
+            refittable=each.plans[0].refittable,
             size=_size(manifest, [plan.file for plan in each.plans]),
             sha256=_hash(manifest, [plan.file for plan in each.plans]),
         )

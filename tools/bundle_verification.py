@@ -44,7 +44,8 @@ def verify_bundle(bundle: Bundle) -> tuple[Finding, ...]:
 def _check_graphs(bundle: Bundle, names: list[str]) -> Finding:
     if faulty := _faulty(bundle, "graphs", names):
         return faulty
-    bundle.verify_graphs()
+    for graph in bundle.manifest.every_graph():
+        bundle.verify_graph(graph.file)
     return Finding("graphs", "ok", "they and their weights as they were exported")
 
 
@@ -68,7 +69,8 @@ def _check_plans(bundle: Bundle, plans: PlanSet) -> Finding:
     if faulty := _faulty(bundle, topic, [plan.file for plan in plans.plans]):
         return faulty
     there = {plan.part for plan in plans.plans}
-    if missing := [part.onnx for part in Part if part not in there]:
+    wanted = (*Part, *(spec.component for spec in bundle.manifest.components))
+    if missing := [part.onnx for part in wanted if part not in there]:
         remedy = shlex.join(["cat-bundle", "prune", str(bundle.path), "--plans", plans.name])
         return Finding(topic, "problem", f"no plan of {', '.join(missing)}", remedy)
     return Finding(topic, "ok", plans.title)

@@ -36,7 +36,7 @@ def check_plans_engine(flavour: Flavour, bundle: Bundle | None, graphics: Findin
 def check_onnxruntime_engine(bundle: Bundle | None) -> Finding:
     """`--engine onnxruntime`."""
     from cat_pruning.engines.graph_family import family_of_bundle
-    from cat_pruning.engines.onnxruntime_engine import check_dtype
+    from cat_pruning.engines.onnxruntime_graphs import check_dtype
     from cat_pruning.runtime.engine_choice import onnxruntime_device
 
     device = onnxruntime_device()
