@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, Strict, model_validator
 
 from cat_pruning.components import DIMENSIONS, Component
 from cat_pruning.errors import ShapeError
@@ -34,6 +34,14 @@ def _component_dimension(name: str) -> str:
     if name not in DIMENSIONS:
         raise ValueError(f"{name!r} is no dimension; known are {', '.join(DIMENSIONS)}")
     return name
+
+
+def _graph(name: object) -> object:
+    """The graph that a plan is of, by its name in JSON."""
+    known = [*map(str, Part), *map(str, Component)]
+    if name not in known:
+        raise ValueError(f"{name!r} is no graph; known are {', '.join(known)}")
+    return Part(name) if name in [*Part] else Component(str(name))
 
 
 BundlePath = Annotated[str, AfterValidator(_inside)]
@@ -210,7 +218,7 @@ class PlanSpec(Spec):
     built again.
     """
 
-    part: Annotated[Part, Strict(False)] | Annotated[Component, Strict(False)]
+    part: Annotated[Part | Component, BeforeValidator(_graph)]
     flavour: Flavour
     version: str
     architectures: Annotated[tuple[Architecture, ...], Strict(False), Field(min_length=1)]

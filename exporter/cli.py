@@ -18,6 +18,7 @@ from cat_pruning.arguments import (
     MOST_TEXT,
     Parser,
     check_output_directory,
+    list_of,
     number,
     path,
     resolution,
@@ -25,6 +26,7 @@ from cat_pruning.arguments import (
     whole,
 )
 from cat_pruning.checkpoints.published import published_models
+from cat_pruning.components import COMPONENT_PARTS
 from cat_pruning.dtype import DType
 from cat_pruning.errors import SettingsError
 from cat_pruning.installation import require
@@ -58,6 +60,7 @@ examples:
   cat-export --model sd3 --dtype bf16 --target tensorrt --out sd3          on the machine with the GPU that will run it
   cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
                                                                            plans for two resolutions, 1 and 4 prompts
+  cat-export --model sd3 --dtype fp16 --components all --out sd3           text encoders and VAE as graphs too
   cat-export --add-plans sd3 --target tensorrt                             for this machine's GPU, beside the others
 then:
   cat-generate build/sd3-mini "a large red circle above a small blue star on a plain black background" -o out.png
@@ -125,6 +128,14 @@ def _parser() -> Parser:
         "--no-plugin",
         action="store_true",
         help="TensorRT's own kernels for the token operators instead of ours",
+    )
+    output.add_argument(
+        "--components",
+        type=list_of(str),
+        default=(),
+        metavar="PART,…",
+        help=f"parts of the pipeline that become graphs and plans too, of {', '.join(COMPONENT_PARTS)}; or all. Their "
+        "weights are in no other file then (default: none, they run in torch)",
     )
     output.add_argument(
         "--controlnet",
@@ -214,6 +225,7 @@ def _export(arguments: argparse.Namespace) -> None:
         resolutions=tuple(arguments.resolution or ()),
         prompts=tuple(arguments.batch or (1,)),
         text_length=arguments.text_length,
+        components=COMPONENT_PARTS if tuple(arguments.components) == ("all",) else tuple(arguments.components),
         guidance=not arguments.no_guidance,
         settings=settings,
         targets=tuple(map(Target, arguments.target or ())) or default_targets(refittable=arguments.refittable),

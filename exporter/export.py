@@ -41,7 +41,7 @@ from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter import data_loader
 from cat_pruning.exporter.components import WantedPart, export_components, wanted_parts
 from cat_pruning.exporter.macs import Macs, count_macs
-from cat_pruning.exporter.memory import check_memory, held_bytes
+from cat_pruning.exporter.memory import check_memory, held_bytes, weights_bytes
 from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, pipeline_files
 from cat_pruning.exporter.plans import build_plans, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
@@ -110,7 +110,7 @@ class ExportConfig:
         if unknown := [name for name in self.components if name not in COMPONENT_PARTS]:
             raise SettingsError(
                 f"--components {', '.join(unknown)}: no part of a pipeline that becomes a graph",
-                f"known are {', '.join(COMPONENT_PARTS)}, all and none",
+                f"known are {', '.join(COMPONENT_PARTS)} and all",
             )
         if not self.plugin and Target.TENSORRT not in self.targets:
             raise SettingsError(
@@ -148,6 +148,9 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         checkpoint = _with_weights_of(checkpoint, transformer, config)
     check_pipeline(checkpoint)
     parts = wanted_parts(checkpoint, config.components)
+    for part in parts:
+        weights = weights_bytes(part.folder, config.dtype)
+        check_memory(weights, held_bytes=weights, builds_plans=bool(plans))
     if config.controlnet:
         checkpoint = dataclasses.replace(checkpoint, family=checkpoint.family.with_residuals())
     geometry = _geometry(checkpoint, config.text_length)

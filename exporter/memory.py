@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def dtypes_on_disk(folder: Path | None) -> set[str]:
         except (OSError, SafetensorError):
             return set()  # which the load will tell
     return dtypes
+
+
+def weights_bytes(folder: Path, dtype: DType) -> int:
+    """The bytes in `dtype` of the weights that are loaded from a folder. Reads headers only."""
+    count = 0
+    for path in without_other_variants(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return 0  # which the load will tell
+    return count * dtype.num_bytes
 
 
 def total_memory() -> int:

@@ -75,6 +75,13 @@ def _parser() -> Parser:
         "--max-pixels", type=whole(1, 10**9), metavar="N", help="of an image (default: as the bundle was exported)"
     )
     parser.add_argument(
+        "--prompt-cache-mb",
+        type=whole(0, 10**6),
+        default=256,
+        metavar="N",
+        help="megabytes of encoded prompts that are kept (default: 256)",
+    )
+    parser.add_argument(
         "--export-triton",
         type=path,
         metavar="DIRECTORY",
@@ -99,6 +106,7 @@ def config_of(arguments: argparse.Namespace) -> ServeConfig:
         max_pixels=arguments.max_pixels,
         max_steps=arguments.max_steps,
         max_prompt_chars=arguments.max_prompt_chars,
+        prompt_cache_mb=arguments.prompt_cache_mb,
         api_key=os.environ.get(API_KEY),
     )
 

@@ -25,6 +25,7 @@ class ServeConfig:
         max_pixels: of an image; None: those of the bundle's largest profile.
         max_steps: of an image.
         max_prompt_chars: of a prompt, and of a negative one.
+        prompt_cache_mb: megabytes of what text encoders returned that are kept, for the same prompt again; 0 for none.
         api_key: what `Authorization: Bearer …` must say; None: anyone may ask.
 
     Raises:
@@ -42,6 +43,7 @@ class ServeConfig:
     max_pixels: int | None = None
     max_steps: int = 100
     max_prompt_chars: int = 4000
+    prompt_cache_mb: int = 256
     api_key: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class ServeConfig:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise SettingsError(f"{name}={count}: expected a whole number from 1 on")
+        if self.prompt_cache_mb < 0:
+            raise SettingsError(f"prompt_cache_mb={self.prompt_cache_mb}: expected a whole number from 0 on")
         for name, seconds in {"max_wait_ms": self.max_wait_ms, "grace_s": self.grace_s}.items():
             if not 0.0 <= seconds < math.inf:
                 raise SettingsError(f"{name}={seconds}: expected a number from 0 on")

@@ -88,7 +88,8 @@ class ServedModel:
     @classmethod
     def load(cls, name: str, path: Path, config: ServeConfig) -> Self:
         """Load a bundle. Raises as `load_pipeline` does."""
-        pipe = load_pipeline(path, config.engine, public_key=config.public_key)
+        cache = config.prompt_cache_mb * 2**20
+        pipe = load_pipeline(path, config.engine, public_key=config.public_key, prompt_cache_bytes=cache)
         bundle = open_signed(path, config.public_key, config.engine)
         return cls(name, pipe, bundle.manifest, read_schedules(bundle), config)
 

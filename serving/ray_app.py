@@ -55,6 +55,7 @@ class Arguments(BaseModel):
     max_pixels: int | None = None
     max_steps: int = 100
     max_prompt_chars: int = 4000
+    prompt_cache_mb: int = 256
 
     @field_validator("bundles", mode="before")
     @classmethod

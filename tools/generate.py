@@ -40,12 +40,16 @@ class GenerateConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One generation: its images, its wall time, and for every step what it computed and how long it took."""
+    """One generation: its images, its wall time, and for every step what it computed and how long it took.
+
+    stage_seconds: of the wall time: "encode" (the prompts), "steps" (the scheduler's work too), "decode".
+    """
 
     images: list[Image.Image]
     seconds: float
     records: list[StepRecord]
     step_ms: list[float]
+    stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def median_ms(self, *, full: bool) -> float | None:
         """Median time of the full steps or of the others, selection included; None where there are none."""
@@ -66,7 +70,7 @@ def generate(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Run:
     transformer: CatTransformer = pipe.transformer
     transformer.settings = settings
     generators = [torch.Generator().manual_seed(config.seed + index) for index in range(len(config.prompts))]
-    with _timed_steps(transformer) as (records, step_ms), _finite_images(pipe.vae), _failures_told(pipe):
+    with _timed_steps(transformer) as steps, _finite_images(pipe.vae), _failures_told(pipe):
         started = time.perf_counter()
         images = pipe(
             list(config.prompts),
@@ -77,8 +81,9 @@ def generate(pipe: Any, settings: PruneSettings, config: GenerateConfig) -> Run:
             generator=generators,
             **config.text_arguments,
         ).images
-        seconds = time.perf_counter() - started
-    return Run(images=images, seconds=seconds, records=records, step_ms=step_ms)
+        ended = time.perf_counter()
+    stages = {"encode": steps.began - started, "steps": steps.ended - steps.began, "decode": ended - steps.ended}
+    return Run(images=images, seconds=ended - started, records=steps.records, step_ms=steps.ms, stage_seconds=stages)
 
 
 def never_pruned(settings: PruneSettings, steps: int) -> PruneSettings:
@@ -86,32 +91,43 @@ def never_pruned(settings: PruneSettings, steps: int) -> PruneSettings:
     return settings.replace(full_steps=max(2, 2 * steps), schedule=None)  # Heun counts fewer steps, never more
 
 
+@dataclass(slots=True)
+class _Steps:
+    """The steps of one generation: records, times in ms, when the first call began and the last one ended."""
+
+    records: list[StepRecord] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)
+    began: float = 0.0
+    ended: float = 0.0
+
+
 @contextmanager
-def _timed_steps(transformer: CatTransformer) -> Iterator[tuple[list[StepRecord], list[float]]]:
-    """Records and times (ms) of the steps that `transformer` computes meanwhile; calls of one step are added up."""
-    records: list[StepRecord] = []
-    step_ms: list[float] = []
+def _timed_steps(transformer: CatTransformer) -> Iterator[_Steps]:
+    """The steps that `transformer` computes meanwhile; calls of one step are added up."""
+    steps = _Steps()
     started = 0.0
 
     def before(module: torch.nn.Module, arguments: Any) -> None:
         nonlocal started
         _synchronise(transformer)
         started = time.perf_counter()
+        steps.began = steps.began or started
 
     def after(module: torch.nn.Module, arguments: Any, result: Any) -> None:
         _synchronise(transformer)
-        elapsed = (time.perf_counter() - started) * 1e3
+        steps.ended = time.perf_counter()
+        elapsed = (steps.ended - started) * 1e3
         record = transformer.last_step
         assert record is not None
-        if records and records[-1] is record:  # the second call of a Heun step
-            step_ms[-1] += elapsed
+        if steps.records and steps.records[-1] is record:  # the second call of a Heun step
+            steps.ms[-1] += elapsed
         else:
-            records.append(record)
-            step_ms.append(elapsed)
+            steps.records.append(record)
+            steps.ms.append(elapsed)
 
     hooks = [transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after)]
     try:
-        yield records, step_ms
+        yield steps
     finally:
         for hook in hooks:
             hook.remove()

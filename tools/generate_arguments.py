@@ -115,6 +115,12 @@ def _parser() -> Parser:
         "--compare", action="store_true", help="also generate without pruning, same seed; print and draw both"
     )
     parser.add_argument("--token-map", action="store_true", help="draw which tokens every pruned step computed")
+    parser.add_argument("--timing", action="store_true", help="print how long the prompts, the steps and the VAE took")
+    parser.add_argument(
+        "--offload",
+        choices=["text"],
+        help="let go of the text encoders while the steps are computed: for bundles of cat-export --components",
+    )
     parser.add_argument("--summary", type=path, metavar="FILE", help="with --compare: write the numbers as JSON")
     return parser
 

@@ -63,6 +63,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             steps=arguments.steps,
             cuda_graphs=graphs,
             public_key=arguments.public_key,
+            offload=arguments.offload,
         )
         settings = pipe.transformer.settings
         pipe.set_progress_bar_config(disable=True)
@@ -106,6 +107,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     with waiting(screen, "Generate …"):
         pruned = generate(pipe, settings, config)
     _save(arguments, pruned)
+    if arguments.timing:
+        _tell_times(pruned)
     if full is not None:
         from cat_pruning.tools.comparison import summarise
 
@@ -169,6 +172,12 @@ def _save(arguments: argparse.Namespace, run: Run) -> None:
     for path, image in zip(images_of(arguments), run.images, strict=True):
         save_image(image, path)
         say(f"{path}  {run.seconds:.2f} s")
+
+
+def _tell_times(run: Run) -> None:
+    """How long each stage of an image took, with that of the first image in a process: weights that are read."""
+    names = {"encode": "prompts", "steps": f"{len(run.records)} steps", "decode": "decoding"}
+    say(", ".join(f"{names[stage]} {seconds * 1e3:,.0f} ms" for stage, seconds in run.stage_seconds.items()))
 
 
 def _compare(

@@ -65,9 +65,17 @@ def test_no_manifest(bundle: Bundle) -> None:
 
 def test_another_format_version(bundle: Bundle) -> None:
     path = bundle.path / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 7}))
-    with pytest.raises(BundleError, match=r"format version 7, .* version 6; .* cat-export --model some/sd3 --out"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 8}))
+    with pytest.raises(BundleError, match=r"format version 8, .* version 7; .* cat-export --model some/sd3 --out"):
         Bundle.open(bundle.path)
+
+
+def test_a_bundle_of_before_there_were_components(bundle: Bundle) -> None:
+    path = bundle.path / MANIFEST_NAME
+    fields = json.loads(path.read_text()) | {"format_version": 6}
+    del fields["components"]
+    path.write_text(json.dumps(fields))
+    assert Bundle.open(bundle.path).manifest.components == ()
 
 
 def test_an_unfinished_export_is_refused_by_name_even_if_complete(tmp_path: Path, bundle: Bundle) -> None:

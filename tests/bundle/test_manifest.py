@@ -22,9 +22,17 @@ TIMESTEP = {"name": "timestep", "dtype": "FLOAT", "shape": ["batch"]}
 PROMPT_STATES = {"name": "prompt_states_0", "dtype": "FLOAT16", "shape": [2, "batch", "text_length", 64]}
 TIMESTEP_STATES = {"name": "timestep_states_0", "dtype": "FLOAT16", "shape": [22, "batch", 1, 64]}
 
+LATENTS = {"name": "latents", "dtype": "FLOAT16", "shape": ["batch", 16, "latent_height", "latent_width"]}
+IMAGE = {"name": "image", "dtype": "FLOAT16", "shape": ["batch", 3, "height", "width"]}
+MOMENTS = {"name": "moments", "dtype": "FLOAT16", "shape": ["batch", 32, "latent_height", "latent_width"]}
+VAE: list[dict[str, Any]] = [
+    {"component": "vae_decoder", "file": "vae_decoder.onnx", "inputs": [LATENTS], "outputs": [IMAGE]},
+    {"component": "vae_encoder", "file": "vae_encoder.onnx", "inputs": [IMAGE], "outputs": [MOMENTS]},
+]
+
 # As it lies on disk: a small SD3, 256 tokens at 256 x 256, 76 of them kept.
 FIELDS: dict[str, Any] = {
-    "format_version": 6,
+    "format_version": 7,
     "family": "sd3",
     "source": {
         "kind": "hub",
@@ -86,6 +94,7 @@ FIELDS: dict[str, Any] = {
             "timestep_linear": 5,
         }
     ],
+    "components": [],
     "plans": [
         {
             "part": "step",
@@ -245,7 +254,13 @@ def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
         ("profiles", FIELDS["profiles"] * 2, "two profiles of one name"),
         ("macs/0/profile", "512x512", "macs of unknown profiles 512x512; known are 256x256"),
         ("macs/0/prompt_linear", -1, r"macs\.0\.prompt_linear: .*greater than or equal to 0"),
-        ("plans/0/part", "image", r"plans\.0\.part: Input should be 'prompt', 'timestep' or 'step'"),
+        ("plans/0/part", "image", r"plans\.0\.part: .*'image' is no graph; known are prompt, timestep, step, text_e"),
+        ("plans/0/part", "text_encoder", "plans of text_encoder, of which there is no graph"),
+        ("components", [VAE[0]], "vae has no graph vae_encoder, and no weights without it"),
+        ("components", [*VAE, VAE[1]], "two graphs of one component: vae_decoder, vae_encoder, vae_encoder"),
+        ("components", VAE, "graphs that are not among the files: vae_decoder.onnx, vae_encoder.onnx"),
+        ("components", [VAE[0] | {"component": "vae"}, VAE[1]], r"components\.0\.component: Input should be 'text_e"),
+        ("components", [VAE[0] | {"inputs": [VAE[0]["inputs"][0] | {"shape": ["rows"]}]}, VAE[1]], "'rows' is no dim"),
         ("plans/0/flavour", "openvino", r"plans\.0\.flavour"),
         ("plans/0/architectures", [], r"plans\.0\.architectures: .*at least 1"),
         ("plans/0/architectures/1", "sm_90", r"plans\.0\.architectures\.1: .*match pattern"),
@@ -269,7 +284,7 @@ def test_an_edited_manifest_is_refused_by_field(tmp_path: Path, path: str, value
     assert f"cat-export --model some/sd3 --out {tmp_path} --force" in str(caught.value)
 
 
-WITH_DEFAULTS = {"format_version", "macs", "plans", "pipeline", "schedules", "files"}
+WITH_DEFAULTS = {"components", "format_version", "macs", "plans", "pipeline", "schedules", "files"}
 
 
 @pytest.mark.parametrize("field", sorted(set(FIELDS) - WITH_DEFAULTS))
