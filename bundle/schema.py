@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Strict,
+    model_validator,
+)
 
 from cat_pruning.components import DIMENSIONS, Component
 from cat_pruning.errors import ShapeError

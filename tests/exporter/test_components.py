@@ -95,7 +95,7 @@ def test_a_plan_is_built_of_each_kind_of_graph(tmp_path: Path) -> None:
         "prompt", "timestep", "step", "text_encoder_3", "vae_decoder", "vae_encoder",
     ]  # fmt: skip
     assert component_profiles(specs[0], profiles) == [
-        {name: ((1, 1), (1, 9), (3, 512)) for name in ("input_ids", "attention_mask")}
+        dict.fromkeys(("input_ids", "attention_mask"), ((1, 1), (1, 9), (3, 512)))
     ]
     decoder = component_profiles(specs[1], profiles)
     assert decoder == [{"latents": ((1, 4, 12, 8),) * 3}, {"latents": ((3, 4, 8, 8),) * 3}]
