@@ -66,6 +66,7 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--keep-ratio", "1.5"], r"--keep-ratio: '1\.5': expected a number from 0 to 1; see"),
         (["--keep-ratio", "nan"], "--keep-ratio: 'nan': expected a number"),
         (["--keep-ratio", "a third"], "--keep-ratio: 'a third': expected a number"),
+        (["--components", "text_encoder,unet"], "--components unet: no part of a pipeline that becomes a graph; known"),
         (["--batch", "0"], "--batch: '0': expected a whole number from 1 to 4096"),
         (["--batch", "1", "--batch", "-2"], "--batch: '-2': expected"),
         (["--text-length", "0"], "--text-length: '0': expected a whole number from 1 to 65536"),

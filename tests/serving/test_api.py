@@ -159,6 +159,23 @@ def test_a_token_map_shows_what_was_pruned(server: Server) -> None:
     assert share == pytest.approx(19 / 64, abs=0.02)
 
 
+def test_a_prompt_is_encoded_once(server: Server, loaded: ServedModel) -> None:
+    encoded: list[int] = []
+    hook = loaded._pipe.text_encoder.text_model.register_forward_hook(lambda *_: encoded.append(1))
+    body = {"size": "64x64", "num_inference_steps": 2}
+    try:
+        answers = [
+            server.client.post("/v1/images/generations", json=body | {"prompt": prompt, "seed": seed})
+            for prompt, seed in (("a red cross", 1), ("a red cross", 2), ("a red cross", 1), ("a red ring", 1))
+        ]
+    finally:
+        hook.remove()
+    first, other, again, ring = (answer.json()["data"][0]["b64_json"] for answer in answers)
+    assert first == again
+    assert len({first, other, ring}) == 3
+    assert len(encoded) in (2, 3)  # two prompts, and the empty one unless it was there already
+
+
 def test_a_request_that_names_no_seed_is_told_it(server: Server) -> None:
     first, second = (server.post(seed=None).json()["data"][0]["seed"] for _ in range(2))
     assert first != second

@@ -50,12 +50,15 @@ def run(*arguments: object) -> None:
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 def test_an_image(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
     out = tmp_path / "out.png"
-    run(mini_bundle, PROMPT, "-o", out, "--engine", engine, *SHORT)
+    run(mini_bundle, PROMPT, "-o", out, "--engine", engine, "--timing", *SHORT)
     with Image.open(out) as image:
         assert image.size == (96, 64)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
     captured = capsys.readouterr()
     assert "out.png" in captured.out.replace("\n", "")
+    (whole,) = re.findall(r"  ([\d.]+) s\n", captured.out)
+    (stages,) = re.findall(r"^prompts ([\d,]+) ms, 5 steps ([\d,]+) ms, decoding ([\d,]+) ms$", captured.out, re.M)
+    assert sum(int(each.replace(",", "")) for each in stages) == pytest.approx(float(whole) * 1e3, abs=10)
     assert captured.err == ""
 
 
@@ -234,6 +237,7 @@ def test_two_prompts(mini_bundle: Path, tmp_path: Path) -> None:
         (["--out", "out.gif"], ["out.gif", "ends in .png, .jpg, .jpeg, .webp"]),
         (["--out", "nowhere/out.png"], ["nowhere", "does not exist", "make it"]),
         (["--out", "taken.png"], ["taken.png", "cannot be written", "--out"]),
+        (["--offload", "text"], ["text_encoder, text_encoder_2 of this bundle run in torch", "--components"]),
         (["--compare", "--summary", "taken.png"], ["--summary", "cannot be written", "another path"]),
     ],
 )
