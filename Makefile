@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-forecast bench-startup bench-serve soak soak-serve bench-gpu gpu-check clean peers transfer try-tokens
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-components bench-forecast bench-startup bench-serve soak soak-serve bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -147,6 +147,16 @@ bench-export: install
 
 bench-macs: install
 	$(BIN)/python benchmarks/bench_macs.py
+
+# Text encoders and autoencoder as graphs against torch; the export of T5-XXL wants 20 GB of disk.
+bench-components: install build/eval/sd3-mini build/eval/sd3-mini-components
+	$(BIN)/python benchmarks/bench_components.py image build/eval/sd3-mini build/eval/sd3-mini-components
+	$(BIN)/python benchmarks/bench_components.py parts
+	$(BIN)/python benchmarks/bench_components.py export vae
+	$(BIN)/python benchmarks/bench_components.py export t5-xxl
+
+build/eval/sd3-mini-components: | .venv/installed
+	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --components all --target onnx --out $@
 
 bench-adapters: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/bench_adapters.py build/eval/sd3-mini

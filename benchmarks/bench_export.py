@@ -51,7 +51,7 @@ def main() -> None:
         command = [sys.executable, "-m", "cat_pruning.exporter.cli", "--model", *source, *options]
         started = time.perf_counter()
         with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True) as process:
-            resident, anonymous = _watch(process)
+            resident, anonymous = watch(process)
             assert process.stderr is not None
             log = process.stderr.readlines()
         seconds = time.perf_counter() - started
@@ -81,26 +81,31 @@ def _write_checkpoint(folder: Path, model: str, dtype: DType) -> Path:
     hollow = hollow_transformer(published.transformer_class, published.transformer, dtype)
     weights = RandomWeights(hollow, dtype, seed=0)
     hollow.save_config(folder)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in weights.shapes.items():
-        size += shape.numel() * dtype.num_bytes
-        if size > _SHARD_BYTES:
-            shards.append([])
-            size = shape.numel() * dtype.num_bytes
-        shards[-1].append(name)
-    index = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: weights(name) for name in names}, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(names, file))
-    total = sum(shape.numel() * dtype.num_bytes for shape in weights.shapes.values())
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(content))
+    write_shards(folder, weights, "diffusion_pytorch_model")
     return folder
 
 
-def _watch(process: subprocess.Popen[str]) -> tuple[int, int]:
+def write_shards(folder: Path, weights: RandomWeights, stem: str) -> None:
+    """Random weights as `save_pretrained` would write them, a shard at a time."""
+    shards: list[list[str]] = [[]]
+    num_bytes, size = weights.dtype.num_bytes, 0
+    for name, shape in weights.shapes.items():
+        size += shape.numel() * num_bytes
+        if size > _SHARD_BYTES:
+            shards.append([])
+            size = shape.numel() * num_bytes
+        shards[-1].append(name)
+    index = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: weights(name) for name in names}, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+    total = sum(shape.numel() * num_bytes for shape in weights.shapes.values())
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content))
+
+
+def watch(process: subprocess.Popen[str]) -> tuple[int, int]:
     """Peak resident and anonymous bytes of `process` and its children, until it ends."""
     resident = anonymous = 0
     root = psutil.Process(process.pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -99,6 +100,26 @@ def test_plans_of_several_machines_lie_side_by_side(cat_export: CatExport, graph
     assert after.digest == before.digest
     assert after.model_copy(update={"plans": (), "files": {}}) == before.model_copy(update={"files": {}})
     assert sorted(path.name for path in graphs.parent.iterdir()) == ["sd3-mini"]
+
+
+def test_plans_of_the_other_parts(component_bundle: Path, machine: Machine, tmp_path: Path) -> None:
+    copy = shutil.copytree(component_bundle, tmp_path / "parts", copy_function=link)
+    (copy / "manifest.json").unlink()  # of which the fixture keeps its own
+    shutil.copyfile(component_bundle / "manifest.json", copy / "manifest.json")
+    bundle = add_plans(copy, (Target.TENSORRT,))
+    graphs = ["prompt", "timestep", "step", "text_encoder", "vae_decoder", "vae_encoder"]
+    assert [str(plan.part) for plan in bundle.manifest.plans] == graphs
+    assert [plan.token_ops for plan in bundle.manifest.plans] == ["plugin"] * 3 + ["function"] * 3
+    assert [Path(job["onnx"]).name for job in machine.jobs] == [f"{name}.onnx" for name in graphs]
+    assert machine.jobs[3]["profiles"] == [{"input_ids": [[1, 24]] * 3}]
+    assert machine.jobs[4]["profiles"] == [{"latents": [[1, 4, 32, 32]] * 3}]
+    assert len(plan_sets(bundle.manifest.plans)) == 1
+    chosen = plans_for(bundle, "tensorrt", version="11.4.0", architecture="sm90")
+    assert [str(part) for part in chosen] == graphs
+    without = tuple(plan for plan in bundle.manifest.plans if plan.part != "vae_decoder")
+    lacking = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"plans": without}))
+    with pytest.raises(EngineError, match=r"has no plan of vae_decoder\.onnx for TensorRT 11\.4\.0 on sm90"):
+        plans_for(lacking, "tensorrt", version="11.4.0", architecture="sm90")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import onnx
 import pytest
 import torch
@@ -15,7 +17,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from cat_pruning.bundle.profiles import component_profiles, profile_spec
-from cat_pruning.bundle.schema import Geometry
+from cat_pruning.bundle.schema import ComponentSpec, ComponentTensor, Geometry
 from cat_pruning.checkpoints.checkpoint import find_checkpoint
 from cat_pruning.checkpoints.parts import load_module
 from cat_pruning.components import Component
@@ -23,6 +25,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import build_plan, can_build, plan_specs
 from cat_pruning.errors import EngineError, SettingsError, ShapeError
 from cat_pruning.exporter.components import export_part, verify_component, wanted_parts, wrapped
+from cat_pruning.exporter.pipeline_files import add_pipeline
 from cat_pruning.exporter.plans import with_component_plans
 from cat_pruning.settings import PruneSettings
 
@@ -140,9 +143,26 @@ def test_parts_that_cannot_be_graphs(tiny_checkpoint: Path, caplog: pytest.LogCa
     assert wanted_parts(random, ()) == ()
 
 
-def _t5_spec() -> Any:
-    from cat_pruning.bundle.schema import ComponentSpec, ComponentTensor
+def test_parts_of_the_hub_come_into_the_bundle(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = Path(shutil.copytree(tiny_checkpoint, tmp_path / "snapshots" / "0123"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    checkpoint = find_checkpoint("some/sd3")
+    spec = add_pipeline(checkpoint, tmp_path / "hub", {})
+    assert spec is not None
+    assert (spec.kind, spec.hub_id) == ("hub", "some/sd3")
+    assert not (tmp_path / "hub").exists()
+    parts = wanted_parts(checkpoint, ("text_encoder", "vae"))
+    spec = add_pipeline(checkpoint, tmp_path / "pipeline", {part.name: part.folder for part in parts})
+    assert spec is not None
+    assert (spec.kind, spec.path) == ("copied", "pipeline")
+    copied = {path.relative_to(tmp_path / "pipeline").as_posix() for path in (tmp_path / "pipeline").rglob("*")}
+    assert {name for name in copied if name.endswith(".safetensors")} == {"text_encoder_2/model.safetensors"}
+    assert {"text_encoder/config.json", "vae/config.json", "tokenizer/tokenizer.json", "model_index.json"} <= copied
 
+
+def _t5_spec() -> Any:
     shape = ("batch", "text_length")
     return ComponentSpec(
         component=Component.TEXT_ENCODER,

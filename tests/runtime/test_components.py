@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from cat_pruning.engines.component_engine import ComponentEngine
 from cat_pruning.engines.plan import Plan
 from cat_pruning.engines.plan_component import PlanComponent
 from cat_pruning.errors import BundleError, SettingsError, ShapeError
-from cat_pruning.names import Target
 from cat_pruning.runtime.components import EngineTextEncoder, engine_autoencoder, engines_of
 from cat_pruning.runtime.engine_choice import component_engines
 from cat_pruning.runtime.pipeline import load_pipeline
@@ -37,12 +36,6 @@ CALL: dict[str, Any] = {
     "output_type": "np",
 }  # fmt: skip
 CLOSE = 1e-4  # of pixels and embeddings, which differ by the order of sums
-
-
-@pytest.fixture(scope="module")
-def component_bundle(stored_bundle: Callable[..., Path]) -> Path:
-    """sd3-mini, whose second text encoder is torch's. Read only."""
-    return stored_bundle("sd3-mini", text_length=48, components=("text_encoder", "vae"), targets=(Target.ONNX,))
 
 
 @pytest.fixture(scope="module")
