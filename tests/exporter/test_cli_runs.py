@@ -1,14 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import os
 import re
 import shlex
-import signal
+import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.builder.plan_builder import PlanReport
 from cat_pruning.errors import BundleError, EngineError
 from cat_pruning.exporter import cli
-from cat_pruning.exporter.export import default_targets
+from cat_pruning.exporter.export import ExportConfig, default_targets, export
 from cat_pruning.exporter.step_graph import trace_step
 from cat_pruning.families import family_of
 from cat_pruning.families.interception import StepModule
@@ -33,63 +32,6 @@ from cat_pruning.names import Target
 from cat_pruning.step_io import Part
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
-
-# Run with: checkpoint, a directory. Exports once per stage, each time in a fork that is killed inside that stage.
-KILLED = """
-import contextlib, os, signal, sys
-from pathlib import Path
-import stored_traces
-stored_traces.install()
-from cat_pruning.exporter.export import ExportConfig, export
-from cat_pruning.names import Target
-
-def dies_in(title, at_progress):
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    @contextlib.contextmanager
-    def stage(name):
-        here = name.startswith(title)
-        if here and not at_progress:
-            die()
-        yield die if here else lambda *_: None
-    return stage
-
-for index, (title, at_progress) in enumerate(
-    [("Load", False), ("Trace", True), ("Count", False), ("Hash", False)]
-):
-    pid = os.fork()
-    if pid == 0:
-        out = Path(sys.argv[2]) / str(index) / "out"
-        export(ExportConfig(model=sys.argv[1], out=out, targets=(Target.ONNX,)), dies_in(title, at_progress))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-
-# Run with: checkpoint, out. No file may grow beyond 32 kB.
-SMALL_DISK = """
-import resource, signal, sys
-import stored_traces
-stored_traces.install()
-from cat_pruning.exporter.cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
-sys.exit(main(["--model", sys.argv[1], "--target", "onnx", "--out", sys.argv[2]]))
-"""
-
-
-def traced(checkpoint: Path) -> None:
-    """Its trace is in the store: a child that is killed, or whose disk is full, only reads there."""
-    transformer = load_transformer(find_checkpoint(str(checkpoint)).source, DType.FP32)
-    trace_step(StepModule(transformer, family_of(transformer)))
-
-
-def with_stored_traces(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "fixtures"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
 
 # ------------------------------------------------------------------ --out
 
@@ -105,14 +47,16 @@ def test_out_exists(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
 
 
-@pytest.mark.long
-def test_a_disk_that_becomes_full(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_disk_that_becomes_full(
+    cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path, small_disk: Callable[[int], Any]
+) -> None:
     out = tmp_path / "outs" / "bundle"
-    traced(tiny_checkpoint)
-    result = with_stored_traces(SMALL_DISK, tiny_checkpoint / "transformer", out)  # nothing else to copy
-    errors = [line for line in result.stderr.splitlines() if line and not line.startswith("✓")]
-    assert result.returncode == 2, result.stderr
-    assert len(errors) == 1, errors
+    # Its trace is in the store then, where it could not be written; the transformer alone has nothing else to copy.
+    transformer = load_transformer(find_checkpoint(str(tiny_checkpoint)).source, DType.FP32)
+    trace_step(StepModule(transformer, family_of(transformer)))
+    with small_disk(1 << 15):
+        code, _, errors = cat_export("--model", tiny_checkpoint / "transformer", "--target", "onnx", "--out", out)
+    assert (code, len(errors)) == (2, 1), errors
     assert re.search(r"^cat-export: disk full .*bundle needs about .* free on that disk; make room", errors[0])
     assert list(out.parent.iterdir()) == []
 
@@ -153,19 +97,31 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert again.target == (["tensorrt_rtx"] if can_build("tensorrt_rtx") else None)
 
 
-@pytest.mark.slow  # a process for each stage
 def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    traced(tiny_checkpoint)
-    result = with_stored_traces(KILLED, tiny_checkpoint, tmp_path / "outs")
-    assert list(map(int, result.stdout.split())) == [-signal.SIGKILL] * 4, result.stderr
-    partials = [path for parent in sorted((tmp_path / "outs").iterdir()) for path in parent.iterdir()]
-    assert len(partials) == 4
-    assert (partials[-1] / "step.onnx.data").stat().st_size > 100_000
-    for path in partials:
-        assert ".out.partial-" in path.name
-        for loaded in (path, path.parent / "out"):
+    """What a process that is killed leaves is what lies on the disk at that moment: it is copied then."""
+    out = tmp_path / "outs" / "out"
+    left: dict[str, Path] = {}
+
+    @contextlib.contextmanager
+    def stage(title: str) -> Iterator[Callable[..., None]]:
+        def killed(*progress: Any) -> None:
+            name = f"{title} {bool(progress)}"
+            if name not in left:
+                left[name] = shutil.copytree(out.parent, tmp_path / f"{len(left)}")
+
+        killed()
+        yield killed
+
+    export(ExportConfig(model=str(tiny_checkpoint), out=out, targets=(Target.ONNX,)), stage)
+    assert {name.partition(" ")[0] for name in left} == {"Copy", "Load", "Trace", "Count", "Hash"}
+    for name, parent in left.items():
+        (path,) = parent.iterdir()
+        assert ".out.partial-" in path.name, name
+        for loaded in (path, parent / "out"):
             with pytest.raises(BundleError):
                 Bundle.open(loaded)
+    assert (path / "step.onnx.data").stat().st_size > 100_000
+    Bundle.open(out)
 
 
 def test_interrupted(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:

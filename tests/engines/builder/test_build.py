@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,13 @@ import onnx
 import pytest
 import torch
 
-from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.bundle import Bundle, new_bundle
 from cat_pruning.bundle.profiles import PlanProfile, plan_profiles, profile_spec
 from cat_pruning.bundle.schema import Geometry, PlanSpec, TokenOps
 from cat_pruning.engines.builder import build
 from cat_pruning.engines.builder.build import build_plan, can_build, can_build_refittable, plan_specs
 from cat_pruning.engines.builder.plan_builder import PlanReport
-from cat_pruning.errors import EngineError
+from cat_pruning.errors import EngineError, OutputError
 from cat_pruning.exporter.export import graph_spec
 from cat_pruning.names import FLAVOURS, Flavour
 from cat_pruning.settings import PruneSettings
@@ -37,19 +38,6 @@ RTX = PlanSpec(
     token_ops="function",
     file="rtx.plan",
 )
-
-# Run with: step.onnx, out. Writes a bundle whose plan may not grow beyond 64 kB.
-SMALL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from cat_pruning.engines.builder.build import build_plan, plan_specs
-from cat_pruning.bundle.bundle import new_bundle
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-with new_bundle(Path(sys.argv[2]), force=False, needed_bytes=1) as writer:
-    build_plan(plan_specs("tensorrt_rtx")[0], Path(sys.argv[1]), writer.path / "rtx.plan", eval(sys.argv[3]))
-"""
 
 
 def shapes_of(bundle: Bundle) -> list[PlanProfile]:
@@ -137,13 +125,19 @@ def test_profiles_that_the_graph_cannot_have(mini_bundle: Path, tmp_path: Path) 
 
 @pytest.mark.long
 @needs_rtx
-def test_a_disk_that_becomes_full_while_the_plan_is_written(mini_bundle: Path, tmp_path: Path) -> None:
-    out = tmp_path / "outs" / "bundle"
-    command = [sys.executable, "-c", SMALL_DISK, str(mini_bundle / "step.onnx"), str(out)]
-    command.append(repr(shapes_of(Bundle.open(mini_bundle))))
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.stderr.splitlines()[-1].startswith("cat_pruning.errors.OutputError: disk full (")
-    assert "rtx.plan" in result.stderr.splitlines()[-1]
+def test_a_disk_that_becomes_full_while_the_plan_is_written(
+    export_tiny: Callable[[str], Any], tmp_path: Path, small_disk: Callable[[int], Any]
+) -> None:
+    out, tiny = tmp_path / "outs" / "bundle", export_tiny("sd3")
+    dims = tiny.step.family.dims((4, 4), batch=1, text_length=7, num_kept=16)
+    one = {name: dims.named(spec.shape) for name, spec in tiny.graphs[Part.STEP].inputs.items()}
+    shapes = [{name: (shape, shape, shape) for name, shape in one.items()}]
+    with (
+        pytest.raises(OutputError, match=r"^disk full \(.*rtx\.plan"),
+        new_bundle(out, force=False, needed_bytes=1) as writer,
+        small_disk(1 << 14),
+    ):
+        build_plan(RTX, tiny.directory / "step.onnx", writer.path / "rtx.plan", shapes)
     assert list(out.parent.iterdir()) == []
 
 

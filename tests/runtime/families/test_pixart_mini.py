@@ -20,8 +20,8 @@ Sample = Callable[..., Any]
 STEPS = 20
 KINDS = "F" * 8 + "P" * 12
 ENGINES = ["onnxruntime", "torch"]
-# The first size is the miniature's own; a graph is traced at neither. 24 text tokens, as `sample` asks for. No size meets
-# both schedulers, which do not see it; tests/runtime/families/test_pixart.py has both at a third.
+# The first size is the miniature's own; a graph is traced at neither. 24 text tokens, as `sample` asks for. A scheduler
+# does not see the size: no size meets both here; tests/runtime/families/test_pixart.py has both at a third.
 CASES = [("dpm-solver", (128, 128)), ("euler-karras", (96, 160))]
 
 
