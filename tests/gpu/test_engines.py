@@ -41,7 +41,7 @@ def assert_takes_adapters(make: Make, sample: Make, assert_same_image: Make) -> 
 
     def check(engine: StepEngine) -> None:
         rounding = 1e-2 if engine.device.type == "cuda" else 1e-3
-        transformer, reference = CatTransformer(engine), make(torch.device("cpu"), captures=False)
+        transformer, reference = CatTransformer(engine), make(torch.device("cpu"), captures=False, whole=True)
         generator, weights = torch.Generator().manual_seed(0), {}
         for name, module in reference.engine.transformer.named_modules():
             if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "ff.net.2", "norm1.linear")):
