@@ -69,11 +69,16 @@ def test_a_hollow_transformer_has_every_shape_and_no_memory(tiny_transformer: An
     assert all(parameter.untyped_storage().nbytes() == 2 for parameter in hollow.parameters())
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("sd3.5", DType.BF16), ("pixart", DType.FP32)])
-def test_an_export_that_makes_them_while_it_writes_writes_the_same_bytes(
-    make_tiny: Any, make_bf16: Any, tmp_path: Path, kind: str, dtype: DType
-) -> None:
-    of = architecture(make_bf16(kind) if dtype is DType.BF16 else make_tiny(kind, num_layers=1))
+@pytest.mark.parametrize("dtype", list(DType))
+def test_made_one_at_a_time_they_are_those_made_at_once(tiny_transformer: Any, dtype: DType) -> None:
+    of = architecture(tiny_transformer)
+    weights = RandomWeights(hollow_transformer(*of, dtype), dtype, 3)
+    for name, parameter in random_transformer(*of, dtype, 3).named_parameters():
+        assert torch.equal(weights(name), parameter), name
+
+
+def test_an_export_that_makes_them_while_it_writes_writes_the_same_bytes(make_bf16: Any, tmp_path: Path) -> None:
+    of, dtype = architecture(make_bf16("sd3.5")), DType.BF16
     hollow, filled = hollow_transformer(*of, dtype), random_transformer(*of, dtype, 3)
     family = family_of(hollow)
     for name in ("streamed", "held"):

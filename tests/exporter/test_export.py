@@ -30,7 +30,7 @@ def test_bundle_is_complete(mini_bundle: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "rows"), [("pixart", 2), ("flux-dev", 1)])
 def test_a_bundle_of_the_other_families(write_checkpoint: Any, tmp_path: Path, kind: str, rows: int) -> None:
-    directory = write_checkpoint(tmp_path / "pipeline", kind, num_layers=1)
+    directory = write_checkpoint(tmp_path / "pipeline", kind)
     settings = PruneSettings(num_clusters=4)
     config = ExportConfig(
         model=str(directory), out=tmp_path / "out", resolutions=((40, 48),), settings=settings,
