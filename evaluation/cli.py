@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -123,7 +124,7 @@ def _recipe(arguments: argparse.Namespace, bundle: Bundle, prompts: list[Prompt]
     if arguments.full_steps is not None:
         settings = settings.replace(full_steps=arguments.full_steps)
     clip_model, weights, key = arguments.clip_model, arguments.lpips_weights, arguments.public_key
-    if clip_model is not None and Path(clip_model).exists():
+    if clip_model is not None and os.path.isdir(clip_model):  # noqa: PTH112  # Path's raises where a name is too long
         clip_model = str(Path(clip_model).absolute())
     return Recipe(
         bundle=arguments.bundle if is_url(arguments.bundle) else arguments.bundle.absolute(),

@@ -216,6 +216,7 @@ def local(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_cat_eval_finds_the_same_though_a_worker_is_killed(
     mini_bundle: Path, local: Path, tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +242,7 @@ def test_cat_eval_finds_the_same_though_a_worker_is_killed(
     assert pictures(out) == pictures(local)
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_what_is_done(mini_bundle: Path, tmp_path: Path, address: str) -> None:
     """Ctrl-C, which a terminal sends to the whole group of processes."""
     out = tmp_path / "out"
@@ -261,6 +263,7 @@ def test_an_interruption_keeps_what_is_done(mini_bundle: Path, tmp_path: Path, a
     assert not any(host.is_running() for host in hosts())
 
 
+@pytest.mark.slow
 def test_cat_tune_finds_the_same(mini_bundle: Path, tmp_path: Path, address: str) -> None:
     options = ["--guidance-scale", "3", "--steps", "6", "--full", "4,3", "--prompts", "scenes:4", "--batch", "2"]
     options += ["--measure", "scenes:2", "--engine", "onnxruntime", "--resolution", "64x64", "--no-peers"]
