@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.errors import BundleError
 from cat_pruning.evaluation.results import machine
 
 
@@ -44,6 +45,20 @@ class About:
             scheduler=pipe.scheduler,
             machine=machine(),
         )
+
+    def check(self, bundle: Bundle) -> None:
+        """Check that workers have the bundle that this process has, which results are said to be of.
+
+        Raises:
+            BundleError: they have another at its path.
+        """
+        here = bundle.manifest.digest
+        if self.digest != here:
+            raise BundleError(
+                f"the workers have another bundle than {bundle.path} is here: its digest is {self.digest}, expected "
+                f"{here}",
+                "have the same at this path on every machine, or give a URL",
+            )
 
     def differs(self, other: About) -> str:
         """What results depend on and the other has otherwise: "engine torch, not onnxruntime"; empty if it has not."""

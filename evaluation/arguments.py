@@ -37,6 +37,7 @@ examples:
   cat-eval build/sd3-mini --guidance-scale 3 --out build/quick --quick                 the same in a minute or two
   cat-eval sd3 --prompts PartiPrompts.tsv --steps 28,50 --metrics clip,psnr,ssim --out parti
   cat-eval sd3 --prompts captions.json --limit 500 --metrics clip --methods cat,at-edm --engine torch --out coco
+  cat-eval sd3 --prompts PartiPrompts.tsv --ray auto --out parti                       by every GPU of a cluster of Ray
 
 The same command started again after an interruption goes on where it was. With other methods, ratios or schedules, or
 with more --curve-prompts, it adds them to what --out holds, and runs the first method, ratio and schedule that it is

@@ -59,6 +59,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             pool = stack.enter_context(
                 pool_of(recipe, cluster_of(arguments), status.update, lambda line: say(line, to=screen))
             )
+        pool.about.check(bundle)
         spec = _spec(arguments, bundle, recipe, pool.about)
         stack.enter_context(alone(arguments.out))
         if arguments.force:

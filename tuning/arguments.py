@@ -27,6 +27,7 @@ examples:
   cat-tune build/sd3-mini --guidance-scale 3                          schedules for 2, 3 and 4 times the speed
   cat-tune build/sd3-mini --guidance-scale 3 --full 16,12,9,7,6       for so many full steps of 28
   cat-tune sd3 --prompts my-prompts.txt --measure others.txt          on prompts of your own
+  cat-tune sd3 --ray auto                                             by every GPU of a cluster of Ray
   cat-generate build/sd3-mini "…" --guidance-scale 3 --speedup 3      use one
 
 The same command started again after an interruption goes on with the recordings that it has.

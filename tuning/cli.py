@@ -68,6 +68,7 @@ def _tune(arguments: argparse.Namespace) -> None:
                 pool_of(recipe, cluster_of(arguments), status.update, lambda line: say(line, to=screen))
             )
             console.quiet_libraries()  # diffusers sets its own level when it is imported
+        pool.about.check(bundle)
         job = _job(arguments, bundle, pool, directory)
         budgets = budgets_of(arguments, job.steps, job.speed)
         if arguments.force:

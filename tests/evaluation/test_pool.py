@@ -8,13 +8,14 @@ import shutil
 import socket
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pool_workers import Elsewhere
 
 from cat_pruning.engines.step_engine import StepEngine
-from cat_pruning.errors import InstallationError, ServerError, SettingsError
+from cat_pruning.errors import BundleError, InstallationError, ServerError, SettingsError
 from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.about import About
 from cat_pruning.evaluation.arguments import cluster_of, parse
@@ -111,14 +112,21 @@ def test_an_evaluation_is_the_same_wherever_it_is_done(evaluator: Evaluator, tmp
     assert found(tmp_path / "elsewhere") == here
 
 
-def test_pipelines_that_differ(evaluator: Evaluator) -> None:
+def bundle(digest: str) -> Any:
+    return SimpleNamespace(path=Path("/shared/mini"), manifest=SimpleNamespace(digest=digest))
+
+
+def test_workers_that_have_something_else(evaluator: Evaluator) -> None:
     pipe = evaluator.generator.pipe
-    bundle: Any = type("Bundle", (), {"manifest": type("Manifest", (), {"digest": "0" * 64})})
-    about = About.of(bundle, pipe)
+    about = About.of(bundle("0"), pipe)
     assert (about.engine, about.steps, about.guidance_scale) == ("onnxruntime", 28, 7.0)
     assert about.differs(about) == ""
-    other = type("Bundle", (), {"manifest": type("Manifest", (), {"digest": "1" * 64})})
-    assert about.differs(About.of(other, pipe)) == f"digest {'1' * 64}, not {'0' * 64}"
+    assert about.differs(About.of(bundle("1"), pipe)) == "digest 1, not 0"
+    about.check(bundle("0"))
+    with pytest.raises(
+        BundleError, match=r"the workers have another bundle than /shared/mini is here: .* is 0, expected 1"
+    ):
+        about.check(bundle("1"))
 
 
 @pytest.mark.parametrize(
