@@ -41,7 +41,7 @@ from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter import data_loader
 from cat_pruning.exporter.components import WantedPart, export_components, wanted_parts
 from cat_pruning.exporter.macs import Macs, count_macs
-from cat_pruning.exporter.memory import check_memory, held_bytes, weights_bytes
+from cat_pruning.exporter.memory import check_memory, held_bytes, part_bytes
 from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, pipeline_files
 from cat_pruning.exporter.plans import build_plans, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
@@ -149,8 +149,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     check_pipeline(checkpoint)
     parts = wanted_parts(checkpoint, config.components)
     for part in parts:
-        weights = weights_bytes(part.folder, config.dtype)
-        check_memory(weights, held_bytes=weights, builds_plans=bool(plans))
+        weights, held = part_bytes(part.folder, config.dtype, verify=config.verify is not None)
+        check_memory(weights, held_bytes=held, builds_plans=bool(plans))
     if config.controlnet:
         checkpoint = dataclasses.replace(checkpoint, family=checkpoint.family.with_residuals())
     geometry = _geometry(checkpoint, config.text_length)

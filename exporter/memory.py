@@ -81,16 +81,20 @@ def dtypes_on_disk(folder: Path | None) -> set[str]:
     return dtypes
 
 
-def weights_bytes(folder: Path, dtype: DType) -> int:
-    """The bytes in `dtype` of the weights that are loaded from a folder. Reads headers only."""
+def part_bytes(folder: Path, dtype: DType, *, verify: bool) -> tuple[int, int]:
+    """The bytes in `dtype` of the weights of one of the pipeline's other parts, and what its exporter holds of them.
+
+    Reads headers only. Weights of the export's own dtype are mapped, as those of the transformer are: see `held_bytes`.
+    """
     count = 0
     for path in without_other_variants(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError):
-            return 0  # which the load will tell
-    return count * dtype.num_bytes
+            return 0, 0  # which the load will tell
+    weights = count * dtype.num_bytes
+    return weights, 0 if dtypes_on_disk(folder) == {_ON_DISK[dtype]} and not verify else weights
 
 
 def total_memory() -> int:

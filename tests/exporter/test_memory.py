@@ -16,7 +16,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.engines.builder import build
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter import memory
-from cat_pruning.exporter.memory import check_memory, held_bytes, total_memory
+from cat_pruning.exporter.memory import check_memory, held_bytes, part_bytes, total_memory
 
 GIB = 1 << 30
 
@@ -130,3 +130,15 @@ def test_memory_is_the_machines_or_the_control_groups(
     monkeypatch.setattr(Path, "read_text", read)
     machine = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES")
     assert total_memory() == (expected or machine)
+
+
+def test_a_part_of_the_exports_dtype_is_not_held(tiny_checkpoint: Path) -> None:
+    folder = tiny_checkpoint / "text_encoder"
+    (file,) = folder.glob("*.safetensors")
+    numbers = (file.stat().st_size - 4096) // 2  # the miniatures' files are of fp16, with a header
+    for dtype, verify, is_held in ((DType.FP16, False, False), (DType.FP16, True, True), (DType.FP32, False, True)):
+        weights, held = part_bytes(folder, dtype, verify=verify)
+        assert weights == pytest.approx(numbers * dtype.num_bytes, rel=0.02)
+        assert held == (weights if is_held else 0)
+    file.write_bytes(b"damaged")
+    assert part_bytes(folder, DType.FP32, verify=False) == (0, 0)
