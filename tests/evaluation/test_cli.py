@@ -21,6 +21,7 @@ from cat_pruning.evaluation.prompts import load_prompts
 
 # What tells the methods apart, of few steps and scenes; `test_an_interruption_says_that_it_goes_on` has its own.
 QUICK = ["--quick", "--prompts", "scenes:2", "--steps", "10", "--full-steps", "4", "--guidance-scale", "3"]
+QUICK += ["--resolution", "96x96"]
 
 
 def run(*arguments: Any) -> int:
