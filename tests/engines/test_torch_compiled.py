@@ -67,6 +67,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
+@pytest.mark.parametrize("kind", ["sd3.5", "pixart-alpha", "flux-dev"])  # each with all that its family has
 def test_computes_what_the_plain_steps_do(tiny_transformer: Any) -> None:
     plain, fast = (TorchStepEngine(tiny_transformer, compiled=compiled) for compiled in (False, True))
     assert_close(three_steps(fast), three_steps(plain))

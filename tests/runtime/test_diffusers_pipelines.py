@@ -67,6 +67,9 @@ TRIED = [
 ]
 
 
+engines: dict[str, OnnxRuntimeStepEngine] = {}  # shared by all uses of the same graphs, without adapters
+
+
 @pytest.mark.parametrize(("use", "kind", "engine"), TRIED)
 def test_a_use_is_what_the_table_says(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any]) -> None:
     make = functools.partial(drop_in, use, kind, engine, export_tiny)
@@ -81,11 +84,15 @@ def drop_in(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any], s
     transformer = transformer_of(use, kind)
     if engine == "torch":
         return CatTransformer(TorchStepEngine(transformer), settings)
-    directory = export_tiny(kind, takes_controlnet(use)).directory
-    made = CatTransformer(OnnxRuntimeStepEngine(directory, family_of(transformer), torch.float32), settings)
-    if hasattr(transformer, "peft_config"):
-        weights = {name: each for name, each in transformer.state_dict().items() if "lora" in name}
-        made.load_lora_adapter({name.replace(".default", ""): each for name, each in weights.items()}, prefix=None)
+    directory, family = export_tiny(kind, takes_controlnet(use)).directory, family_of(transformer)
+    if not hasattr(transformer, "peft_config"):
+        key = f"{directory} {use.changes}"
+        if key not in engines:
+            engines[key] = OnnxRuntimeStepEngine(directory, family, torch.float32)
+        return CatTransformer(engines[key], settings)
+    made = CatTransformer(OnnxRuntimeStepEngine(directory, family, torch.float32), settings)
+    weights = {name: each for name, each in transformer.state_dict().items() if "lora" in name}
+    made.load_lora_adapter({name.replace(".default", ""): each for name, each in weights.items()}, prefix=None)
     return made
 
 

@@ -38,7 +38,13 @@ def test_with_a_dear_child():
 def test_marked():
     burn(0.15)
 """
-ARGUMENTS = ("-p", "cpu_seconds", "-p", "no:randomly", "-p", "no:xdist")
+ARGUMENTS = ("-p", "cpu_seconds")
+
+
+@pytest.fixture(autouse=True)
+def _no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of installed packages would be imported, and rewritten, for each of the runs."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 @pytest.fixture
