@@ -99,7 +99,7 @@ def test_blocks_of_one_kind_share_a_graph(make_tiny: Any) -> None:
 @pytest.mark.long
 @pytest.mark.usefixtures("compile_eagerly")
 def test_one_session_for_images_of_two_shapes(make_tiny: Any) -> None:
-    transformer = make_tiny("sd3")
+    transformer = make_tiny("sd3", num_layers=1)
     fast, plain = (CatTransformer.from_model(transformer, compiled=compiled) for compiled in (True, False))
     for batch, size in ((2, 16), (4, 12), (2, 16)):
         generator = torch.Generator().manual_seed(batch + size)
@@ -129,7 +129,7 @@ def test_a_block_left_out_has_no_gates(make_tiny: Any) -> None:
 @pytest.mark.usefixtures("compile_eagerly")
 def test_adapters_are_seen(make_tiny: Any) -> None:
     peft = pytest.importorskip("peft")
-    transformer = make_tiny("sd3")
+    transformer = make_tiny("sd3", num_layers=1)
     plain, fast = (TorchStepEngine(transformer, compiled=compiled) for compiled in (False, True))
     before = three_steps(fast)
     transformer.train()  # whose adapters drop out, which a step's must not
