@@ -186,7 +186,9 @@ class Manifest(Spec):
         """SHA-256 of the manifest without its schedules and plans: the same when some are added later, or dropped."""
         later = {*self.schedules, *(plan.file for plan in self.plans)}
         others = {name: spec for name, spec in self.files.items() if name not in later}
-        text = self.model_copy(update={"schedules": (), "plans": (), "files": others}).model_dump_json()
+        left = self.model_copy(update={"schedules": (), "plans": (), "files": others})
+        # Of a bundle without components it is what it was before there were any.
+        text = left.model_dump_json(exclude=None if self.components else {"components"})
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileSpec]) -> Self:

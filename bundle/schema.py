@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from cat_pruning.components import DIMENSIONS, Component
+from cat_pruning.components import DIMENSIONS, SHAPES, TEXT_ENCODERS, Component
 from cat_pruning.errors import ShapeError
 from cat_pruning.names import Flavour
 from cat_pruning.step_io import Part, Shape, StepDims
@@ -56,6 +56,7 @@ def _graph(name: object) -> object:
 BundlePath = Annotated[str, AfterValidator(_inside)]
 Architecture = Annotated[str, Field(pattern=r"^sm\d{2,3}$")]  # sm90: compute capability 9.0
 _DimName = Annotated[str, AfterValidator(_dimension)]
+_ComponentType = Annotated[str, Field(pattern="^(FLOAT|FLOAT16|BFLOAT16|INT32)$")]  # by ONNX's names
 _ComponentDimName = Annotated[str, AfterValidator(_component_dimension)]
 
 
@@ -154,8 +155,17 @@ class ComponentTensor(Spec):
     """An input or output of a component's graph: its ONNX type, and its shape with the dynamic dimensions by name."""
 
     name: Annotated[str, Field(min_length=1)]
-    dtype: str
+    dtype: _ComponentType
     shape: Annotated[tuple[PositiveInt | _ComponentDimName, ...], Strict(False)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        expected = SHAPES.get(self.name)
+        if expected is None:
+            raise ValueError(f"no graph of a component has a {self.name!r}; known are {', '.join(SHAPES)}")
+        if tuple(dim if isinstance(dim, str) else None for dim in self.shape) != expected:
+            raise ValueError(f"{self.name} has the shape {self.shape}, expected {expected} with numbers for None")
+        return self
 
     def shape_at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with numbers for names."""
@@ -174,21 +184,34 @@ class ComponentSpec(Spec):
     outputs: Annotated[tuple[ComponentTensor, ...], Strict(False), Field(min_length=1)]
     text_lengths: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Strict(False)] | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.file != self.component.onnx:
+            raise ValueError(f"{self.component} is the file {self.file}, expected {self.component.onnx}")
+        inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (self.inputs, self.outputs))
+        if len({*inputs}) < len(inputs) or (frozenset(inputs), frozenset(outputs)) not in self.component.signatures:
+            raise ValueError(f"{self.component} takes {', '.join(inputs)} and returns {', '.join(outputs)}")
+        is_text, lengths = self.component.value in TEXT_ENCODERS, self.text_lengths
+        if is_text is (lengths is None) or list(lengths or ()) != sorted(lengths or ()):
+            expected = "three, none less than the one before" if is_text else "none"
+            raise ValueError(f"{self.component} has the text lengths {lengths}, expected {expected}")
+        return self
+
     def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """The dynamic dimensions of inputs by their names.
 
         Raises:
-            ShapeError: an input is missing, has another number of dimensions, or one that does not fit the others.
+            ShapeError: an input is missing or empty, or its dimensions are not as many or do not fit the others.
         """
         sizes: dict[str, int] = {}
         for tensor in self.inputs:
             shape = tuple(shapes.get(tensor.name, ()))
-            fits = len(shape) == len(tensor.shape)
+            fits = len(shape) == len(tensor.shape) and 0 not in shape
             for dim, size in zip(tensor.shape, shape, strict=False):
                 fits = fits and (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) == size
             if not fits:
-                expected = ", ".join(map(str, tensor.shape))
-                raise ShapeError(f"{self.file}: {tensor.name} has shape {shape}, expected ({expected})")
+                expected = f"({', '.join(map(str, tensor.shape))})" + (" and nothing empty" if 0 in shape else "")
+                raise ShapeError(f"{self.file}: {tensor.name} has shape {shape}, expected {expected}")
         return sizes
 
 

@@ -127,14 +127,14 @@ def _pipeline_class(directory: Path, index: dict[str, Any]) -> Any:
     return found
 
 
-def part_class_name(directory: Path, part: str) -> str:
-    """The name of the class that a pipeline's index gives a part.
+def class_of_part(directory: Path, part: str) -> Any:
+    """The class of diffusers or transformers that a pipeline's index gives a part.
 
     Raises:
         CheckpointError: the index is damaged or has no such part.
     """
     index = read_object(directory, INDEX, f"{directory} is no diffusers pipeline")
-    return str(_class_of(directory, part, index.get(part)).__name__)
+    return _class_of(directory, part, index.get(part))
 
 
 def _class_of(directory: Path, part: str, value: Any) -> Any:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from cat_pruning.bundle.schema import ComponentSpec, ComponentTensor
-from cat_pruning.checkpoints.checkpoint import Checkpoint
+from cat_pruning.checkpoints.checkpoint import Checkpoint, check_weights
 from cat_pruning.checkpoints.hub import pipeline_snapshot
-from cat_pruning.checkpoints.parts import check_finite, load_module, read_object
+from cat_pruning.checkpoints.parts import class_of_part, load_module
 from cat_pruning.components import (
     ATTENTION_MASK,
     COMPONENT_PARTS,
@@ -33,6 +33,7 @@ from cat_pruning.components import (
     LATENTS,
     MOMENTS,
     POOLED,
+    SHAPES,
     Component,
     components_of,
     with_both_sizes,
@@ -51,7 +52,6 @@ from cat_pruning.exporter.tracing import (
     trace,
 )
 from cat_pruning.exporter.verify import TOLERANCE, compare
-from cat_pruning.imports import importing
 
 logger = logging.getLogger(__name__)
 
@@ -211,11 +211,12 @@ def wanted_parts(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[WantedPa
 
     Args:
         checkpoint: with a pipeline.
-        names: of `COMPONENT_PARTS`; those that the pipeline has not got are left out.
+        names: of `COMPONENT_PARTS`; those that the pipeline has not got are left out, and those that no graph can be
+            made of, with a warning.
 
     Raises:
-        SettingsError: there is no pipeline, or no graph can be made of a part that was asked for by name.
-        CheckpointError: the hub cannot be reached.
+        SettingsError: there is no pipeline.
+        CheckpointError: the hub cannot be reached, or the pipeline's index is damaged.
     """
     if not names:
         return ()
@@ -224,22 +225,24 @@ def wanted_parts(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[WantedPa
             f"--components: {checkpoint.source.location} has no text encoders and no autoencoder", "leave it out"
         )
     directory = parts_directory(checkpoint)
-    index = read_object(directory, "model_index.json", f"{directory} is no diffusers pipeline")
     found = []
-    for name in names:
-        library, class_name = (*(index.get(name) or ()), None, None)[:2]
-        if class_name is None:
+    for name in dict.fromkeys(names):
+        if name not in checkpoint.components:
             continue
-        if class_name not in _WRAPPERS:
+        part_class = class_of_part(directory, name)
+        if part_class.__name__ not in _WRAPPERS:
             logger.warning(
                 "%s is a %s, of which no graph can be made: it is taken along for torch; known are %s",
-                name, class_name, ", ".join(_WRAPPERS),
+                name, part_class.__name__, ", ".join(_WRAPPERS),
             )  # fmt: skip
             continue
-        with importing:
-            module = __import__(library)
-        found.append(WantedPart(name=name, part_class=getattr(module, class_name), folder=directory / name))
+        found.append(WantedPart(name=name, part_class=part_class, folder=directory / name))
     return tuple(found)
+
+
+def folders_of(parts: Sequence[WantedPart]) -> dict[str, Path]:
+    """The folders of parts by their names."""
+    return {part.name: part.folder for part in parts}
 
 
 def parts_directory(checkpoint: Checkpoint) -> Path:
@@ -269,16 +272,16 @@ def export_components(
         verify: compare what the graphs return under ONNX Runtime with torch.
 
     Raises:
-        CheckpointError: a part's weights are damaged.
+        CheckpointError: a part's weights are damaged, or not finite in the dtype.
         EngineError: a graph computes something else than its module.
         OSError: a file cannot be written.
     """
     specs: list[ComponentSpec] = []
     for part in parts:
         with stage(f"Trace {part.name} and write its graph") as advance:
-            check_finite(part.folder)
             options = {} if part.name == "vae" else {"attn_implementation": "eager"}  # of T5, torch exports no other
             module = load_module(part.part_class, part.folder, dtype.torch, **options).eval()
+            check_weights(module, part.folder, dtype)
             written = export_part(part.name, module, directory, text_length, advance)
         if verify and dtype is not DType.BF16:
             with stage(f"Compare {part.name} under ONNX Runtime with torch"):
@@ -391,15 +394,6 @@ def _spec(component: Component, wrapper: _Component, model: ir.Model, text_lengt
     )
 
 
-_OUTPUT_DIMENSIONS: Final[dict[str, Sequence[str | None]]] = {
-    LAST_HIDDEN_STATE: ("batch", "text_length", None),
-    HIDDEN_STATES: (None, "batch", "text_length", None),
-    POOLED: ("batch", None),
-    IMAGE: ("batch", None, "height", "width"),
-    MOMENTS: ("batch", None, "latent_height", "latent_width"),
-}
-
-
 def _output_shape(name: str, traced: Sequence[Any]) -> tuple[str | int, ...]:
     """An output's shape with our names for dynamic dimensions, and the tracer's numbers."""
-    return tuple(named or int(found) for named, found in zip(_OUTPUT_DIMENSIONS[name], traced, strict=True))
+    return tuple(named or int(found) for named, found in zip(SHAPES[name], traced, strict=True))

@@ -39,10 +39,10 @@ from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import can_build, can_build_refittable
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter import data_loader
-from cat_pruning.exporter.components import WantedPart, export_components, wanted_parts
+from cat_pruning.exporter.components import WantedPart, export_components, folders_of, wanted_parts
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes, part_bytes
-from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, pipeline_files
+from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, copied_files
 from cat_pruning.exporter.plans import build_plans, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
 from cat_pruning.exporter.split import Graph
@@ -146,11 +146,16 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     )
     if transformer is not None:
         checkpoint = _with_weights_of(checkpoint, transformer, config)
-    check_pipeline(checkpoint)
     parts = wanted_parts(checkpoint, config.components)
+    check_pipeline(checkpoint, folders_of(parts))
     for part in parts:
         weights, held = part_bytes(part.folder, config.dtype, verify=config.verify is not None)
-        check_memory(weights, held_bytes=held, builds_plans=bool(plans))
+        try:
+            check_memory(weights, held_bytes=held, builds_plans=bool(plans))
+        except EngineError as error:
+            raise EngineError(
+                f"{part.name}: {error.problem}", "leave it out of --components, or export on a larger machine"
+            ) from error
     if config.controlnet:
         checkpoint = dataclasses.replace(checkpoint, family=checkpoint.family.with_residuals())
     geometry = _geometry(checkpoint, config.text_length)
@@ -169,7 +174,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     needed = _needed_bytes(config, checkpoint, plans, parts)
     with new_bundle(config.out, force=config.force, needed_bytes=needed) as writer:
         with stage("Copy the pipeline's other parts"):
-            pipeline = add_pipeline(checkpoint, writer.path / PIPELINE, {part.name: part.folder for part in parts})
+            pipeline = add_pipeline(checkpoint, writer.path / PIPELINE, folders_of(parts))
         components = export_components(
             parts, writer.path, config.dtype, geometry.text_length, stage, verify=config.verify is not None
         )
@@ -281,10 +286,10 @@ def _needed_bytes(
     config: ExportConfig, checkpoint: Checkpoint, plans: tuple[PlanSpec, ...], parts: Sequence[WantedPart]
 ) -> int:
     weights = checkpoint.num_parameters * config.dtype.num_bytes
+    weights += sum(part_bytes(part.folder, config.dtype, verify=False)[0] for part in parts)
     flavours = len({plan.flavour for plan in plans})  # the plans hold the weights again
-    others = sum(path.stat().st_size for path in pipeline_files(checkpoint))
-    of_graphs = sum(path.stat().st_size for part in parts for path in part.folder.glob("*.safetensors"))
-    return weights * (1 + flavours) + others + of_graphs * flavours + _SLACK_BYTES
+    others = sum(path.stat().st_size for path in copied_files(checkpoint, folders_of(parts)))
+    return weights * (1 + flavours) + others + _SLACK_BYTES
 
 
 def _write_graphs(

@@ -16,21 +16,37 @@ from cat_pruning.errors import CheckpointError
 _PIPELINE_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}
 
 
-def check_pipeline(checkpoint: Checkpoint) -> None:
+def check_pipeline(checkpoint: Checkpoint, graphs: Mapping[str, Path] | None = None) -> None:
     """Check that the parts that will be copied make a pipeline. Reads the headers of their weights only.
+
+    Args:
+        checkpoint: whose parts they are.
+        graphs: the folders of parts that become graphs, by name.
 
     Raises:
         CheckpointError: they do not; see `load_parts`.
     """
-    if checkpoint.directory is not None and pipeline_files(checkpoint):
-        check_parts(checkpoint.directory, checkpoint.family.transformer_class)
+    if checkpoint.directory is not None and copied_files(checkpoint, graphs):
+        check_parts(_root(checkpoint.directory, graphs or {}), checkpoint.family.transformer_class)
 
 
-def pipeline_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files of a local checkpoint that make its pipeline, but for the transformer's weights."""
-    if checkpoint.directory is None or checkpoint.source.kind == "hub" or not checkpoint.components:
+def copied_files(checkpoint: Checkpoint, graphs: Mapping[str, Path] | None = None) -> list[Path]:
+    """The files that a bundle gets of a checkpoint's pipeline: none of the hub's, which stay there, without graphs.
+
+    Args:
+        checkpoint: whose they are; the transformer's weights are not among them.
+        graphs: the folders of parts that are graphs, by name: of those, only the config is.
+    """
+    graphs = graphs or {}
+    if checkpoint.directory is None or not checkpoint.components or (checkpoint.source.kind == "hub" and not graphs):
         return []
-    return _files_of(checkpoint, checkpoint.directory)
+    files = _files_of(checkpoint, _root(checkpoint.directory, graphs))
+    return [path for path in files if path.parent.name not in graphs or path.name == "config.json"]
+
+
+def _root(directory: Path, graphs: Mapping[str, Path]) -> Path:
+    """Where the parts are: of the hub's, a snapshot that has them too."""
+    return next((each.parent for each in graphs.values()), directory)
 
 
 def _files_of(checkpoint: Checkpoint, root: Path) -> list[Path]:
@@ -56,10 +72,7 @@ def add_pipeline(checkpoint: Checkpoint, folder: Path, graphs: Mapping[str, Path
         return PipelineSpec(kind="hub", hub_id=checkpoint.source.location, revision=checkpoint.source.revision)
     if checkpoint.directory is None or not checkpoint.components:
         return None
-    root = next((each.parent for each in graphs.values()), checkpoint.directory)
-    files = [
-        path for path in _files_of(checkpoint, root) if path.parent.name not in graphs or path.name == "config.json"
-    ]
+    root, files = _root(checkpoint.directory, graphs), copied_files(checkpoint, graphs)
     for part in sorted({path.parent for path in files if path.suffix == ".safetensors"}):
         check_finite(part)
     for path in files:

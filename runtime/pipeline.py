@@ -18,7 +18,7 @@ from cat_pruning.checked import checked
 from cat_pruning.checkpoints.hub import pipeline_snapshot
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.checkpoints.part_configs import check_together
-from cat_pruning.checkpoints.parts import INDEX, check_finite, load_parts, part_class_name, read_object
+from cat_pruning.checkpoints.parts import INDEX, check_finite, class_of_part, load_parts, read_object
 from cat_pruning.components import AUTOENCODER, Component
 from cat_pruning.dtype import torch_dtype_of
 from cat_pruning.engines.graph_family import family_of_bundle
@@ -172,7 +172,7 @@ def _engine_parts(directory: Path, engines: Mapping[Component, ComponentEngine])
                 decoder, encoder = engines[Component.VAE_DECODER], engines[Component.VAE_ENCODER]
                 parts[name] = engine_autoencoder(folder, decoder, encoder)
             else:
-                parts[name] = engine_text_encoder(folder, part_class_name(directory, name), engine)
+                parts[name] = engine_text_encoder(folder, class_of_part(directory, name).__name__, engine)
         except (KeyError, ValueError, TypeError, OSError, CheckpointError) as error:
             raise BundleError(
                 f"{folder} is no config of a part whose graph the bundle has ({first_line(error)})",

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
+from cat_pruning.errors import ShapeError
+
 TEXT_ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3")
 AUTOENCODER: Final = "vae"
 COMPONENT_PARTS: Final = (*TEXT_ENCODERS, AUTOENCODER)  # the parts that can be graphs, by diffusers' names
@@ -24,6 +26,17 @@ IMAGE: Final = "image"  # (batch, 3, height, width), in [-1, 1]
 MOMENTS: Final = "moments"  # (batch, 2 channels, latent_height, latent_width): mean and log-variance
 
 DIMENSIONS: Final = ("batch", "text_length", "latent_height", "latent_width", "height", "width")
+# Every tensor's dimensions by name; None for one that is a number, which is the model's.
+SHAPES: Final[Mapping[str, tuple[str | None, ...]]] = {
+    INPUT_IDS: ("batch", "text_length"),
+    ATTENTION_MASK: ("batch", "text_length"),
+    LAST_HIDDEN_STATE: ("batch", "text_length", None),
+    HIDDEN_STATES: (None, "batch", "text_length", None),
+    POOLED: ("batch", None),
+    LATENTS: ("batch", None, "latent_height", "latent_width"),
+    IMAGE: ("batch", None, "height", "width"),
+    MOMENTS: ("batch", None, "latent_height", "latent_width"),
+}
 
 
 class Component(StrEnum):
@@ -45,6 +58,18 @@ class Component(StrEnum):
         """The part of the pipeline that it computes, or half of it."""
         return AUTOENCODER if self in (Component.VAE_DECODER, Component.VAE_ENCODER) else self.value
 
+    @property
+    def signatures(self) -> tuple[tuple[frozenset[str], frozenset[str]], ...]:
+        """The names of inputs and of outputs that its graph may have: of a text encoder, CLIP's or T5's."""
+        if self is Component.VAE_DECODER:
+            return ((frozenset({LATENTS}), frozenset({IMAGE})),)
+        if self is Component.VAE_ENCODER:
+            return ((frozenset({IMAGE}), frozenset({MOMENTS})),)
+        return (
+            (frozenset({INPUT_IDS}), frozenset({LAST_HIDDEN_STATE, HIDDEN_STATES, POOLED})),
+            (frozenset({INPUT_IDS, ATTENTION_MASK}), frozenset({LAST_HIDDEN_STATE})),
+        )
+
 
 def components_of(part: str) -> tuple[Component, ...]:
     """The graphs of one of `COMPONENT_PARTS`."""
@@ -57,6 +82,9 @@ def with_both_sizes(sizes: Mapping[str, int], pixels_per_latent: int) -> dict[st
     Args:
         sizes: what is known.
         pixels_per_latent: the autoencoder's factor.
+
+    Raises:
+        ShapeError: an image is smaller than a latent.
     """
     found = dict(sizes)
     for side in ("height", "width"):
@@ -65,4 +93,8 @@ def with_both_sizes(sizes: Mapping[str, int], pixels_per_latent: int) -> dict[st
             found.setdefault(side, found[latent] * pixels_per_latent)
         elif side in found:
             found[latent] = found[side] // pixels_per_latent
+            if not found[latent]:
+                raise ShapeError(
+                    f"an image has a {side} of {found[side]} pixels, expected {pixels_per_latent} at least"
+                )
     return found

@@ -29,6 +29,14 @@ VAE: list[dict[str, Any]] = [
     {"component": "vae_decoder", "file": "vae_decoder.onnx", "inputs": [LATENTS], "outputs": [IMAGE]},
     {"component": "vae_encoder", "file": "vae_encoder.onnx", "inputs": [IMAGE], "outputs": [MOMENTS]},
 ]
+IDS, MASK = (
+    {"name": name, "dtype": "INT32", "shape": ["batch", "text_length"]} for name in ("input_ids", "attention_mask")
+)
+LAST = {"name": "last_hidden_state", "dtype": "FLOAT16", "shape": ["batch", "text_length", 64]}
+T5: dict[str, Any] = {
+    "component": "text_encoder_3", "file": "text_encoder_3.onnx", "inputs": [IDS, MASK], "outputs": [LAST],
+    "text_lengths": [1, 13, 512],
+}  # fmt: skip
 
 # As it lies on disk: a small SD3, 256 tokens at 256 x 256, 76 of them kept.
 FIELDS: dict[str, Any] = {
@@ -261,6 +269,34 @@ def test_dtype(dtype: DType, expected: torch.dtype, num_bytes: int) -> None:
         ("components", VAE, "graphs that are not among the files: vae_decoder.onnx, vae_encoder.onnx"),
         ("components", [VAE[0] | {"component": "vae"}, VAE[1]], r"components\.0\.component: Input should be 'text_e"),
         ("components", [VAE[0] | {"inputs": [VAE[0]["inputs"][0] | {"shape": ["rows"]}]}, VAE[1]], "'rows' is no dim"),
+        ("components", [T5], "graphs that are not among the files: text_encoder_3.onnx"),
+        (
+            "components",
+            [T5 | {"file": "step.onnx"}],
+            "text_encoder_3 is the file step.onnx, expected text_encoder_3.onn",
+        ),
+        ("components", [T5 | {"inputs": [IDS]}], "text_encoder_3 takes input_ids and returns last_hidden_state"),
+        ("components", [T5 | {"inputs": [IDS, MASK, MASK]}], "takes input_ids, attention_mask, attention_mask and ret"),
+        (
+            "components",
+            [T5 | {"inputs": [LATENTS], "outputs": [IMAGE]}],
+            "text_encoder_3 takes latents and returns ima",
+        ),
+        (
+            "components",
+            [T5 | {"outputs": [LAST | {"name": "x"}]}],
+            "no graph of a component has a 'x'; known are input",
+        ),
+        (
+            "components",
+            [T5 | {"outputs": [LAST | {"dtype": "DOUBLE"}]}],
+            r"outputs\.0\.dtype: String should match patt",
+        ),
+        ("components", [T5 | {"outputs": [LAST | {"shape": ["batch", 64]}]}], "last_hidden_state has the shape"),
+        ("components", [T5 | {"inputs": [IDS | {"shape": ["batch", 7]}, MASK]}], "input_ids has the shape"),
+        ("components", [T5 | {"text_lengths": [1, 600, 512]}], "has the text lengths .*, expected three, none less th"),
+        ("components", [T5 | {"text_lengths": None}], "has the text lengths None, expected three"),
+        ("components", [VAE[0] | {"text_lengths": [1, 1, 1]}, VAE[1]], "vae_decoder has the text .*, expected none"),
         ("plans/0/flavour", "openvino", r"plans\.0\.flavour"),
         ("plans/0/architectures", [], r"plans\.0\.architectures: .*at least 1"),
         ("plans/0/architectures/1", "sm_90", r"plans\.0\.architectures\.1: .*match pattern"),

@@ -20,13 +20,25 @@ from cat_pruning.bundle.profiles import component_profiles, profile_spec
 from cat_pruning.bundle.schema import ComponentSpec, ComponentTensor, Geometry
 from cat_pruning.checkpoints.checkpoint import find_checkpoint
 from cat_pruning.checkpoints.parts import load_module
-from cat_pruning.components import Component
+from cat_pruning.components import Component, with_both_sizes
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import build_plan, can_build, plan_specs
-from cat_pruning.errors import EngineError, SettingsError, ShapeError
-from cat_pruning.exporter.components import export_part, verify_component, wanted_parts, wrapped
-from cat_pruning.exporter.pipeline_files import add_pipeline
+from cat_pruning.errors import CheckpointError, EngineError, SettingsError, ShapeError
+from cat_pruning.exporter import memory
+from cat_pruning.exporter.components import (
+    WantedPart,
+    export_components,
+    export_part,
+    folders_of,
+    verify_component,
+    wanted_parts,
+    wrapped,
+)
+from cat_pruning.exporter.export import ExportConfig, export
+from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, copied_files
 from cat_pruning.exporter.plans import with_component_plans
+from cat_pruning.exporter.progress import logged_stage
+from cat_pruning.names import Target
 from cat_pruning.settings import PruneSettings
 
 CLIP = {
@@ -121,12 +133,44 @@ def test_t5_in_fp16_keeps_what_transformers_keeps_in_fp32(tmp_path: Path) -> Non
     assert spec.outputs[0].dtype == "FLOAT16"
 
 
+def test_weights_that_no_export_can_have(tmp_path: Path) -> None:
+    module = module_of("CLIP")
+    with torch.no_grad():
+        next(module.parameters())[0, 0] = 1e6
+    module.save_pretrained(tmp_path / "clip")
+    part = WantedPart(name="text_encoder", part_class=transformers.CLIPTextModel, folder=tmp_path / "clip")
+    with pytest.raises(
+        CheckpointError, match=r"clip: .*weight has values that are not finite in fp16; .* --dtype bf16"
+    ):
+        export_components([part], tmp_path, DType.FP16, TEXT_LENGTH, logged_stage, verify=False)
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_a_part_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda: 2**30)
+    config = ExportConfig(model="sd3-mini", out=tmp_path / "out", components=("vae",), targets=(Target.ONNX,))
+    with pytest.raises(
+        EngineError, match=r"vae: weights of .* GiB of memory to be exported, .*; leave it out of --comp"
+    ):
+        export(config)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sizes_that_do_not_fit() -> None:
     spec = _t5_spec()
     assert spec.sizes_of({"input_ids": (2, 7), "attention_mask": (2, 7)}) == {"batch": 2, "text_length": 7}
     for shapes in ({"input_ids": (2, 7), "attention_mask": (2, 6)}, {"input_ids": (7,)}, {"input_ids": (2, 7)}):
-        with pytest.raises(ShapeError, match=r"t5\.onnx: \w+ has shape \(.*\), expected \(batch, text_length\)"):
+        with pytest.raises(
+            ShapeError, match=r"text_encoder\.onnx: \w+ has shape \(.*\), expected \(batch, text_length\)"
+        ):
             spec.sizes_of(shapes)
+    with pytest.raises(
+        ShapeError, match=r"input_ids has shape \(0, 7\), expected \(batch, text_length\) and nothing empty"
+    ):
+        spec.sizes_of({"input_ids": (0, 7), "attention_mask": (0, 7)})
+    assert with_both_sizes({"height": 9}, 8) == {"height": 9, "latent_height": 1}
+    with pytest.raises(ShapeError, match="an image has a height of 7 pixels, expected 8 at least"):
+        with_both_sizes({"height": 7}, 8)
 
 
 def test_parts_that_cannot_be_graphs(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,13 +178,17 @@ def test_parts_that_cannot_be_graphs(tiny_checkpoint: Path, caplog: pytest.LogCa
     index["vae"] = ["diffusers", "AutoencoderTiny"]
     (tiny_checkpoint / "model_index.json").write_text(json.dumps(index))
     checkpoint = find_checkpoint(str(tiny_checkpoint))
-    parts = wanted_parts(checkpoint, ("text_encoder", "text_encoder_3", "vae"))
+    parts = wanted_parts(checkpoint, ("text_encoder", "text_encoder_3", "vae", "text_encoder"))
     assert [part.name for part in parts] == ["text_encoder"]  # there is no third one
     assert "vae is a AutoencoderTiny, of which no graph can be made: it is taken along for torch" in caplog.text
     random = find_checkpoint("sd3", random_weights=True)
     with pytest.raises(SettingsError, match="--components: sd3 has no text encoders and no autoencoder"):
         wanted_parts(random, ("vae",))
     assert wanted_parts(random, ()) == ()
+    index["vae"] = ["os", "AutoencoderKL"]  # a library that nothing is imported of
+    (tiny_checkpoint / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"vae is \['os', 'AutoencoderKL'\]; expected a class of diffusers"):
+        wanted_parts(checkpoint, ("vae",))
 
 
 def test_parts_of_the_hub_come_into_the_bundle(
@@ -160,15 +208,22 @@ def test_parts_of_the_hub_come_into_the_bundle(
     copied = {path.relative_to(tmp_path / "pipeline").as_posix() for path in (tmp_path / "pipeline").rglob("*")}
     assert {name for name in copied if name.endswith(".safetensors")} == {"text_encoder_2/model.safetensors"}
     assert {"text_encoder/config.json", "vae/config.json", "tokenizer/tokenizer.json", "model_index.json"} <= copied
+    # The free space that is asked for before is that of these files; without graphs, nothing of the hub is copied.
+    assert len(copied_files(checkpoint, folders_of(parts))) == len([name for name in copied if "." in name])
+    assert copied_files(checkpoint) == []
+    (snapshot / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer is incomplete"):
+        check_pipeline(checkpoint, folders_of(parts))
 
 
 def _t5_spec() -> Any:
     shape = ("batch", "text_length")
     return ComponentSpec(
         component=Component.TEXT_ENCODER,
-        file="t5.onnx",
+        file="text_encoder.onnx",
         inputs=tuple(
             ComponentTensor(name=name, dtype="INT32", shape=shape) for name in ("input_ids", "attention_mask")
         ),
         outputs=(ComponentTensor(name="last_hidden_state", dtype="FLOAT", shape=(*shape, 16)),),
+        text_lengths=(1, 9, 512),
     )
