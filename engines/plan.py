@@ -124,7 +124,7 @@ class Plan:
                 chosen = context.set_optimization_profile_async(profile, handle)
             if not chosen:
                 raise self._error(f"refuses its profile {profile}", errors)
-        return PlanContext(self, context, stream)
+        return PlanContext(self, context, scratch, stream)
 
     def _runtime_config(self, errors: list[str]) -> Any:
         """How TensorRT-RTX makes contexts: kernels compiled before the first run returns, and kept in a file."""
@@ -200,10 +200,10 @@ class Plan:
 
 
 class PlanContext:
-    """An execution context for one profile. Not thread-safe."""
+    """An execution context for one profile, which keeps the scratch memory that it runs in. Not thread-safe."""
 
-    def __init__(self, plan: Plan, context: Any, stream: SideStream) -> None:
-        self._plan, self._context, self._stream = plan, context, stream
+    def __init__(self, plan: Plan, context: Any, scratch: Tensor, stream: SideStream) -> None:
+        self._plan, self._context, self._scratch, self._stream = plan, context, scratch, stream
         self._bound: dict[str, tuple[int, torch.Size]] = {}
         self._ran = False
 

@@ -12,6 +12,7 @@ from cat_pruning.bundle.schema import ComponentSpec
 from cat_pruning.components import with_both_sizes
 from cat_pruning.engines.plan import Plan, PlanContext
 from cat_pruning.engines.side_stream import SideStream
+from cat_pruning.errors import EngineError
 
 
 class PlanComponent:
@@ -22,10 +23,16 @@ class PlanComponent:
         plan: the plan.
         device: where it was loaded.
         pixels_per_latent: the autoencoder's factor.
+
+    Raises:
+        EngineError: it is no plan of this graph.
     """
 
     def __init__(self, spec: ComponentSpec, plan: Plan, device: torch.device, pixels_per_latent: int) -> None:
         self._spec, self._plan, self._device, self._pixels = spec, plan, device, pixels_per_latent
+        expected = ({tensor.name for tensor in spec.inputs}, {tensor.name for tensor in spec.outputs})
+        if (set(plan.inputs), set(plan.outputs)) != expected:
+            raise EngineError(f"the plan of {spec.file} has other inputs or outputs than the graph", "export it again")
         self._stream = SideStream(device)
         self._scratch: Tensor | None = None
         self._contexts: dict[int, PlanContext] = {}

@@ -2,7 +2,7 @@
 
 The pipeline stays as it is: it encodes prompts, scales latents, tiles and slices as always. An autoencoder is
 diffusers' own `AutoencoderKL` with engines for its encoder and decoder. A text encoder is a module with the config and
-the outputs of transformers' own. Both hold no parameters.
+the outputs of transformers' own. Neither holds a weight.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cat_pruning.components import (
     ATTENTION_MASK,
+    AUTOENCODER,
     HIDDEN_STATES,
     IMAGE,
     INPUT_IDS,
@@ -34,19 +35,23 @@ _REMEDY: Final = "export the bundle without it (cat-export --components), or tak
 # What users call on a text encoder that has parameters.
 _REFUSED: Final = (
     "add_adapter", "load_adapter", "get_input_embeddings", "set_input_embeddings", "resize_token_embeddings",
-    "gradient_checkpointing_enable", "save_pretrained", "push_to_hub",
+    "gradient_checkpointing_enable",
 )  # fmt: skip
+_NOT_SAVED: Final = ("save_pretrained", "push_to_hub")  # which would write a config without weights
 
 
 class _EngineModule(nn.Module):
-    """A module that an engine computes; it stays on its engine's device, in its dtype, wherever its pipeline goes."""
+    """A module that an engine computes; it stays on its engine's device, in its dtype, wherever its pipeline goes.
+
+    Its one parameter is empty: diffusers and accelerate read dtype and device off it.
+    """
 
     def __init__(self, engine: ComponentEngine) -> None:
         super().__init__()
         self.engine = engine
-        self.requires_grad_(False).eval()
-        # What diffusers reads a part's dtype and device off, where there are no parameters.
-        self.register_buffer("_empty", torch.empty(0, dtype=engine.dtype, device=engine.device), persistent=False)
+        empty = torch.empty(0, dtype=engine.dtype, device=engine.device)
+        self.register_parameter("_empty", nn.Parameter(empty, requires_grad=False))
+        self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half`, `cuda` and the like do: nothing."""
@@ -123,15 +128,11 @@ class EngineTextEncoder(_EngineModule):
         return self.engine.spec.component.value
 
     def __getattr__(self, name: str) -> Any:
-        if name in _REFUSED:
-            return self._refuse(name)
+        if name in (*_REFUSED, *_NOT_SAVED):
+            return _refusal(self._name, name)
+        if name == "text_model":  # what diffusers looks for first, where an adapter has weights for a text encoder
+            _refusal(self._name, name)()
         return super().__getattr__(name)
-
-    def _refuse(self, name: str) -> Callable[..., NoReturn]:
-        def refuse(*arguments: Any, **options: Any) -> NoReturn:
-            raise SettingsError(f"{self._name} is a graph, which has no {name}", _REMEDY)
-
-        return refuse
 
 
 class EngineDecoder(_EngineModule):
@@ -164,8 +165,19 @@ def engine_autoencoder(folder: Path, decoder: ComponentEngine, encoder: Componen
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
     vae.decoder, vae.encoder = EngineDecoder(decoder), EngineEncoder(encoder)
-    vae.quant_conv = vae.post_quant_conv = None  # which the graphs have in them
+    vae.quant_conv, vae.post_quant_conv = nn.Identity(), nn.Identity()  # the graphs have them; tiles ask the config
+    for name in _NOT_SAVED:
+        setattr(vae, name, _refusal(AUTOENCODER, name))
     return vae.eval()
+
+
+def _refusal(part: str, name: str) -> Callable[..., NoReturn]:
+    """A method that a part whose weights are in a graph has not got."""
+
+    def refuse(*arguments: Any, **options: Any) -> NoReturn:
+        raise SettingsError(f"{part} is a graph, which has no {name}", _REMEDY)
+
+    return refuse
 
 
 def engine_text_encoder(folder: Path, name: str, engine: ComponentEngine) -> EngineTextEncoder:
@@ -175,6 +187,10 @@ def engine_text_encoder(folder: Path, name: str, engine: ComponentEngine) -> Eng
         folder: with its config.json.
         name: CLIPTextModel, CLIPTextModelWithProjection or T5EncoderModel.
         engine: of its graph.
+
+    Raises:
+        KeyError, ValueError: it is of another class, or its graph is.
+        OSError: there is no such config.
     """
     with importing:
         import transformers
@@ -194,6 +210,9 @@ def engine_text_encoder(folder: Path, name: str, engine: ComponentEngine) -> Eng
         ),
         "T5EncoderModel": lambda results: BaseModelOutput(last_hidden_state=results[LAST_HIDDEN_STATE]),
     }
+    is_clip = any(tensor.name == POOLED for tensor in engine.spec.outputs)
+    if is_clip is (name == "T5EncoderModel"):
+        raise ValueError(f"{engine.spec.file} is not the graph of a {name}")
     config = getattr(transformers, name).config_class.from_pretrained(folder)
     return EngineTextEncoder(engine, config, outputs[name])
 

@@ -63,7 +63,8 @@ def cache_prompts(pipe: Any, max_bytes: int) -> PromptCache:
     Each encoder's forward looks its arguments up: token ids, mask and options. They are compared on the host, so on a
     GPU an encoding waits for the ids to come there; pipelines make them there. What is returned must not be changed in
     place; diffusers' pipelines do not. The encoders must not be changed either, as by an adapter, or `clear` is called.
-    A batch of prompts is one entry. Under autograd nothing is kept.
+    A batch of prompts is one entry. Under autograd, or
+    of arguments other than tensors, numbers and strings, nothing is kept.
 
     Args:
         pipe: a diffusers pipeline; its text encoders are changed.
@@ -83,16 +84,27 @@ def _cached(cache: PromptCache, name: str, forward: Callable[..., Any]) -> Calla
     def cached(*arguments: Any, **options: Any) -> Any:
         if torch.is_grad_enabled():
             return forward(*arguments, **options)
-        key = (name, *map(_key, arguments), *((each, _key(value)) for each, value in sorted(options.items())))
+        try:
+            key = (name, *map(_key, arguments), *((each, _key(value)) for each, value in sorted(options.items())))
+        except TypeError:
+            return forward(*arguments, **options)
         return cache.get(key, lambda: forward(*arguments, **options))
 
     return cached
 
 
 def _key(value: Any) -> Hashable:
+    """What one argument is told from others by.
+
+    Raises:
+        TypeError: it is none that is looked at.
+    """
     if isinstance(value, Tensor):
-        return str(value.dtype), str(value.device), tuple(value.shape), value.cpu().numpy().tobytes()
-    return repr(value)
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), str(value.device), tuple(value.shape), content
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value).__name__, value
+    raise TypeError(f"a {type(value).__name__} is not compared")
 
 
 def _tensors(value: Any) -> list[Tensor]:

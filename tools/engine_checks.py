@@ -43,7 +43,8 @@ def check_onnxruntime_engine(bundle: Bundle | None) -> Finding:
     if bundle is not None:
         check_dtype(bundle.manifest.dtype.torch, device)
         family_of_bundle(bundle)
-        bundle.verify_graphs()
+        for graph in bundle.manifest.every_graph():
+            bundle.verify_graph(graph.file)
     limit, remedy = onnxruntime_limit()
     if limit:
         status: Status = "problem" if device.type == "cuda" else "warning"  # its tensors would be on the GPU

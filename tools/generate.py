@@ -144,7 +144,8 @@ def _finite_images(vae: Any) -> Iterator[None]:
             raise EngineError(
                 "the decoded image has values that are not finite: the VAE, or the model on a late step, overflows in "
                 "fp16",
-                'export it with --dtype bf16; where it is the VAE, load_pipeline(…, dtype="fp32") helps as well',
+                "export it with --dtype bf16; where it is the VAE, and that is no graph of --components, "
+                'load_pipeline(…, dtype="fp32") helps as well',
             )
         raise EngineError(
             "the decoded image has values that are not finite: the VAE's weights or the latents are damaged",

@@ -10,23 +10,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers import AutoencoderKL, StableDiffusion3Img2ImgPipeline
 from tensorrt_double import write_plan
 from transformers import CLIPTextModelWithProjection
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import component_profiles
+from cat_pruning.bundle.schema import ComponentSpec, ComponentTensor
 from cat_pruning.components import Component
 from cat_pruning.dtype import DType
 from cat_pruning.engines import plan as plan_module
 from cat_pruning.engines.component_engine import ComponentEngine
+from cat_pruning.engines.onnxruntime_component import OnnxRuntimeComponent
 from cat_pruning.engines.plan import Plan
 from cat_pruning.engines.plan_component import PlanComponent
-from cat_pruning.errors import BundleError, SettingsError, ShapeError
-from cat_pruning.runtime.components import EngineTextEncoder, engine_autoencoder, engines_of
+from cat_pruning.errors import BundleError, EngineError, SettingsError, ShapeError
+from cat_pruning.exporter.components import wrapped
+from cat_pruning.runtime.components import EngineTextEncoder, engine_autoencoder, engine_text_encoder, engines_of
 from cat_pruning.runtime.engine_choice import component_engines
 from cat_pruning.runtime.pipeline import load_pipeline
 
@@ -35,6 +40,11 @@ CALL: dict[str, Any] = {
     "height": 64, "width": 80, "num_inference_steps": 2, "guidance_scale": 3.0, "max_sequence_length": 24,
     "output_type": "np",
 }  # fmt: skip
+SHAPES_HERE: dict[str, tuple[str | int, ...]] = {
+    "latents": ("batch", 4, "latent_height", "latent_width"),
+    "image": ("batch", 3, "height", "width"),
+    "moments": ("batch", 8, "latent_height", "latent_width"),
+}
 CLOSE = 1e-4  # of pixels and embeddings, which differ by the order of sums
 
 
@@ -89,7 +99,7 @@ def test_the_bundle_has_no_weights_of_torch_for_them(component_bundle: Path, pip
     assert "--components text_encoder,vae " in command
     assert isinstance(pipe.text_encoder, EngineTextEncoder)
     assert type(pipe.vae) is AutoencoderKL
-    assert not [*pipe.text_encoder.parameters(), *pipe.vae.parameters()]
+    assert not any(parameter.numel() for part in (pipe.text_encoder, pipe.vae) for parameter in part.parameters())
     assert type(pipe.text_encoder_2) is type(original.text_encoder) is CLIPTextModelWithProjection
     assert (pipe.vae.dtype, pipe.vae.device, pipe.text_encoder.dtype) == (
         torch.float32, torch.device("cpu"), torch.float32,
@@ -170,6 +180,12 @@ def test_what_a_graph_does_not_take(pipe: Any) -> None:
             encoder(ids, **{name: value})
     with pytest.raises(SettingsError, match="text_encoder is a graph, which has no load_adapter"):
         encoder.load_adapter("x")
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_"
+    adapter = {f"{name}A.weight": torch.zeros(2, 96), f"{name}B.weight": torch.zeros(96, 2)}
+    with pytest.raises(SettingsError, match="text_encoder is a graph, which has no text_model; export the bundle with"):
+        pipe.load_lora_weights(adapter)
+    with pytest.raises(SettingsError, match="vae is a graph, which has no save_pretrained"):  # not a config alone
+        pipe.vae.save_pretrained("x")
     with pytest.raises(AttributeError, match="no attribute 'anything_else'"):
         _ = encoder.anything_else
     with pytest.raises(ShapeError, match=r"text_encoder\.onnx: input_ids has shape \(24,\), expected \(batch, text"):
@@ -177,6 +193,69 @@ def test_what_a_graph_does_not_take(pipe: Any) -> None:
     assert encoder(ids, return_dict=False)[0].shape == (1, 96)
     with pytest.raises(ShapeError, match=r"vae_decoder\.onnx: latents has shape \(1, 5, 4, 4\), expected \(batch, 4,"):
         pipe.vae.decode(torch.zeros(1, 5, 4, 4))
+
+
+def test_what_accelerate_moves_stays_where_it_is(pipe: Any, original: Any) -> None:
+    """`enable_model_cpu_offload` does this to every part."""
+    hook = None
+    for part in (pipe.text_encoder, pipe.vae):
+        _, hook = accelerate.cpu_offload_with_hook(part, "cpu", prev_module_hook=hook)
+    assert differ(embeddings(pipe, PROMPT), embeddings(original, PROMPT)) < CLOSE
+    assert pipe.vae.decode(torch.zeros(1, 4, 4, 4)).sample.shape == (1, 3, 16, 16)
+    for part in (pipe.text_encoder, pipe.vae):
+        remove_hook_from_module(part, recurse=True)
+
+
+def test_tiles_of_an_autoencoder_with_convolutions_beside_its_halves(tmp_path: Path) -> None:
+    """Where tiles are, diffusers asks the config whether there are any, and the graphs have them."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+    vae.save_config(tmp_path)
+
+    def engine(component: Component, given: str, returned: str) -> ComponentEngine:
+        graph = wrapped(component, vae)
+        tensors = {
+            name: ComponentTensor(name=name, dtype="FLOAT", shape=SHAPES_HERE[name]) for name in (given, returned)
+        }
+        spec = ComponentSpec(
+            component=component, file=component.onnx, inputs=(tensors[given],), outputs=(tensors[returned],)
+        )
+        return ComponentEngine(
+            spec, lambda: lambda inputs: {returned: graph(**inputs)}, DType.FP32, torch.device("cpu")
+        )
+
+    ours = engine_autoencoder(
+        tmp_path, engine(Component.VAE_DECODER, "latents", "image"), engine(Component.VAE_ENCODER, "image", "moments")
+    )
+    image = torch.rand(1, 3, 24, 40)
+    with torch.no_grad():
+        for tiled in (False, True):
+            for each in (ours, vae):
+                each.use_tiling = tiled
+            latents = ours.encode(image).latent_dist.mean
+            assert differ(latents, vae.encode(image).latent_dist.mean) < CLOSE
+            assert differ(ours.decode(latents).sample, vae.decode(latents).sample) < CLOSE
+
+
+def test_a_graph_that_is_not_the_manifests(component_bundle: Path) -> None:
+    manifest, cpu = Bundle.open(component_bundle).manifest, torch.device("cpu")
+    decoder, text = manifest.component(Component.VAE_DECODER), manifest.component(Component.TEXT_ENCODER)
+    (image,) = decoder.outputs
+    halves = image.model_copy(update={"dtype": "FLOAT16"})
+    wide = image.model_copy(update={"shape": ("batch", 4, "height", "width")})
+    for spec, file in (
+        (decoder.model_copy(update={"outputs": (halves,)}), decoder.file),
+        (decoder.model_copy(update={"outputs": (wide,)}), decoder.file),
+        (manifest.component(Component.VAE_ENCODER), decoder.file),
+    ):
+        with pytest.raises(BundleError, match=rf"{file} has other inputs or outputs than the manifest says"):
+            OnnxRuntimeComponent(spec, component_bundle / file, cpu, 4)
+    engine = ComponentEngine(text, lambda: pytest.fail("nothing is loaded"), DType.FP32, cpu)
+    with pytest.raises(ValueError, match=r"text_encoder\.onnx is not the graph of a T5EncoderModel"):
+        engine_text_encoder(component_bundle / "pipeline/text_encoder", "T5EncoderModel", engine)
 
 
 def test_another_dtype_and_damage(component_bundle: Path, tmp_path: Path) -> None:
@@ -213,6 +292,9 @@ def test_plans_compute_them_too(
             moments = vae.encode(image).latent_dist.parameters
             assert differ(moments, original.vae.encode(image).latent_dist.parameters) < 50 * CLOSE  # of up to 30
     assert len(library.contexts) == 2  # one for each plan
+    other = Plan("tensorrt", tmp_path / "vae_decoder.plan", cpu)
+    with pytest.raises(EngineError, match=r"the plan of vae_encoder\.onnx has other inputs or outputs than the graph"):
+        PlanComponent(manifest.component(Component.VAE_ENCODER), other, cpu, 4)
     with pytest.raises(ShapeError, match=r"latents has shape \(1, 4, 16, 16\), the plan vae_decoder\.plan was built"):
         vae.decode(latents[:, :, :16, :16])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,17 @@ def test_nothing_is_kept_of_training(pipe: Any) -> None:
     for _ in range(2):
         pipe.text_encoder(ids(1, 2, 3))
     assert (pipe.text_encoder.calls, cache.hits, cache.misses) == (2, 0, 0)
+
+
+@torch.no_grad()
+def test_what_is_compared(pipe: Any) -> None:
+    cache = cache_prompts(pipe, 10 * NUM_BYTES)
+    for numbers in ((1, 2, 3), (1, 2, 3), (1, 2, 4)):
+        pipe.text_encoder(ids(*numbers).to(torch.bfloat16))  # of which numpy has none
+    assert (cache.hits, cache.misses) == (1, 2)
+    for _ in range(2):  # of other types nothing is known
+        pipe.text_encoder(ids(1, 2, 3), scale=np.float32(2.0))
+    assert (cache.hits, cache.misses, pipe.text_encoder.calls) == (1, 2, 4)
 
 
 def test_what_fails_is_not_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from cat_pruning.names import ENGINES, Target
 from cat_pruning.runtime.engine_choice import engine_from_bundle
 from cat_pruning.tools.bundle_checks import check_pipeline
 from cat_pruning.tools.doctor import examine
+from cat_pruning.tools.engine_checks import check_onnxruntime_engine
 from cat_pruning.tools.findings import Finding
 
 # This machine
@@ -89,6 +91,17 @@ def test_a_bundle_in_bfloat16_runs_in_torch(mini_bundle: Path) -> None:
         "auto", "problem", "takes onnxruntime, which does not run here", "take --engine torch"
     )
     assert (report.can_generate, report.engine) == (True, "torch")
+
+
+def test_a_damaged_component(component_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(component_bundle, tmp_path / "copy", copy_function=os.link))
+    weights = copy / "vae_decoder.onnx.data"
+    content = bytearray(weights.read_bytes())
+    content[0] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match=r"vae_decoder\.onnx\.data was changed after the export"):
+        check_onnxruntime_engine(Bundle.open(copy))
 
 
 def test_a_checkpoint_that_is_gone(mini_bundle: Path) -> None:
