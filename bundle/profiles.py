@@ -95,7 +95,8 @@ def component_profiles(spec: ComponentSpec, profiles: Sequence[ProfileSpec]) -> 
     """The profiles that a plan of a component is built with, without repetitions.
 
     A text encoder's: from one prompt to as many as a batch has, of any of its lengths. An autoencoder's: the sizes and
-    batches of the step's, static, so its tiles are none of them.
+    batches of the step's, static, so its tiles are none of them; and one image of each size, as slices, previews and
+    the image that a batch begins with are.
     """
     prompts = [profile.prompts for profile in profiles]
     if spec.text_lengths is not None:
@@ -103,9 +104,9 @@ def component_profiles(spec: ComponentSpec, profiles: Sequence[ProfileSpec]) -> 
         ranges = [{"batch": batch, "text_length": length} for batch, length in rows]
         return [{tensor.name: _at(tensor, ranges) for tensor in spec.inputs}]
     plan_profiles: list[PlanProfile] = []
-    for profile in profiles:
+    for profile, batch in [(each, batch) for each in profiles for batch in (each.prompts, 1)]:
         sizes = {
-            "batch": profile.prompts,
+            "batch": batch,
             "latent_height": profile.latent_height,
             "latent_width": profile.latent_width,
             "height": profile.height,
