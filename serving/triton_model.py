@@ -133,6 +133,7 @@ def config_of(arguments: dict[str, str]) -> ServeConfig:
         timeout_s=float(parameters["timeout_s"]),
         max_steps=int(parameters["max_steps"]),
         max_prompt_chars=int(parameters["max_prompt_chars"]),
+        prompt_cache_mb=int(parameters["prompt_cache_mb"]),
         max_pixels=int(parameters["max_pixels"]) if parameters["max_pixels"] else None,
     )
 

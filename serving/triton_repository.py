@@ -175,6 +175,7 @@ def model_config(name: str, config: ServeConfig) -> dict[str, Any]:
         "timeout_s": config.timeout_s,
         "max_steps": config.max_steps,
         "max_prompt_chars": config.max_prompt_chars,
+        "prompt_cache_mb": config.prompt_cache_mb,
         "max_pixels": config.max_pixels or "",
         "public_key": "" if config.public_key is None else PUBLIC_KEY,
     }

@@ -242,13 +242,14 @@ def test_no_repository_in_a_bundle_or_a_file(copied: Callable[[str], Path], tmp_
 def test_a_bundle_that_must_be_signed(copied: Callable[[str], Path], tmp_path: Path) -> None:
     """By the key that was given to the export, Triton's copy too."""
     private, public = write_keys(tmp_path)
-    config = ServeConfig(bundles=(copied("one"),), public_key=public)
+    config = ServeConfig(bundles=(copied("one"),), public_key=public, prompt_cache_mb=0)
     with pytest.raises(BundleError):
         export_repository(config, tmp_path / "models")
     sign_bundle(Bundle.open(config.bundles[0]), private)
     (model,) = export_repository(config, tmp_path / "models")
     given = {"model_config": json.dumps(as_json(model_config("one", config))), "model_repository": str(model)}
     read = config_of(given)
+    assert read.prompt_cache_mb == 0
     assert read.public_key is not None
     assert read.public_key.read_bytes() == public.read_bytes()
     assert Bundle.open(read.bundles[0], PublicKey.read(read.public_key)).path == model / "bundle"
