@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cat_pruning.bundle.schema import ComponentSpec
 from cat_pruning.dtype import DType
+from cat_pruning.engines.cuda_graphs import capturing
 
 _DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16, "INT32": torch.int32}
 
@@ -57,7 +58,9 @@ class ComponentEngine:
 
     def release(self) -> None:
         """Let go of the weights; the next run reads them again. A run in progress on another thread ends as it was."""
-        self._runner = None
+        if self._runner is not None:  # each step of an image may ask
+            with capturing:  # a plan waits for the device before it goes
+                self._runner = None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs, by name.

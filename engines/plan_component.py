@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from cat_pruning.bundle.schema import ComponentSpec
 from cat_pruning.components import with_both_sizes
+from cat_pruning.engines.cuda_graphs import capturing
 from cat_pruning.engines.plan import Plan, PlanContext
 from cat_pruning.engines.side_stream import SideStream
 from cat_pruning.errors import EngineError
@@ -36,7 +36,6 @@ class PlanComponent:
         self._stream = SideStream(device)
         self._scratch: Tensor | None = None
         self._contexts: dict[int, PlanContext] = {}
-        self._turn = threading.Lock()  # a context is for one thread at a time
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Runner`."""
@@ -47,7 +46,7 @@ class PlanComponent:
             tensor.name: torch.empty(tensor.shape_at(sizes), dtype=self._plan.outputs[tensor.name], device=self._device)
             for tensor in self._spec.outputs
         }
-        with self._turn:
+        with capturing:  # a context is for one thread at a time, and none launches while another captures
             if self._scratch is None:  # a null pointer is none
                 self._scratch = torch.empty(max(256, self._plan.scratch_bytes), dtype=torch.uint8, device=self._device)
             if profile not in self._contexts:
