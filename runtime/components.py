@@ -151,19 +151,26 @@ class EngineEncoder(_EngineModule):
         return self.engine.run({IMAGE: sample})[MOMENTS]
 
 
-def engine_autoencoder(folder: Path, decoder: ComponentEngine, encoder: ComponentEngine) -> Any:
+def engine_autoencoder(folder: Path, decoder: ComponentEngine, encoder: ComponentEngine, pixels_per_latent: int) -> Any:
     """Diffusers' `AutoencoderKL` of a config, whose encoder and decoder are engines.
 
     Args:
         folder: with its config.json.
         decoder: the engine of its decoder.
         encoder: the engine of its encoder.
+        pixels_per_latent: of both.
+
+    Raises:
+        ValueError: the config is of another autoencoder.
+        OSError: there is none.
     """
     with importing:
         from diffusers import AutoencoderKL
 
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    if (factor := 2 ** (len(vae.config.block_out_channels) - 1)) != pixels_per_latent:
+        raise ValueError(f"{factor} pixels are a latent, in the graphs {pixels_per_latent}")
     vae.decoder, vae.encoder = EngineDecoder(decoder), EngineEncoder(encoder)
     vae.quant_conv, vae.post_quant_conv = nn.Identity(), nn.Identity()  # the graphs have them; tiles ask the config
     for name in _NOT_SAVED:

@@ -105,7 +105,7 @@ def load_pipeline(
         )
     loaded = pipeline_parts(bundle, parts, others_dtype or transformer.dtype, with_graphs=not engines)
     # Made anew, because a pipeline reads sizes off its transformer and its autoencoder when it is made.
-    made = _engine_parts(parts, engines)
+    made = _engine_parts(parts, engines, bundle.manifest.geometry.pixels_per_latent)
     pipe = type(loaded)(**{**loaded.components, **made, "transformer": transformer})
     _check_together(pipe, parts)
     if offload == "text":
@@ -155,7 +155,9 @@ def import_pipeline(parts: Path) -> None:
                 getattr(importlib.import_module(value[0]), str(value[-1]), None)
 
 
-def _engine_parts(directory: Path, engines: Mapping[Component, ComponentEngine]) -> dict[str, Any]:
+def _engine_parts(
+    directory: Path, engines: Mapping[Component, ComponentEngine], pixels_per_latent: int
+) -> dict[str, Any]:
     """The parts of a pipeline that engines compute, by diffusers' names.
 
     Raises:
@@ -170,7 +172,7 @@ def _engine_parts(directory: Path, engines: Mapping[Component, ComponentEngine])
         try:
             if name == AUTOENCODER:
                 decoder, encoder = engines[Component.VAE_DECODER], engines[Component.VAE_ENCODER]
-                parts[name] = engine_autoencoder(folder, decoder, encoder)
+                parts[name] = engine_autoencoder(folder, decoder, encoder, pixels_per_latent)
             else:
                 parts[name] = engine_text_encoder(folder, class_of_part(directory, name).__name__, engine)
         except (KeyError, ValueError, TypeError, OSError, CheckpointError) as error:

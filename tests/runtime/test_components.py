@@ -228,7 +228,10 @@ def test_tiles_of_an_autoencoder_with_convolutions_beside_its_halves(tmp_path: P
         )
 
     ours = engine_autoencoder(
-        tmp_path, engine(Component.VAE_DECODER, "latents", "image"), engine(Component.VAE_ENCODER, "image", "moments")
+        tmp_path,
+        engine(Component.VAE_DECODER, "latents", "image"),
+        engine(Component.VAE_ENCODER, "image", "moments"),
+        2,
     )
     image = torch.rand(1, 3, 24, 40)
     with torch.no_grad():
@@ -283,7 +286,7 @@ def test_plans_compute_them_too(
         return ComponentEngine(spec, lambda: PlanComponent(spec, Plan("tensorrt", file, cpu), cpu, 4), DType.FP32, cpu)
 
     folder = component_bundle / "pipeline" / "vae"
-    vae = engine_autoencoder(folder, engine(Component.VAE_DECODER), engine(Component.VAE_ENCODER))
+    vae = engine_autoencoder(folder, engine(Component.VAE_DECODER), engine(Component.VAE_ENCODER), 4)
     latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for _ in range(2):
@@ -295,6 +298,8 @@ def test_plans_compute_them_too(
     other = Plan("tensorrt", tmp_path / "vae_decoder.plan", cpu)
     with pytest.raises(EngineError, match=r"the plan of vae_encoder\.onnx has other inputs or outputs than the graph"):
         PlanComponent(manifest.component(Component.VAE_ENCODER), other, cpu, 4)
+    with pytest.raises(ValueError, match="4 pixels are a latent, in the graphs 8"):
+        engine_autoencoder(folder, engine(Component.VAE_DECODER), engine(Component.VAE_ENCODER), 8)
     with pytest.raises(ShapeError, match=r"latents has shape \(1, 4, 16, 16\), the plan vae_decoder\.plan was built"):
         vae.decode(latents[:, :, :16, :16])
 
