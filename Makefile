@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-components bench-forecast bench-startup bench-serve soak soak-serve bench-gpu gpu-check clean peers transfer try-tokens
+.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-components bench-quantize bench-forecast bench-startup bench-serve soak soak-serve bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -154,6 +154,17 @@ bench-components: install build/eval/sd3-mini build/eval/sd3-mini-components
 	$(BIN)/python benchmarks/bench_components.py parts
 	$(BIN)/python benchmarks/bench_components.py export vae
 	$(BIN)/python benchmarks/bench_components.py export t5-xxl
+
+# The step in eight and four bits; with schedules in build/eval/sd3-mini (make tune), tuned ones too.
+bench-quantize: install build/eval/sd3-mini build/eval/sd3-mini-int8 build/eval/sd3-mini-weights-int8 build/eval/sd3-mini-weights-int4
+	$(BIN)/python benchmarks/bench_quantize.py steps
+	$(BIN)/python benchmarks/bench_quantize.py images $(filter build/%,$^)
+
+build/eval/sd3-mini-int8: | .venv/installed
+	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --quantize int8 --out $@
+
+build/eval/sd3-mini-weights-%: | .venv/installed
+	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --weights-only $* --out $@
 
 build/eval/sd3-mini-components: | .venv/installed
 	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --components all --target onnx --out $@

@@ -2,6 +2,7 @@
 
     Manifest
     ├── Source, transformer_class, transformer_config, dtype, guidance, PruneSettings    what was exported
+    ├── Quantization                                                                     of the step's weights
     ├── Geometry, GraphSpec*, ProfileSpec*                                               its graphs and shapes
     ├── ComponentSpec*                                                                   graphs of the other parts
     ├── MacsSpec*                                                                        what a step costs
@@ -45,7 +46,7 @@ from cat_pruning.components import Component, components_of
 from cat_pruning.dtype import DType
 from cat_pruning.errors import BundleError
 from cat_pruning.files import decoded, parse_json, read_bytes
-from cat_pruning.names import Flavour
+from cat_pruning.names import Flavour, Quantization
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, is_residual
 
@@ -88,6 +89,7 @@ class Manifest(Spec):
     transformer_class: str
     transformer_config: Annotated[dict[str, Any], AfterValidator(_as_json)]
     dtype: DType
+    quantization: Quantization | None = None  # of step.onnx; what is not quantized is in `dtype`
     guidance: bool
     settings: _Settings
     geometry: Geometry
@@ -125,6 +127,12 @@ class Manifest(Spec):
             "num_kept": self.settings.num_kept(profile.num_tokens),
             "batch": profile.prompts * (2 if self.guidance else 1),
         }
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        if self.quantization and self.plans:
+            raise ValueError(f"plans of a step in {self.quantization}, of which none are built")
+        return self
 
     @model_validator(mode="after")
     def _check_graphs(self) -> Self:
@@ -196,7 +204,12 @@ class Manifest(Spec):
         return type(self).model_validate(dict(self) | {"files": dict(files)})
 
     def add_plans_command(self, place: Path, flavour: Flavour) -> str:
-        """The shell command that adds plans for the machine that it is run on to this bundle at `place`."""
+        """The shell command that adds plans for the machine that it is run on to this bundle at `place`.
+
+        Of a quantized bundle, from which none are built: that exports it anew, not quantized, with these plans.
+        """
+        if self.quantization:
+            return self.export_command(place, flavour)
         return shlex.join(
             ["cat-export", "--add-plans", str(place), "--target", flavour, *self._plan_options({flavour})]
         )
@@ -209,7 +222,10 @@ class Manifest(Spec):
         return (["--no-plugin"] if function else []) + (["--refittable"] if refittable else [])
 
     def export_command(self, out: Path, *flavours: Flavour) -> str:
-        """The shell command that makes this bundle again at `out`, with plans for `flavours` besides those it has."""
+        """The shell command that makes this bundle again at `out`, with plans for `flavours` besides those it has.
+
+        Where it has plans the graphs are not quantized, because none are built from such.
+        """
         targets = dict.fromkeys((*(plan.flavour for plan in self.plans), *flavours))
         words = ["cat-export", "--model", self.source.location, "--dtype", self.dtype]
         words += ["--revision", self.source.revision] if self.source.revision is not None else []
@@ -222,6 +238,7 @@ class Manifest(Spec):
             words += ["--batch", str(prompts)]
         words += ["--text-length", str(self.geometry.text_length), "--keep-ratio", str(self.settings.keep_ratio)]
         words += [] if self.guidance else ["--no-guidance"]
+        words += self.quantization.options if self.quantization and not targets else []
         for flavour in targets:
             words += ["--target", flavour]
         words += self._plan_options(targets)

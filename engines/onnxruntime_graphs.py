@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +16,8 @@ from torch import Tensor
 from cat_pruning.engines.onnxruntime_sessions import ORT_ERRORS, quiet_run_options, quiet_session
 from cat_pruning.engines.side_stream import SideStream
 from cat_pruning.errors import EngineError
+
+EXACT_PRODUCTS: Final = "session.x64quantprecision"  # uint8 x uint8; a graph in floating point has none to change
 
 _ONNX_TYPES: Final = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -47,6 +51,8 @@ def load_graph(path: Path, device: torch.device, stream: SideStream, replaced: M
     if device.type == "cpu":
         # Each graph would keep its largest activations of every shape; it is no faster with them.
         options.enable_cpu_mem_arena = False
+        if _saturates_here():
+            options.add_session_config_entry(EXACT_PRODUCTS, "1")
     replaced = replaced or {}
     for name, value in replaced.items():
         options.add_initializer(name, value)
@@ -62,6 +68,28 @@ def load_graph(path: Path, device: torch.device, stream: SideStream, replaced: M
             "pip install 'onnxruntime-gpu[cuda,cudnn]', or take the engine torch",
         )
     return graph
+
+
+def saturates(machine: str, cpuinfo: str) -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 may overflow 16 bits on a processor, and err by much.
+
+    They do on x86 without VNNI. Where that is not known it is said, because exact products are right everywhere and
+    only slower (`make bench-quantize`).
+
+    Args:
+        machine: as `platform.machine` says it.
+        cpuinfo: of Linux; empty where there is none.
+    """
+    return machine.lower() in ("x86_64", "amd64") and not {"avx512_vnni", "avx_vnni"} & set(cpuinfo.split())
+
+
+@functools.cache
+def _saturates_here() -> bool:
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        cpuinfo = ""
+    return saturates(platform.machine(), cpuinfo)
 
 
 def run_options(device: torch.device) -> Any:

@@ -47,9 +47,14 @@ def add_plans(
         BundleError: there is no bundle, or its graphs are not what was exported.
         EngineError: a plan cannot be built here.
         OutputError: the bundle cannot be written, or was replaced meanwhile.
-        SettingsError: it has such plans already, or nothing is asked for.
+        SettingsError: it has such plans already or is quantized, or nothing is asked for.
     """
     bundle = Bundle.open(directory)
+    if (quantization := bundle.manifest.quantization) is not None:
+        raise SettingsError(
+            f"--add-plans: the step of {bundle.path} is in {quantization}, and no plans are built from it",
+            "export one without quantization",
+        )
     of_step = wanted_plans(targets, plugin=plugin, refittable=refittable)
     plans = with_component_plans(of_step, bundle.manifest.components)
     if not plans:

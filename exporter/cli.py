@@ -31,7 +31,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.errors import SettingsError
 from cat_pruning.installation import require
 from cat_pruning.models import miniatures
-from cat_pruning.names import TITLES, Target
+from cat_pruning.names import TITLES, Quantization, Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.terminal import say, terminal, waiting
 
@@ -61,6 +61,7 @@ examples:
   cat-export --model sd3 --resolution 1024x1024 --resolution 768x1344 --batch 1 --batch 4 --out sd3
                                                                            plans for two resolutions, 1 and 4 prompts
   cat-export --model sd3 --dtype fp16 --components all --out sd3           text encoders and VAE as graphs too
+  cat-export --model ./my-finetune --quantize int8 --out tuned             the step in eight bits, for a processor
   cat-export --add-plans sd3 --target tensorrt                             for this machine's GPU, beside the others
 then:
   cat-generate build/sd3-mini "a large red circle above a small blue star on a plain black background" -o out.png
@@ -160,6 +161,18 @@ def _parser() -> Parser:
     shape.add_argument(
         "--dtype", choices=[*map(str, DType)], default=str(DType.FP32), help="of the weights (default: fp32)"
     )
+    bits = shape.add_mutually_exclusive_group()
+    bits.add_argument(
+        "--quantize",
+        choices=["int8"],
+        help="weights and activations of the step in eight bits, for ONNX Runtime on a processor: no plans, no "
+        "adapters at run time. Activations are quantized as they come; nothing is calibrated",
+    )
+    bits.add_argument(
+        "--weights-only",
+        choices=["int8", "int4"],
+        help="the step's weights in blocks of 8 or 4 bits, likewise: slower than --quantize, and nearer to fp32 (8)",
+    )
     shape.add_argument(
         "--resolution",
         type=resolution,
@@ -215,6 +228,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from cat_pruning.exporter.verify import Verify
 
     console.quiet_libraries()
+    quantization = _quantization(arguments)
+    targets = tuple(map(Target, arguments.target or ((Target.ONNX,) if quantization else ())))
     config = ExportConfig(
         model=arguments.model,
         out=arguments.out or Path(Path(arguments.model).name),
@@ -222,13 +237,14 @@ def _export(arguments: argparse.Namespace) -> None:
         random_weights=arguments.random_weights,
         loras=tuple(map(parse_lora, arguments.lora or ())),
         dtype=DType(arguments.dtype),
+        quantization=quantization,
         resolutions=tuple(arguments.resolution or ()),
         prompts=tuple(arguments.batch or (1,)),
         text_length=arguments.text_length,
         components=COMPONENT_PARTS if tuple(arguments.components) == ("all",) else tuple(arguments.components),
         guidance=not arguments.no_guidance,
         settings=settings,
-        targets=tuple(map(Target, arguments.target or ())) or default_targets(refittable=arguments.refittable),
+        targets=targets or default_targets(refittable=arguments.refittable),
         plugin=not arguments.no_plugin,
         controlnet=arguments.controlnet,
         refittable=arguments.refittable,
@@ -240,6 +256,12 @@ def _export(arguments: argparse.Namespace) -> None:
     screen = terminal(stderr=True)
     bundle = export(config, lambda title: _stage(screen, title))
     _summarise(terminal(), config, bundle, time.perf_counter() - started)
+
+
+def _quantization(arguments: argparse.Namespace) -> Quantization | None:
+    if arguments.quantize:
+        return Quantization(arguments.quantize)
+    return Quantization(f"weights-{arguments.weights_only}") if arguments.weights_only else None
 
 
 def _tell_plans(screen: Console, plans: Sequence[PlanSpec]) -> None:

@@ -45,12 +45,13 @@ from cat_pruning.exporter.memory import check_memory, held_bytes, part_bytes
 from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, copied_files
 from cat_pruning.exporter.plans import build_plans, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
+from cat_pruning.exporter.quantize import check_quantization, quantize_step
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verification import Samples, Verification
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.families.interception import StepModule
-from cat_pruning.names import FLAVOURS, Target
+from cat_pruning.names import FLAVOURS, Quantization, Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
 from cat_pruning.versions import versions_of
@@ -80,7 +81,8 @@ class ExportConfig:
     guidance: classifier-free guidance doubles the rows of a batch. verify: compare graphs and plans with torch.
     plugin: our kernels for the token operators of TensorRT's plans; without, TensorRT compiles their function bodies.
     controlnet: steps take a ControlNet's residuals.
-    refittable: plans take adapters at run time; ONNX Runtime does from any bundle.
+    refittable: plans take adapters at run time; ONNX Runtime does from any bundle that is not quantized.
+    quantization: of the step, see `quantize_step`; in fp32 and without plans: give `targets=(Target.ONNX,)`.
     """
 
     model: str
@@ -89,6 +91,7 @@ class ExportConfig:
     random_weights: bool = False
     loras: tuple[LoraSpec, ...] = ()
     dtype: DType = DType.FP32
+    quantization: Quantization | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
     prompts: tuple[int, ...] = (1,)
     text_length: int | None = None
@@ -105,6 +108,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.prompts or any(prompts < 1 for prompts in self.prompts):
             raise SettingsError(f"--batch {' '.join(map(str, self.prompts))}: expected numbers of prompts >= 1")
+        check_quantization(self.quantization, self.dtype, self.targets)
         if self.text_length is not None and self.text_length < 1:
             raise SettingsError(f"--text-length {self.text_length}: expected a number of text tokens >= 1")
         if unknown := [name for name in self.components if name not in COMPONENT_PARTS]:
@@ -168,7 +172,9 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     )
     check_memory(
         checkpoint.num_parameters * config.dtype.num_bytes,
-        held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify is not None),
+        held_bytes=held_bytes(
+            checkpoint, config.dtype, computes=config.verify is not None or config.quantization is not None
+        ),
         builds_plans=bool(plans),
     )
     needed = _needed_bytes(config, checkpoint, plans, parts)
@@ -199,6 +205,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     transformer_class=checkpoint.family.transformer_class,
                     transformer_config=dict(checkpoint.family.config),
                     dtype=config.dtype,
+                    quantization=config.quantization,
                     guidance=guidance,
                     settings=config.settings,
                     geometry=geometry,
@@ -289,7 +296,8 @@ def _needed_bytes(
     weights += sum(part_bytes(part.folder, config.dtype, verify=False)[0] for part in parts)
     flavours = len({plan.flavour for plan in plans})  # the plans hold the weights again
     others = sum(path.stat().st_size for path in copied_files(checkpoint, folders_of(parts)))
-    return weights * (1 + flavours) + others + _SLACK_BYTES
+    copies = 1 + flavours + (config.quantization is not None)  # the step in fp32 and in integers, for a while
+    return weights * copies + others + _SLACK_BYTES
 
 
 def _write_graphs(
@@ -313,6 +321,10 @@ def _write_graphs(
     with stage("Trace one step and write its graphs") as advance:
         graphs = export_step_graph(step, directory, advance, weights)
     samples = verification.sample(step, directory, profile, stage)
+    if config.quantization is not None:
+        with stage(f"Quantize the step to {config.quantization}"):
+            quantize_step(directory, config.quantization)
+        verification.check_quantized(step, directory, config.quantization, stage)
     del step, transformer
     gc.collect()  # frees the module before a builder needs the memory: hooks make reference cycles
     return tuple(graph_spec(part, graph) for part, graph in graphs.items()), samples

@@ -6,11 +6,13 @@ paper's tables), `attention` counts what the scores add (Q Kᵀ and P V).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import optimizer
 
@@ -47,6 +49,7 @@ def count_graph_macs(model: ir.Model, shapes: Mapping[str, Shape]) -> Macs:
         value.shape = ir.Shape(shapes[value.name or ""])
     for value in model.graph.outputs:
         value.shape = None  # symbolic; inferred below
+    _unblock(model)
     optimizer.inline(model)
     optimizer.fold_constants(model, onnx_shape_inference=True)
     linear = attention = 0
@@ -80,6 +83,24 @@ class ImageMacs:
         return self.prompt + num_steps * self.timestep + steps
 
 
+def _unblock(model: ir.Model) -> None:
+    """Make of each `MatMulNBits`, whose shapes ONNX does not infer, the product of fp32 weights that it stands for."""
+    for node in [node for node in model.graph if node.op_type == "MatMulNBits"]:
+        rows, columns = (node.attributes.get_int(name) for name in ("K", "N"))
+        shape = ir.Shape((rows, columns))
+        zeros = ir.LazyTensor(
+            functools.partial(_zeros, rows, columns), ir.DataType.FLOAT, shape, name=f"{node.name}_weights"
+        )
+        weights = ir.Value(name=zeros.name, type=ir.TensorType(zeros.dtype), shape=shape, const_value=zeros)
+        model.graph.register_initializer(weights)
+        product = ir.node("MatMul", [node.inputs[0], weights])
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [product], node.outputs, product.outputs)
+
+
+def _zeros(rows: int, columns: int) -> ir.TensorProtocol:
+    return ir.tensor(np.zeros((rows, columns), np.float32))
+
+
 def _size(value: ir.Value | None) -> tuple[int, ...]:
     assert value is not None
     assert value.shape is not None, f"the shape of {value.name} could not be inferred"
@@ -106,4 +127,4 @@ def _attention(node: ir.Node) -> tuple[int, bool]:
     return batch * heads * queries * keys * (width + value_width), False
 
 
-_COUNTERS = {"MatMul": _matmul, "Gemm": _matmul, "Conv": _conv, "Attention": _attention}
+_COUNTERS = {"MatMul": _matmul, "MatMulInteger": _matmul, "Gemm": _matmul, "Conv": _conv, "Attention": _attention}

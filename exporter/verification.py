@@ -11,7 +11,7 @@ from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.progress import Stage
-from cat_pruning.exporter.verify import GRID, TEXT_LENGTH, Verify, verify_step_graph
+from cat_pruning.exporter.verify import GRID, QUANTIZED_TOLERANCE, TEXT_LENGTH, Verify, verify_step_graph
 from cat_pruning.exporter.verify_plans import (
     StepSample,
     can_verify,
@@ -22,7 +22,7 @@ from cat_pruning.exporter.verify_plans import (
 )
 from cat_pruning.families.interception import StepModule
 from cat_pruning.installation import require
-from cat_pruning.names import TITLES
+from cat_pruning.names import TITLES, Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,16 @@ class Verification:
                 full, pruned = step_dims(profile, step.family.patch_size)
                 outputs = sample_outputs(step, pruned if pruned.num_kept else full)
         return Samples(outputs, layers)
+
+    def check_quantized(self, step: StepModule, directory: Path, quantization: Quantization, stage: Stage) -> None:
+        """Hold the graphs against the module again, now that the step is quantized.
+
+        Raises:
+            EngineError: they are off by more than the tolerance of the quantization.
+        """
+        if self.level:
+            with stage("Compare the quantized step with torch"):
+                verify_step_graph(step, directory, self.dtype, QUANTIZED_TOLERANCE[quantization])
 
     def check_plans(
         self,

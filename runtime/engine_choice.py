@@ -206,7 +206,12 @@ def _onnxruntime(bundle: Bundle, family: Family) -> StepEngine:
 
 
 def _weights(bundle: Bundle) -> GraphWeights:
-    """What the export wrote, verified."""
+    """What the export wrote, verified. Raises an `EngineError` if that is integers, which nothing can be added to."""
+    if (quantization := bundle.manifest.quantization) is not None:
+        raise EngineError(
+            f"the step of {bundle.path} is in {quantization}, which no adapter can be added to",
+            f"fuse the adapter in an export: {bundle.export_command()} --lora PATH",
+        )
     bundle.verify_graphs()
     return GraphWeights(bundle.path)
 

@@ -77,6 +77,7 @@ class Contents:
     family: str
     transformer_class: str
     dtype: str
+    quantization: str | None
     guidance: bool
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -107,6 +108,7 @@ def contents_of(bundle: Bundle) -> Contents:
         family=manifest.family,
         transformer_class=manifest.transformer_class,
         dtype=str(manifest.dtype),
+        quantization=str(manifest.quantization) if manifest.quantization else None,
         guidance=manifest.guidance,
         source=manifest.source.model_dump(mode="json"),
         settings=manifest.settings.to_dict(),

@@ -46,6 +46,7 @@ def _sections(manifest: Manifest) -> dict[str, dict[str, Any]]:
             "family": manifest.family,
             "class": manifest.transformer_class,
             "dtype": str(manifest.dtype),
+            "quantization": str(manifest.quantization) if manifest.quantization else None,
             "guidance": manifest.guidance,
             **manifest.geometry.model_dump(mode="json"),
             **config,

@@ -29,7 +29,8 @@ def print_contents(screen: Console, contents: Contents) -> None:
     say(f"{contents.path}  {file_size(contents.size)}", to=screen, style="bold")
     say("signed" if contents.signed else "not signed", to=screen)
     source = " at ".join(filter(None, (contents.source["location"], contents.source["revision"])))
-    say(f"{contents.transformer_class} in {contents.dtype}, exported from {source}", to=screen)
+    dtype = contents.dtype + (f", its step in {contents.quantization}" if contents.quantization else "")
+    say(f"{contents.transformer_class} in {dtype}, exported from {source}", to=screen)
     say(f"plans are for {', '.join(contents.profiles)}, {contents.text_length} text tokens", to=screen)
     if contents.pipeline and contents.pipeline["kind"] == "hub":
         say(f"the pipeline's other parts are {contents.pipeline['hub_id']}'s on the hub", to=screen)

@@ -1,4 +1,4 @@
-"""The engines that run a bundle and the targets that an export builds, as manifests and command lines spell them."""
+"""Engines that run a bundle, and what an export builds and quantizes to, as manifests and command lines spell them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ class Target(StrEnum):
     ONNX = "onnx"
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"
+
+
+class Quantization(StrEnum):
+    """The integers that the weights of an exported step are held in, where they are not in the export's dtype."""
+
+    INT8 = "int8"  # activations too, as they come
+    WEIGHTS_INT8 = "weights-int8"
+    WEIGHTS_INT4 = "weights-int4"
+
+    @property
+    def options(self) -> list[str]:
+        """Of `cat-export`, that ask for it."""
+        kind, _, bits = self.rpartition("-")
+        return ["--weights-only" if kind else "--quantize", bits]
 
 
 def install_command(flavour: Flavour) -> str:

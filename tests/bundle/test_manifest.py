@@ -53,6 +53,7 @@ FIELDS: dict[str, Any] = {
     "transformer_class": "SD3Transformer2DModel",
     "transformer_config": {"num_layers": 2, "dual_attention_layers": [0, 1], "qk_norm": None},
     "dtype": "fp16",
+    "quantization": None,
     "guidance": True,
     "settings": PruneSettings().to_dict() | {"fresh_quotas": [0.15, 0.1, 0.05], "schedule": None},
     "geometry": {
@@ -320,7 +321,7 @@ def test_an_edited_manifest_is_refused_by_field(tmp_path: Path, path: str, value
     assert f"cat-export --model some/sd3 --out {tmp_path} --force" in str(caught.value)
 
 
-WITH_DEFAULTS = {"components", "format_version", "macs", "plans", "pipeline", "schedules", "files"}
+WITH_DEFAULTS = {"components", "format_version", "macs", "plans", "pipeline", "quantization", "schedules", "files"}
 
 
 @pytest.mark.parametrize("field", sorted(set(FIELDS) - WITH_DEFAULTS))
@@ -428,6 +429,20 @@ def test_export_command_tells_what_is_not_the_default() -> None:
         "cat-export --model 'my configs/sd3' --dtype fp16 --random-weights --resolution 256x256 --resolution 128x256 "
         "--batch 2 --text-length 13 --keep-ratio 0.5 --no-guidance --out out --force"
     )
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"), [("int8", "--quantize int8"), ("weights-int4", "--weights-only int4")]
+)
+def test_commands_of_a_quantized_bundle(quantization: str, words: str) -> None:
+    fields = FIELDS | {"dtype": "fp32", "quantization": quantization, "plans": []}
+    manifest = Manifest.model_validate_json(json.dumps(fields))
+    assert f" {words} " in manifest.export_command(Path("/b"))
+    with_plans = manifest.export_command(Path("/b"), "tensorrt")
+    assert words not in with_plans  # from which none are built
+    assert manifest.add_plans_command(Path("/b"), "tensorrt") == with_plans
+    with pytest.raises(ValidationError, match=f"plans of a step in {quantization}, of which none are built"):
+        Manifest.model_validate_json(json.dumps(fields | {"plans": FIELDS["plans"]}))
 
 
 def test_export_command_of_a_bundle_for_control_nets() -> None:

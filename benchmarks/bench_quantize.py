@@ -1,0 +1,229 @@
+"""The step in eight and four bits against fp32 under ONNX Runtime: `make bench-quantize`.
+
+    steps            CPU time of a full and a pruned step, the size of the weights, the error of the noise
+    images BUNDLE…   images by one miniature's bundles against the full run of the first, which is not quantized
+
+`steps` takes the sizes of bench_step.py: 6 layers, width 512, 1,024 tokens; one thread. Contestants take turns within
+every round; what is told is the median over the rounds, and the median of the ratios within a round. CPU time is told,
+because machines are shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+import torch
+from bench_step import CONFIGS, GRID, TEXT_LENGTHS
+from machine import write_result
+from PIL import Image
+from timing import ratio
+
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schedules import read_schedules
+from cat_pruning.checkpoints.random_weights import random_transformer
+from cat_pruning.dtype import DType
+from cat_pruning.engines.onnxruntime_graphs import EXACT_PRODUCTS
+from cat_pruning.engines.onnxruntime_sessions import quiet_session, run_quietly
+from cat_pruning.evaluation.coverage import coverage
+from cat_pruning.evaluation.prompts import load_prompts
+from cat_pruning.evaluation.scenes import Scene
+from cat_pruning.evaluation.worker import last_latents
+from cat_pruning.exporter.quantize import quantize_step
+from cat_pruning.exporter.step_graph import example_inputs, export_step_graph
+from cat_pruning.exporter.verify import run_graphs
+from cat_pruning.families import family_class_named, family_named, family_of
+from cat_pruning.families.interception import StepModule
+from cat_pruning.names import Quantization
+from cat_pruning.runtime.pipeline import load_pipeline
+from cat_pruning.settings import PRESETS, Preset, PruneSettings
+from cat_pruning.step_io import NOISE, Part, output_name
+from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
+from cat_pruning.tools.pictures import psnr_db
+
+_STEPS: Final = 28
+_BATCH: Final = 4
+
+
+def main() -> None:
+    """Measure, print, and write benchmarks/results/quantize-*.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="what")
+    steps = commands.add_parser("steps")
+    steps.add_argument("--family", choices=list(CONFIGS), default="sd3")
+    steps.add_argument("--rounds", type=int, default=5)
+    steps.add_argument("--keep-ratio", type=float, default=0.3)
+    images = commands.add_parser("images")
+    images.add_argument("bundle", nargs="+", type=Path)
+    images.add_argument("--prompts", type=int, default=16)
+    images.add_argument("--guidance-scale", type=float, default=3.0)
+    images.add_argument("--tuned", default="28-9", help="what the name of a schedule of the first bundle begins with")
+    arguments = parser.parse_args()
+    result = _steps(arguments) if arguments.what == "steps" else _images(arguments)
+    print(json.dumps(result, indent=2))  # noqa: T201
+    print(write_result(f"quantize-{arguments.what}", result))  # noqa: T201
+
+
+def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = CONFIGS[arguments.family]
+    transformer_class = family_class_named(arguments.family).transformer_class
+    transformer: Any = random_transformer(transformer_class, config, DType.FP32, seed=0)
+    step = StepModule(transformer, family_of(transformer))
+    num_tokens = GRID[0] * GRID[1]
+    result: dict[str, Any] = {"family": arguments.family, "tokens": num_tokens, "rounds": arguments.rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = Path(folder) / "fp32"
+        graphs.mkdir()
+        export_step_graph(step, graphs)
+        places = {"fp32": graphs}
+        for quantization in Quantization:
+            places[quantization] = _quantized(graphs, quantization, keep_ends=True)
+        places["int8, ends too"] = _quantized(graphs, Quantization.INT8, keep_ends=False)
+        result["weights_mb"] = {
+            name: round((place / f"{Part.STEP.onnx}.data").stat().st_size / 1e6, 1) for name, place in places.items()
+        }
+        sessions = {name: _session(place) for name, place in places.items()}
+        sessions["int8, exact products"] = _session(places[Quantization.INT8], (EXACT_PRODUCTS, "1"))
+        others = [quiet_session(graphs / part.onnx) for part in (Part.PROMPT, Part.TIMESTEP)]
+        for kind, kept in (("full", num_tokens), ("pruned", int(arguments.keep_ratio * num_tokens))):
+            dims = step.family.dims(
+                GRID,
+                batch=2 if step.family.batched_guidance else 1,
+                text_length=TEXT_LENGTHS[arguments.family],
+                num_kept=kept,
+            )
+            inputs = {name: value.numpy() for name, value in example_inputs(step, dims, seed=1).items()}
+            result[kind] = _turns(sessions, run_graphs(others, inputs), arguments.rounds)
+    return result
+
+
+def _session(place: Path, *entries: tuple[str, str]) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    for entry in entries:
+        options.add_session_config_entry(*entry)
+    return quiet_session(place / Part.STEP.onnx, options=options)
+
+
+def _quantized(graphs: Path, quantization: Quantization, *, keep_ends: bool) -> Path:
+    place = graphs.parent / f"{quantization}-{keep_ends}"
+    place.mkdir()
+    for path in graphs.glob(f"{Part.STEP.onnx}*"):
+        shutil.copyfile(path, place / path.name)
+    quantize_step(place, quantization, keep_ends=keep_ends)
+    return place
+
+
+def _turns(sessions: dict[str, Any], values: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Of every contestant the CPU time of a step, how many times as fast as fp32 it is, and its noise's error."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    noise: dict[str, Any] = {}
+    for index in range(-1, rounds):
+        for name, session in sessions.items():
+            feed = {value.name: values[value.name] for value in session.get_inputs()}
+            started = time.process_time()
+            results = run_quietly(session, feed)
+            elapsed = time.process_time() - started
+            names = [value.name for value in session.get_outputs()]
+            noise[name] = results[names.index(output_name(NOISE))]
+            if index >= 0:
+                times[name].append(elapsed)
+    return {
+        name: {
+            "cpu_ms": round(1e3 * statistics.median(found), 1),
+            "speedup": round(ratio(times["fp32"], found), 3),
+            "noise_error": round(_error(noise[name], noise["fp32"]), 5),
+        }
+        for name, found in times.items()
+    }
+
+
+def _images(arguments: argparse.Namespace) -> dict[str, Any]:
+    prompts = load_prompts(f"scenes:{arguments.prompts}")
+    first = Bundle.open(arguments.bundle[0])
+    settings = PruneSettings()
+    tuned = next(
+        (each for name, each in read_schedules(first).items() if name.startswith(arguments.tuned)), None
+    )  # by cat-tune
+    methods = {
+        "full": never_pruned(settings, _STEPS),
+        "cat": settings,
+        "forecast": settings.replace(**PRESETS[Preset.FORECAST]),
+        **({"tuned": settings.replace(schedule=tuned)} if tuned else {}),
+    }
+    result: dict[str, Any] = {"prompts": len(prompts), "guidance_scale": arguments.guidance_scale, "steps": _STEPS}
+    reference: list[tuple[Image.Image, Any]] = []
+    scores: list[float] = []
+    for path in arguments.bundle:
+        bundle = Bundle.open(path)
+        pipe = load_pipeline(path, "onnxruntime")
+        pipe.set_progress_bar_config(disable=True)
+        told = result.setdefault(bundle.manifest.quantization or str(bundle.manifest.dtype), {})
+        for name, each in methods.items():
+            started = time.process_time()
+            made = _made(pipe, bundle, each, [prompt.text for prompt in prompts], arguments.guidance_scale)
+            seconds = time.process_time() - started
+            covered = [
+                coverage(np.asarray(image), prompt.scene)
+                for (image, _), prompt in zip(made, prompts, strict=True)
+                if isinstance(prompt.scene, Scene)
+            ]
+            reference, scores = reference or made, scores or covered
+            told[name] = _told(made, reference, covered, scores) | {"cpu_s": round(seconds / len(prompts), 2)}
+    return result
+
+
+def _made(
+    pipe: Any, bundle: Bundle, settings: PruneSettings, texts: list[str], guidance_scale: float
+) -> list[tuple[Image.Image, Any]]:
+    """Images and their last latents."""
+    manifest = bundle.manifest
+    family = family_named(manifest.family, manifest.transformer_config)
+    made: list[tuple[Image.Image, Any]] = []
+    for index in range(0, len(texts), _BATCH):
+        config = GenerateConfig(
+            prompts=tuple(texts[index : index + _BATCH]),
+            height=manifest.profiles[0].height,
+            width=manifest.profiles[0].width,
+            steps=_STEPS,
+            guidance_scale=guidance_scale,
+            seed=index,
+            text_arguments=family.pipeline_arguments(pipe, manifest.geometry.text_length),
+        )
+        with last_latents(pipe) as latents:
+            run = generate(pipe, settings, config)
+        made += zip(run.images, latents[-1].float().numpy(), strict=True)
+    return made
+
+
+def _told(made: Any, reference: Any, covered: list[float], scores: list[float]) -> dict[str, Any]:
+    errors = [_error(latents, theirs) for (_, latents), (_, theirs) in zip(made, reference, strict=True)]
+    more = [mine - theirs for mine, theirs in zip(covered, scores, strict=True)]
+    told = {
+        "latents_error": round(statistics.mean(errors), 4),
+        "coverage": round(statistics.mean(covered), 4),
+        "coverage_difference": round(statistics.mean(more), 4),
+        "standard_error": round(statistics.stdev(more) / len(more) ** 0.5, 4),
+    }
+    if made is not reference:
+        told["psnr_db"] = round(
+            statistics.mean(psnr_db(image, theirs) for (image, _), (theirs, _) in zip(made, reference, strict=True)), 2
+        )
+    return told
+
+
+def _error(actual: Any, expected: Any) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
