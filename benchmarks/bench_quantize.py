@@ -65,6 +65,7 @@ def main() -> None:
     images.add_argument("bundle", nargs="+", type=Path)
     images.add_argument("--prompts", type=int, default=16)
     images.add_argument("--guidance-scale", type=float, default=3.0)
+    images.add_argument("--methods", type=lambda text: text.split(","), default=["full", "cat", "forecast", "tuned"])
     images.add_argument("--tuned", default="28-9", help="what the name of a schedule of the first bundle begins with")
     arguments = parser.parse_args()
     result = _steps(arguments) if arguments.what == "steps" else _images(arguments)
@@ -159,6 +160,7 @@ def _images(arguments: argparse.Namespace) -> dict[str, Any]:
         "forecast": settings.replace(**PRESETS[Preset.FORECAST]),
         **({"tuned": settings.replace(schedule=tuned)} if tuned else {}),
     }
+    arguments.methods = [name for name in arguments.methods if name in methods]
     result: dict[str, Any] = {"prompts": len(prompts), "guidance_scale": arguments.guidance_scale, "steps": _STEPS}
     reference: list[tuple[Image.Image, Any]] = []
     scores: list[float] = []
@@ -167,9 +169,9 @@ def _images(arguments: argparse.Namespace) -> dict[str, Any]:
         pipe = load_pipeline(path, "onnxruntime")
         pipe.set_progress_bar_config(disable=True)
         told = result.setdefault(bundle.manifest.quantization or str(bundle.manifest.dtype), {})
-        for name, each in methods.items():
+        for name in arguments.methods:
             started = time.process_time()
-            made = _made(pipe, bundle, each, [prompt.text for prompt in prompts], arguments.guidance_scale)
+            made = _made(pipe, bundle, methods[name], [prompt.text for prompt in prompts], arguments.guidance_scale)
             seconds = time.process_time() - started
             covered = [
                 coverage(np.asarray(image), prompt.scene)

@@ -45,7 +45,7 @@ from cat_pruning.exporter.memory import check_memory, held_bytes, part_bytes
 from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, copied_files
 from cat_pruning.exporter.plans import build_plans, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
-from cat_pruning.exporter.quantize import check_quantization, quantize_step
+from cat_pruning.exporter.quantize import check_quantization, quantize_step, quantizer_bytes
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verification import Samples, Verification
@@ -172,9 +172,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     )
     check_memory(
         checkpoint.num_parameters * config.dtype.num_bytes,
-        held_bytes=held_bytes(
-            checkpoint, config.dtype, computes=config.verify is not None or config.quantization is not None
-        ),
+        held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify is not None)
+        + quantizer_bytes(config.quantization, checkpoint.num_parameters * config.dtype.num_bytes),
         builds_plans=bool(plans),
     )
     needed = _needed_bytes(config, checkpoint, plans, parts)

@@ -51,19 +51,19 @@ def check_memory(weights_bytes: int, *, held_bytes: int, builds_plans: bool) -> 
         )
 
 
-def held_bytes(checkpoint: Checkpoint, dtype: DType, *, computes: bool) -> int:
+def held_bytes(checkpoint: Checkpoint, dtype: DType, *, verify: bool) -> int:
     """The bytes of weights that an exporter of `checkpoint` allocates: all or none.
 
     Random weights are made one at a time while they are written. Safetensors files of the export's own dtype are
     mapped, so that the kernel reads a weight when it is written and may drop it afterwards. All others are converted
-    when they are loaded; adapters change them; --verify computes with them, and a quantizer reads them whole.
+    when they are loaded; adapters change them; and --verify computes with them.
     """
     mapped = checkpoint.source.kind == "random" or (
         not checkpoint.source.in_memory
         and not checkpoint.source.loras
         and dtypes_on_disk(checkpoint.transformer_directory) == {_ON_DISK[dtype]}
     )
-    return 0 if mapped and not computes else checkpoint.num_parameters * dtype.num_bytes
+    return 0 if mapped and not verify else checkpoint.num_parameters * dtype.num_bytes
 
 
 _ON_DISK = {DType.FP32: "F32", DType.FP16: "F16", DType.BF16: "BF16"}

@@ -74,7 +74,7 @@ def test_weights_of_the_dtype_on_disk_are_mapped(
     directory = write_checkpoint(tmp_path / "pipeline")
     make_tiny("sd3").to(on_disk.torch).save_pretrained(directory / "transformer")
     checkpoint = find_checkpoint(str(directory))
-    held = held_bytes(checkpoint, dtype, computes=False)
+    held = held_bytes(checkpoint, dtype, verify=False)
     assert held == (0 if dtype is on_disk else checkpoint.num_parameters * dtype.num_bytes)
     # What the loaded module says of it: a mapped weight is no memory that torch allocated.
     transformer = load_transformer(checkpoint.source, dtype)
@@ -99,19 +99,19 @@ def _is_mapped(parameter: torch.Tensor, files: list[range]) -> bool:
 
 def test_what_else_is_held(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "pipeline")
-    everything = held_bytes(find_checkpoint(str(directory)), DType.FP32, computes=True)
+    everything = held_bytes(find_checkpoint(str(directory)), DType.FP32, verify=True)
     assert everything > 0
     adapted = find_checkpoint(str(directory), loras=(LoraSpec(path="adapter", scale=1.0),))
-    assert held_bytes(adapted, DType.FP32, computes=False) == everything
+    assert held_bytes(adapted, DType.FP32, verify=False) == everything
     random = find_checkpoint("sd3", random_weights=True)
-    assert held_bytes(random, DType.BF16, computes=False) == 0
-    assert held_bytes(random, DType.BF16, computes=True) == 2 * random.num_parameters
+    assert held_bytes(random, DType.BF16, verify=False) == 0
+    assert held_bytes(random, DType.BF16, verify=True) == 2 * random.num_parameters
 
 
 def test_damaged_weights_are_left_to_the_load(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "pipeline")
     (directory / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no header")
-    assert held_bytes(find_checkpoint(str(directory)), DType.FP32, computes=False) > 0
+    assert held_bytes(find_checkpoint(str(directory)), DType.FP32, verify=False) > 0
 
 
 # ------------------------------------------------------------------ what there is

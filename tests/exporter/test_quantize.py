@@ -16,8 +16,10 @@ import torch
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import MANIFEST_NAME
 from cat_pruning.bundle.schema import FileSpec
+from cat_pruning.checkpoints.checkpoint import find_checkpoint
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
+from cat_pruning.exporter import memory
 from cat_pruning.exporter.macs import count_macs
 from cat_pruning.exporter.quantize import quantize_step, quantized_products
 from cat_pruning.exporter.verify import QUANTIZED_TOLERANCE, verify_step_graph
@@ -84,6 +86,18 @@ def test_a_quantized_step(quantization: Quantization, export_tiny: Any, tmp_path
         assert count_macs(folder / STEP, shapes) == count_macs(export.directory / STEP, shapes)
 
 
+def test_too_little_memory(
+    cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quantizer holds all weights, and more than once, where an export to ONNX holds them once at most."""
+    parameters = find_checkpoint(str(tiny_checkpoint)).num_parameters
+    monkeypatch.setattr(memory, "total_memory", lambda: (2 << 30) + 8 * parameters)
+    arguments = ("--model", tiny_checkpoint, "--quantize", "int8", "--out", tmp_path / "bundle")
+    code, printed, errors = cat_export(*arguments)
+    assert (code, printed, len(errors)) == (2, "", 1)
+    assert " of memory to be exported, and this machine has 2 GiB" in errors[0]
+
+
 def test_an_export(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     code, _, errors = cat_export("--model", tiny_checkpoint, "--weights-only", "int8", "--verify", "--out", out)
@@ -112,6 +126,7 @@ def quantized_bundle(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory
     return Bundle.open(folder)
 
 
+@pytest.mark.long
 def test_images(quantized_bundle: Bundle, mini_bundle: Path) -> None:
     """Full steps, pruned ones, and all tokens on pruned steps: near those of fp32, and not they."""
     text = "a large red circle left of a small blue star on a plain black background"
