@@ -23,7 +23,7 @@ from cat_pruning.step_io import Part
 _BITS_AND_BLOCK: Final = {Quantization.WEIGHTS_INT8: (8, 128), Quantization.WEIGHTS_INT4: (4, 32)}
 # Of the weights' size, above what the exporter holds: 3.0 and 1.3 were measured on 150 MB. Dynamic quantization copies.
 _COPIES: Final = {Quantization.INT8: 3.0, Quantization.WEIGHTS_INT8: 1.5, Quantization.WEIGHTS_INT4: 1.5}
-_ACTIVATIONS_INT8: Final = 4  # "accuracy_level" of MatMulNBits: products of 8-bit integers; it is as fast as that
+_ACTIVATIONS_INT8: Final = 4  # `accuracy_level` of MatMulNBits: products of 8-bit integers
 _PREPROCESSED: Final = ("onnx.quant.pre_process", "onnxruntime.quant")
 
 

@@ -33,7 +33,6 @@ from cat_pruning.tools.generate import GenerateConfig, generate
 CatExport = Callable[..., tuple[int, str, list[str]]]
 STEP = Part.STEP.onnx
 FULL, EVERY_TOKEN = {"full_steps": 5}, {"full_steps": 2, "keep_ratio": 1.0}
-# Of a tiny FLUX, which has a patch embedding that is a matrix product.
 OPERATORS = {
     Quantization.INT8: "MatMulInteger",
     Quantization.WEIGHTS_INT8: "MatMulNBits",
@@ -67,7 +66,7 @@ def test_the_ends_are_kept(kind: str, kept: list[str], export_tiny: Any) -> None
 
 @pytest.mark.parametrize("quantization", list(Quantization))
 def test_a_quantized_step(quantization: Quantization, export_tiny: Any, tmp_path: Path) -> None:
-    export = export_tiny("flux-dev")
+    export = export_tiny("flux-dev")  # whose patch embedding is a matrix product
     folder = tmp_path / "graphs"
     shutil.copytree(export.directory, folder, copy_function=shutil.copyfile)
     quantize_step(folder, quantization)
