@@ -195,8 +195,9 @@ class Manifest(Spec):
         later = {*self.schedules, *(plan.file for plan in self.plans)}
         others = {name: spec for name, spec in self.files.items() if name not in later}
         left = self.model_copy(update={"schedules": (), "plans": (), "files": others})
-        # Of a bundle without components it is what it was before there were any.
-        text = left.model_dump_json(exclude=None if self.components else {"components"})
+        # Of a bundle without what came later, it is what it was before there was any.
+        absent = {name for name in ("components", "quantization") if not getattr(self, name)}
+        text = left.model_dump_json(exclude=absent)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_files(self, files: Mapping[str, FileSpec]) -> Self:

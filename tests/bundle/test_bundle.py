@@ -71,10 +71,11 @@ def test_another_format_version(bundle: Bundle) -> None:
         Bundle.open(bundle.path)
 
 
-def test_a_bundle_of_before_there_were_components(bundle: Bundle) -> None:
+def test_a_bundle_of_before_there_were_components_and_integers(bundle: Bundle) -> None:
     path = bundle.path / MANIFEST_NAME
     fields = json.loads(path.read_text()) | {"format_version": 6}
-    del fields["components"]
+    for name in ("components", "quantization"):
+        del fields[name]
     path.write_text(json.dumps(fields))
     manifest = Bundle.open(bundle.path).manifest
     assert manifest.components == ()
