@@ -19,6 +19,7 @@ from tensorrt_double import TensorRTDouble, write_plan
 from cat_pruning.bundle.bundle import BundleWriter
 from cat_pruning.bundle.profiles import PlanProfile, profile_spec
 from cat_pruning.bundle.schema import Geometry, GraphSpec, PlanSpec, TokenOps
+from cat_pruning.components import Component
 from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import build_plan, can_build
 from cat_pruning.errors import EngineError, InstallationError
@@ -355,8 +356,7 @@ def test_plans_that_compute_something_else_are_not_kept(
     export_tiny: Any, files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As plans that cannot be built: the bundle is written without them, unless it would replace one."""
-    export = export_tiny("sd3")
-    directory, graphs = files(export), graphs_of(export)
+    directory = files(export_tiny("sd3"))
     monkeypatch.setattr(
         plans_module, "build_plan", lambda plan, graph, file, *_: (file.parent.mkdir(exist_ok=True), file.touch())
     )
@@ -370,7 +370,8 @@ def test_plans_that_compute_something_else_are_not_kept(
 
     plans = [*plans_of("tensorrt"), *plans_of("tensorrt_rtx")]
     writer = BundleWriter(path=directory, out=tmp_path / "bundle", force=False)
-    built, failure = build_plans(plans, graphs, [], 2, writer, logged_stage, verify)
+    shapes: dict[Part | Component, list[PlanProfile]] = {part: [] for part in Part}
+    built, failure = build_plans(plans, shapes, writer, logged_stage, verify)
     assert asked == [[f"{flavour}/{part}.plan" for part in Part] for flavour in ("tensorrt", "tensorrt_rtx")]
     assert built == tuple(plans[3:])
     assert str(failure) == "--verify: step.onnx is wrong"
@@ -378,4 +379,4 @@ def test_plans_that_compute_something_else_are_not_kept(
     assert len(list((directory / "tensorrt_rtx").iterdir())) == len(Part)
     writer.out.mkdir()
     with pytest.raises(EngineError, match=r"step\.onnx is wrong"):
-        build_plans(plans, graphs, [], 2, writer, logged_stage, verify)
+        build_plans(plans, shapes, writer, logged_stage, verify)

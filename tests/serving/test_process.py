@@ -129,7 +129,8 @@ def test_bundles_that_must_be_signed(
     assert served == [("sd3-mini", copied)] * 2
     keys: list[object] = []
 
-    def load(path: Path, engine: str, *, public_key: Path | None) -> object:
+    def load(path: Path, engine: str, *, public_key: Path | None, prompt_cache_bytes: int) -> object:
+        assert prompt_cache_bytes == config.prompt_cache_mb * 2**20
         keys.append(public_key)
         raise EngineError("loaded")
 
