@@ -185,8 +185,8 @@ soak-serve: install build/eval/sd3-mini
 	$(BIN)/python benchmarks/soak_serve.py build/eval/sd3-mini
 
 bench-serve: install build/eval/sd3-mini
-	$(BIN)/python benchmarks/bench_serve_overhead.py build/eval/sd3-mini --batch 1
-	$(BIN)/python benchmarks/bench_serve_overhead.py build/eval/sd3-mini --batch 4 --images 12 --name serve-overhead-4
+	$(BIN)/python benchmarks/bench_serve_overhead.py build/eval/sd3-mini --steps 28 --rounds 5 --batch 1 --images 6
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_serve_overhead.py build/eval/sd3-mini --steps 28 --rounds 3 --batch 4 --images 8 --name serve-overhead-4
 	$(BIN)/python benchmarks/bench_serve_overhead.py build/eval/sd3-mini --idle
 	$(BIN)/python benchmarks/bench_serve_overhead.py build/eval/sd3-mini --rounding
 	$(BIN)/python benchmarks/step_batching.py build/eval/sd3-mini
