@@ -31,6 +31,9 @@ install: .venv/installed
 	  --config-settings editable_mode=strict --editable '.[tensorrt-rtx,dev]'
 	@# The tests read Triton's protobuf out of it, and nothing else; it wants older versions of what the others need.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps tritonclient==2.73.0
+	@# Beside the others' packages, because diffusers imports it wherever it finds it, which takes two seconds.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --constraint constraints.txt \
+	  --target .venv/torchao torchao
 	touch $@
 
 check: install

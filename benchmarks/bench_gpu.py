@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import fast, kernels, loops, memory, peers, pipeline, profiles, steps
+from gpu import fast, float8, kernels, loops, memory, peers, pipeline, profiles, steps
 from gpu.bounds import RESULTS
 from gpu.case import forget_shared
 from gpu.setting import LARGE_MODEL, LOOP_STEPS, MODELS, Results, Setting
@@ -36,6 +36,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Results]] = {
     "kernels": kernels.token_kernels,
     "gemms": kernels.gemms,
     "attention": kernels.attention,
+    "caches": kernels.caches,
     "steps": steps.steps,
     "profile": profiles.profile,
     "kept": steps.kept,
@@ -46,6 +47,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Results]] = {
     "memory": memory.memory,
     "threads": memory.threads,
     "fast": fast.fast,
+    "float8": float8.float8,
     "diffusers": peers.diffusers_eager,
     "regional": peers.regional,
     "compile": peers.compiled,
@@ -54,7 +56,8 @@ MEASUREMENTS: dict[str, Callable[[Setting], Results]] = {
     "pipeline": pipeline.pipeline,
     "flux": loops.large,
 }
-WITHOUT_MODEL = ("matmul", "selection", "kernels", "gemms", "attention", "pipeline", "flux")  # or with their own
+# Or with their own.
+WITHOUT_MODEL = ("matmul", "selection", "kernels", "gemms", "attention", "caches", "pipeline", "flux")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -129,7 +129,7 @@ def fuse_gelu(module: nn.Module) -> None:
     """Let every linear layer that a GELU by tanh follows compute it too: `LinearGelu`. Changes `module` in place.
 
     Those of diffusers' FeedForward and of FLUX's single blocks. A layer that is none of torch's own, as with an
-    adapter of PEFT, stays as it is.
+    adapter of PEFT, stays as it is, and so does one whose weights are quantized.
     """
     for part in list(module.modules()):
         inner: Any = part
@@ -164,7 +164,7 @@ def _same(rows: Tensor) -> Tensor:
 
 
 def _is_plain(layer: object) -> bool:
-    if type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
         return False
     return layer.bias is not None and not layer._forward_hooks and not layer._forward_pre_hooks
 

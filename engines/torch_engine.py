@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 from cat_pruning.engines.step_engine import StepEngine, StepSession, zeros
@@ -152,12 +153,19 @@ def _state_of(module: nn.Module) -> list[object]:
     for part in module.modules():
         tensors = (*part._parameters.values(), *part._buffers.values())
         state += [part, len(part._forward_hooks), len(part._forward_pre_hooks), vars(part).get("forward")]
-        state += [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors if tensor is not None]
+        state += [place for tensor in tensors if tensor is not None for place in _places_of(tensor)]
         layer: Any = part
         if isinstance(adapters := getattr(layer, "active_adapters", None), list):  # a layer of PEFT's
             merged = list(getattr(layer, "merged_adapters", ()))  # into the very memory of the weights
             state += [list(adapters), layer.disable_adapters, dict(getattr(layer, "scaling", {})), merged]
     return state
+
+
+def _places_of(tensor: Any) -> list[tuple[int, torch.Size, torch.dtype]]:
+    """Where a tensor's values lie; where those of its parts do if it is made of others, as torchao's are."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [place for name in tensor.__tensor_flatten__()[0] for place in _places_of(getattr(tensor, name))]
+    return [(tensor.data_ptr(), tensor.shape, tensor.dtype)]
 
 
 def _same(one: list[object], other: list[object]) -> bool:

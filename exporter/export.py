@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cat_pruning.bundle.bundle import Bundle, new_bundle
 from cat_pruning.bundle.manifest import Manifest
@@ -236,6 +237,12 @@ def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportCon
         raise CheckpointError(
             f"the transformer is a {type(transformer).__name__}, {config.model} has a "
             f"{checkpoint.family.transformer_class}"
+        )
+    quantized = (name for name, each in transformer.named_parameters() if is_traceable_wrapper_subclass(each))
+    if name := next(quantized, None):
+        raise SettingsError(
+            f"the transformer's {name} is a {type(transformer.get_parameter(name)).__name__}, not an ordinary tensor",
+            "export the weights as they were before they were quantized; --quantize quantizes the step",
         )
     if (device := next(transformer.parameters()).device).type != "cpu":
         raise SettingsError(f"the transformer is on {device}", "an export traces it on the CPU: transformer.to('cpu')")

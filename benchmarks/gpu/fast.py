@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from gpu.profiles import profiles_of
 from gpu.setting import Results, Setting
 from gpu.steps import step_contestants
 
-# Keywords of `Case.engine`.
+Contestants = Mapping[str, tuple[Case, dict[str, bool]]]  # the model, and keywords of `Case.engine`
+
 ENGINES: dict[str, dict[str, bool]] = {
     "plain": {"compiled": False},
     "compiled": {"compiled": True},
@@ -27,20 +29,29 @@ ENGINES: dict[str, dict[str, bool]] = {
 def fast(setting: Setting) -> Results:
     """Steps and images by each engine, the first use's seconds, and how far each is from the module in fp32."""
     case = shared_case(setting)
-    exact = _outputs(_in_fp32(case), {"compiled": False, "captured": False})[1]
-    for name, options in ENGINES.items():
-        seconds, outputs = _outputs(case, options)
-        yield f"{name}, seconds of the first steps", seconds
-        yield f"{name}, error", {kind: _error(outputs[kind], exact[kind]) for kind in exact}
-    del exact, outputs
-    yield "steps", _steps(case)
-    yield f"{min(setting.steps)} steps", _images(case, min(setting.steps))
+    yield from contest({name: (case, options) for name, options in ENGINES.items()}, in_fp32(case))
     # Last: the profiler may leave launches slower.
     for kind, result in profiles_of(case, captured=True, **ENGINES["compiled"]):
         yield f"profile of the compiled {kind} step", result
 
 
-def _in_fp32(case: Case) -> Case:
+def contest(contestants: Contestants, reference: Case) -> Results:
+    """Steps and images by each, the first use's seconds, and how far each is from the `reference`, which is not timed.
+
+    Speedups of images are over the first contestant's full steps.
+    """
+    setting = reference.setting
+    exact = _outputs(reference, {"compiled": False, "captured": False})[1]
+    for name, (case, options) in contestants.items():
+        seconds, outputs = _outputs(case, options)
+        yield f"{name}, seconds of the first steps", seconds
+        yield f"{name}, error", {kind: _error(outputs[kind], exact[kind]) for kind in exact}
+    del exact, outputs
+    yield "steps", _steps(contestants, setting)
+    yield f"{min(setting.steps)} steps", _images(contestants, setting)
+
+
+def in_fp32(case: Case) -> Case:
     """The same weights, prompt and latents, computed in fp32."""
     exact = copy.copy(case)
     exact.transformer = copy.deepcopy(case.transformer).float()
@@ -75,30 +86,32 @@ def _error(output: Tensor, exact: Tensor) -> float:
     return float((output.float() - exact).norm() / exact.norm())
 
 
-def _steps(case: Case) -> dict[str, Any]:
+def _steps(contestants: Contestants, setting: Setting) -> dict[str, Any]:
     runs: dict[str, Run] = {}
-    for name, options in ENGINES.items():
+    for name, (case, options) in contestants.items():
         made = step_contestants(case, captured=True, **options)
         runs |= {f"{name}, {kind}": made[kind] for kind in ("full", "pruned")}
-    times = interleaved(runs, case.setting.rounds, case.setting.device, REPEATS)
-    speedups = {name: ratio(times[f"{name}, full"], times[f"{name}, pruned"]) for name in ENGINES}
+    times = interleaved(runs, setting.rounds, setting.device, REPEATS)
+    speedups = {name: ratio(times[f"{name}, full"], times[f"{name}, pruned"]) for name in contestants}
     return {"ms": medians(times), "rounds_ms": times, "speedup": speedups}
 
 
-def _images(case: Case, num_steps: int) -> dict[str, Any]:
+def _images(contestants: Contestants, setting: Setting) -> dict[str, Any]:
     from cat_pruning.runtime.transformer import CatTransformer
     from cat_pruning.tools.generate import never_pruned
 
-    prune = case.setting.prune
-    transformers = {
-        f"{name}, {kind}": CatTransformer(engine, settings)
-        for name, engine in {name: case.engine(**options) for name, options in ENGINES.items()}.items()
-        for kind, settings in (("full", never_pruned(prune, num_steps)), ("CAT", prune))
+    num_steps = min(setting.steps)
+    runs: dict[str, Run] = {}
+    for name, (case, options) in contestants.items():
+        engine = case.engine(**options)
+        for kind, settings in (("full", never_pruned(setting.prune, num_steps)), ("CAT", setting.prune)):
+            transformer = CatTransformer(engine, settings)
+            warm_up(case, transformer)
+            runs[f"{name}, {kind}"] = functools.partial(case.sample, transformer, num_steps)
+    times = interleaved(runs, min(3, setting.rounds), setting.device, warm_rounds=0)
+    first = times[f"{next(iter(contestants))}, full"]
+    return {
+        "ms": medians(times),
+        "rounds_ms": times,
+        "speedup": {name: ratio(first, each) for name, each in times.items()},
     }
-    warm_up(case, *transformers.values())
-    runs: dict[str, Run] = {
-        name: functools.partial(case.sample, each, num_steps) for name, each in transformers.items()
-    }
-    times = interleaved(runs, min(3, case.setting.rounds), case.setting.device, warm_rounds=0)
-    over = {name: ratio(times["plain, full"], each) for name, each in times.items()}
-    return {"ms": medians(times), "rounds_ms": times, "speedup": over}

@@ -155,6 +155,42 @@ def _attention_runs(
     return runs, refused
 
 
+def caches(setting: Setting) -> Results:
+    """Keys and values written to their caches and attended to: the caches in the activations' dtype, and in float8.
+
+    Attention takes no float8, so that all of such a cache is converted for it.
+    """
+    for model, sizes in (TINY_ATTENTIONS if setting.tiny else ATTENTIONS).items():
+        for kind, image_rows in (("full", sizes.tokens), ("pruned", sizes.kept)):
+            written, total = image_rows + sizes.text, sizes.tokens + sizes.text
+            rows = torch.arange(written, device=setting.device) * total // written
+            runs = {
+                name: launches(_cached_attention(setting, sizes, rows, total, dtype), setting)
+                for name, dtype in ((str(setting.dtype), setting.dtype), ("float8", torch.float8_e4m3fn))
+            }
+            times = interleaved(runs, setting.rounds, setting.device)
+            yield f"{model}, {kind}", {"ms": {name: each / LAUNCHES for name, each in medians(times).items()}}
+
+
+def _cached_attention(setting: Setting, sizes: Attention, rows: Tensor, total: int, dtype: torch.dtype) -> Run:
+    """Write as many `rows` of keys and of values into caches of `total` rows, and attend to those."""
+    shape = (sizes.batch, len(rows), sizes.heads * sizes.width)
+    query, key, value = (_random(setting, *shape) for _ in range(3))
+    bits = {2: torch.int16, 4: torch.int32, 1: torch.int8}[dtype.itemsize]
+    keys, values = (query.new_zeros(sizes.batch, total, shape[2], dtype=dtype) for _ in range(2))
+
+    def heads(x: Tensor) -> Tensor:
+        return x.view(sizes.batch, -1, sizes.heads, sizes.width).transpose(1, 2)
+
+    def attend() -> Tensor:
+        for cache, new in ((keys, key), (values, value)):
+            cache.view(bits).index_copy_(1, rows, new.to(dtype).view(bits))
+        key_heads, value_heads = (heads(cache.to(setting.dtype)) for cache in (keys, values))
+        return F.scaled_dot_product_attention(heads(query), key_heads, value_heads)
+
+    return attend
+
+
 def token_kernels(setting: Setting) -> Results:
     """Gather and scatter, torch's and ours, against a copy of the same bytes: `bench_token_kernels`."""
     import bench_token_kernels

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--tiny", "--rounds", "1", "--steps", "10"]
 NEEDS_A_GPU = ("kernels",)
-COMPILE = ("compile", "autotune", "regional", "fast")  # which takes a compiler, and minutes
+COMPILE = ("compile", "autotune", "regional", "fast", "float8")  # which takes a compiler, and minutes
 OF_BOTH_MODELS = ("steps", "loops", "synchronisations", "diffusers")
 
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cat_pruning.bundle.schema import Source
 from cat_pruning.checkpoints.checkpoint import load_transformer
@@ -123,6 +124,18 @@ def test_an_adapter_that_is_loaded_but_not_fused_is_exported_with_its_module(
     assert bundle.manifest.source.in_memory
     with pytest.raises(CheckpointError, match="a module in memory"):
         load_transformer(bundle.manifest.source, DType.FP32)
+
+
+def test_weights_that_another_library_quantized_are_not_exported(
+    base: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    transformer = base()
+    layer = transformer.transformer_blocks[0].attn.to_q
+    layer.weight = torch.nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data))  # made of others, as torchao's
+    config = ExportConfig(model=str(tiny_checkpoint), out=tmp_path / "out", targets=(Target.ONNX,))
+    told = r"attn\.to_q\.weight is a TwoTensor, not an ordinary tensor; .* --quantize quantizes the step"
+    with pytest.raises(SettingsError, match=told):
+        export(config, transformer=transformer)
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux-dev"])

@@ -6,7 +6,11 @@ torch.compile runs with its `eager` backend here but once: that follows the same
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +169,51 @@ def test_adapters_that_are_scaled_and_fused_between_images(make_tiny: Any) -> No
         torch.testing.assert_close(noises[-1], three_steps(TorchStepEngine(transformer, compiled=False))[0])
     assert not torch.allclose(noises[0], noises[1])
     torch.testing.assert_close(noises[1], noises[2])
+
+
+@pytest.fixture(scope="module")
+def quantization() -> Iterator[Any]:
+    """torchao's module, which `make install` puts beside the other packages."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(Path(sys.prefix, "torchao"))
+    with warnings.catch_warnings(action="ignore"):  # of its own marks and enumerations
+        yield importlib.import_module("torchao.quantization")
+    patch.undo()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("compile_eagerly")
+@pytest.mark.parametrize("config", ["Float8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_weights_that_torchao_quantizes_between_images(make_tiny: Any, quantization: Any, config: str) -> None:
+    """In one session, which sees it though no module is another; float8 products take a GPU, see tests/gpu."""
+    transformer = make_tiny("sd3", num_layers=1)
+    fast = TorchStepEngine(transformer, compiled=True)
+    session, inputs = fast.session(), inputs_of(fast, seed=0, batch=2)
+    dims = fast.family.dims(GRID, batch=2, text_length=7, num_kept=0)
+    every = torch.arange(GRID[0] * GRID[1], dtype=torch.int32).repeat(2, 1)
+    noises = []
+    for change in (
+        lambda: None,
+        lambda: quantization.quantize_(
+            transformer, getattr(quantization, config)(set_inductor_config=False), filter_fn=quantized_in_blocks
+        ),
+    ):
+        change()
+        session.begin(dims, inputs, TIMESTEPS)
+        noises.append(session.step(inputs["hidden_states"], TIMESTEPS[0], every))
+    expected = three_steps(TorchStepEngine(transformer, compiled=False))
+    assert 1e-5 < distance(noises[1], noises[0]) < 0.1
+    # Another rounding may take an activation to the next of its eight-bit values.
+    for mine, theirs in zip((noises[1], *three_steps(fast)), (expected[0], *expected), strict=True):
+        assert distance(mine, theirs) < 2e-3
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def quantized_in_blocks(layer: nn.Module, name: str) -> bool:
+    return isinstance(layer, nn.Linear) and "blocks." in name and ".norm" not in name
 
 
 def test_more_shapes_than_torch_keeps_graphs_of(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

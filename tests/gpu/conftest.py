@@ -118,7 +118,7 @@ def sample() -> Callable[..., Sampled]:
         device, config = transformer.device, transformer.config
         generator = torch.Generator().manual_seed(seed)
         latents, text, pooled = (
-            torch.randn(shape, generator=generator).to(device)
+            torch.randn(shape, generator=generator).to(device, transformer.dtype)
             for shape in (
                 (1, config.in_channels, *size),
                 (2, TEXT_LENGTH, config.joint_attention_dim),
@@ -141,7 +141,7 @@ def sample() -> Callable[..., Sampled]:
             negative, positive = noise.chunk(2)
             latents = scheduler.step(negative + 4 * (positive - negative), timestep, latents, return_dict=False)[0]
             records.append(transformer.last_step)
-        return Sampled(latents, records)
+        return Sampled(latents.float(), records)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 from cat_pruning.engines import torch_engine
 from cat_pruning.engines.torch_compiled import LinearGelu
-from cat_pruning.engines.torch_engine import TorchSession
+from cat_pruning.engines.torch_engine import TorchSession, TorchStepEngine
 from cat_pruning.errors import EngineError
 from cat_pruning.runtime.selection import kmeans, selection
 from cat_pruning.runtime.transformer import CatTransformer
@@ -160,6 +161,36 @@ def test_compiled_steps(
     for run in ({"seed": 0}, {"seed": 1}, {"seed": 2, "size": (12, 20)}):
         assert_same_image(sample(fast, **run), sample(plain, **run))
     assert (captured(fast) >= 2) == captures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here")
+@pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])
+def test_float8(granularity: str, miniature: Any, sample: Any, assert_same_image: Any) -> None:
+    """Products of float8 by torchao: compiled and captured, near bf16's, and those of the module itself."""
+    quantization = pytest.importorskip("torchao.quantization")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no products of float8")
+    exact = copy.deepcopy(miniature("cuda")).bfloat16()
+    module = copy.deepcopy(exact)
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=getattr(quantization, granularity)(), set_inductor_config=False
+    )
+    quantization.quantize_(module, config, filter_fn=lambda layer, name: is_linear(layer) and ".ff." in name)
+    plain, fast = (
+        CatTransformer(TorchStepEngine(module, cuda_graphs=compiled, compiled=compiled)) for compiled in (False, True)
+    )
+    reference = CatTransformer(TorchStepEngine(exact, cuda_graphs=False))
+    for seed in range(2):
+        image = sample(fast, seed)
+        assert_same_image(image, sample(plain, seed), rounding=5e-2)
+        error = (image.latents - sample(reference, seed).latents).norm() / image.latents.norm()
+        assert 0 < error < 0.3
+    assert captured(fast) >= 2
+
+
+def is_linear(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, torch.nn.Linear)
 
 
 @pytest.mark.gpu
