@@ -9,6 +9,7 @@ from torch import nn
 
 from gpu.case import Case, shared_case
 from gpu.fast import contest, in_fp32
+from gpu.profiles import profiles_of
 from gpu.setting import LARGE_MODEL, Results, Setting
 
 COMPILED = {"compiled": True}
@@ -20,6 +21,10 @@ def float8(setting: Setting) -> Results:
     reference = case if setting.model == LARGE_MODEL else in_fp32(case)
     cases = {"bf16": case, **{name: _quantized(case, config) for name, config in _configs(setting).items()}}
     yield from contest({name: (each, COMPILED) for name, each in cases.items()}, reference)
+    # Last: the profiler may leave launches slower.
+    first = next(name for name, each in cases.items() if each is not case)
+    for kind, result in profiles_of(cases[first], captured=True, **COMPILED):
+        yield f"profile of the {kind} step, {first}", result
 
 
 def _configs(setting: Setting) -> dict[str, Any]:
