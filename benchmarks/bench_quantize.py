@@ -34,14 +34,14 @@ from cat_pruning.dtype import DType
 from cat_pruning.engines.onnxruntime_graphs import EXACT_PRODUCTS
 from cat_pruning.engines.onnxruntime_sessions import quiet_session, run_quietly
 from cat_pruning.evaluation.coverage import coverage
-from cat_pruning.evaluation.prompts import load_prompts
-from cat_pruning.evaluation.scenes import Scene
 from cat_pruning.evaluation.worker import last_latents
 from cat_pruning.exporter.quantize import quantize_step
 from cat_pruning.exporter.step_graph import example_inputs, export_step_graph
 from cat_pruning.exporter.verify import run_graphs
 from cat_pruning.families import family_class_named, family_named, family_of
 from cat_pruning.families.interception import StepModule
+from cat_pruning.models.prompts import load_prompts
+from cat_pruning.models.scenes import Scene
 from cat_pruning.names import Quantization
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.settings import PRESETS, Preset, PruneSettings

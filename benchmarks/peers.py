@@ -37,9 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
-from cat_pruning.evaluation.prompts import Prompt, load_prompts
 from cat_pruning.evaluation.worker import last_latents
 from cat_pruning.models import miniatures
+from cat_pruning.models.prompts import Prompt, load_prompts
 
 HALVINGS = 7  # of a threshold's range
 LEAST, MOST = 1e-4, 8.0  # thresholds

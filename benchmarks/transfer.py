@@ -53,10 +53,10 @@ from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.evaluation.about import About
 from cat_pruning.evaluation.budgets import forecast_at
 from cat_pruning.evaluation.pool import LocalPool
-from cat_pruning.evaluation.prompts import Prompt, load_prompts, tuning_prompts
-from cat_pruning.evaluation.scenes import Scene, render
 from cat_pruning.evaluation.sweep import costs
 from cat_pruning.evaluation.worker import last_latents
+from cat_pruning.models.prompts import Prompt, load_prompts, tuning_prompts
+from cat_pruning.models.scenes import Scene, render
 from cat_pruning.moved_schedule import lines
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.schedule import Schedule, StepKind

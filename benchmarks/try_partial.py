@@ -42,8 +42,8 @@ from torch import Tensor
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.evaluation.intervals import mean_interval
-from cat_pruning.evaluation.prompts import Prompt, load_prompts, tuning_prompts
 from cat_pruning.evaluation.sweep import costs
+from cat_pruning.models.prompts import Prompt, load_prompts, tuning_prompts
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.settings import Policy, PruneSettings
 from cat_pruning.tools.generate import GenerateConfig

@@ -25,8 +25,8 @@ from machine import write_result
 
 from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
-from cat_pruning.evaluation.prompts import Prompt, load_prompts
 from cat_pruning.evaluation.worker import last_latents
+from cat_pruning.models.prompts import Prompt, load_prompts
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.schedule import Schedule
 from cat_pruning.settings import Policy, Pooling, PruneSettings, Reuse

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from cat_pruning.evaluation.about import About
     from cat_pruning.evaluation.evaluate import Advance
     from cat_pruning.evaluation.metrics import Metric
-    from cat_pruning.evaluation.prompts import Prompt
     from cat_pruning.evaluation.results import ResultStore, RunSpec
     from cat_pruning.evaluation.worker import Recipe
+    from cat_pruning.models.prompts import Prompt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +42,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cat_pruning.evaluation.evaluate import evaluate
     from cat_pruning.evaluation.place import alone
     from cat_pruning.evaluation.pool import pool_of
-    from cat_pruning.evaluation.prompts import load_prompts
     from cat_pruning.evaluation.report import write_report
     from cat_pruning.evaluation.results import ResultStore, clear, existing_spec
+    from cat_pruning.models.prompts import load_prompts
     from cat_pruning.runtime.engine_choice import open_signed
 
     console.quiet_libraries()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from cat_pruning.errors import OutputError
 from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.pool import Pool
-from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import ResultStore
 from cat_pruning.evaluation.worker import Batch, Evaluator, Scored, make_images
 from cat_pruning.files import write_whole
+from cat_pruning.models.prompts import Prompt
 from cat_pruning.tools.generate import GenerateConfig
 
 Advance = Callable[[Candidate, int], None]  # called with a candidate and how many more of its images are done

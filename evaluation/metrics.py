@@ -18,10 +18,10 @@ from cat_pruning.errors import InstallationError, SettingsError, ShapeError
 from cat_pruning.evaluation.clip_score import ClipScorer
 from cat_pruning.evaluation.coverage import coverage
 from cat_pruning.evaluation.lpips import WEIGHTS, LpipsScorer
-from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.rich_coverage import rich_coverage
-from cat_pruning.evaluation.rich_scenes import RichScene
 from cat_pruning.installation import pip_install
+from cat_pruning.models.prompts import Prompt
+from cat_pruning.models.rich_scenes import RichScene
 from cat_pruning.tools.pictures import psnr_db
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_pruning.errors import ShapeError
-from cat_pruning.evaluation.rich_scenes import (
+from cat_pruning.models.rich_scenes import (
     ACCENT,
     COLORS,
     GROUND_ACCENTS,
@@ -27,7 +27,7 @@ from cat_pruning.evaluation.rich_scenes import (
     render,
     texture_accents,
 )
-from cat_pruning.evaluation.scenes import GROUNDS
+from cat_pruning.models.scenes import GROUNDS
 
 OFF_MIXTURE = 50.0  # how far in RGB a pixel may be from every mixture of two of the scene's colours
 REACH = 5  # pixels that a mask is shifted by at most; positions jitter by 3.8 of 256

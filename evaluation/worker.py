@@ -23,11 +23,11 @@ from cat_pruning.evaluation.methods import AT_EDM
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.place import picture_place, token_map_place
 from cat_pruning.evaluation.pool import Tell
-from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import ImageResult
 from cat_pruning.evaluation.solvers import SOLVERS, check_solver, solver_in
 from cat_pruning.evaluation.truth import truth_candidate
 from cat_pruning.families import family_named
+from cat_pruning.models.prompts import Prompt
 from cat_pruning.runtime.engine_choice import engine_from_bundle, open_signed
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.runtime.transformer import CatTransformer

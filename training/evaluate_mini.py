@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from numpy.typing import NDArray
 from PIL import Image
 
-from cat_pruning.evaluation.prompts import SCENES_SEED
+from cat_pruning.models.prompts import SCENES_SEED
 from mini_models import TEXT_LENGTH, quiet_libraries
 from mini_stages import to_images, to_pixels
 from miniatures import miniature_in

@@ -18,7 +18,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from cat_pruning.evaluation import rich_scenes, scenes
+from cat_pruning.models import rich_scenes, scenes
 from mini_models import VAE_FACTOR, quiet_libraries
 from mini_sd3 import Sd3Denoiser, Sd3Mini256, new_text_encoder
 

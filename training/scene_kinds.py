@@ -7,10 +7,10 @@ from enum import StrEnum
 from types import ModuleType
 from typing import Any
 
-from cat_pruning.evaluation import rich_scenes, scenes
 from cat_pruning.evaluation.coverage import coverage
-from cat_pruning.evaluation.prompts import unseen_rich_scenes, unseen_scenes
 from cat_pruning.evaluation.rich_coverage import rich_coverage
+from cat_pruning.models import rich_scenes, scenes
+from cat_pruning.models.prompts import unseen_rich_scenes, unseen_scenes
 
 
 class SceneKind(StrEnum):

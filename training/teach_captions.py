@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from cat_pruning.evaluation.rich_scenes import (
+from cat_pruning.models.rich_scenes import (
     COLORS,
     PLACES,
     SIZES,
@@ -29,7 +29,7 @@ from cat_pruning.evaluation.rich_scenes import (
     is_held_out,
     sample_scene,
 )
-from cat_pruning.evaluation.scenes import GROUNDS, SHAPES
+from cat_pruning.models.scenes import GROUNDS, SHAPES
 from mini_models import quiet_libraries
 from mini_sd3 import Sd3Denoiser, Sd3Mini256
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cat_pruning.bundle.bundle import Bundle
     from cat_pruning.evaluation.pool import Pool
-    from cat_pruning.evaluation.prompts import Prompt
+    from cat_pruning.models.prompts import Prompt
     from cat_pruning.schedule import Schedule
     from cat_pruning.tuning.job import Job
     from cat_pruning.tuning.measure import Outcome
@@ -45,7 +45,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     from cat_pruning.bundle.outside import check_directory_outside
     from cat_pruning.bundle.schedules import write_schedules
     from cat_pruning.evaluation.pool import pool_of
-    from cat_pruning.evaluation.prompts import load_prompts, tuning_prompts
+    from cat_pruning.models.prompts import load_prompts, tuning_prompts
     from cat_pruning.tuning.recorder import NUMBERS, PICTURE, existing_run, forget
     from cat_pruning.tuning.report import draw, table, to_json, write_json
     from cat_pruning.tuning.worker import Recipe

@@ -14,10 +14,10 @@ from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.budgets import cat_at, forecast_at, macs_of_full_steps
 from cat_pruning.evaluation.candidates import TUNED
 from cat_pruning.evaluation.pool import Pool
-from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.solvers import SOLVERS, check_solver
 from cat_pruning.evaluation.sweep import costs
 from cat_pruning.exporter.macs import ImageMacs
+from cat_pruning.models.prompts import Prompt
 from cat_pruning.schedule import MadeFor, Schedule, config_sha256
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import never_pruned

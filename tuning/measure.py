@@ -11,9 +11,9 @@ from typing import Final
 from cat_pruning.evaluation.intervals import Interval, mean_interval
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.pool import Pool, Tell
-from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.solvers import solver_in
 from cat_pruning.evaluation.worker import last_latents
+from cat_pruning.models.prompts import Prompt
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import GenerateConfig, generate
 from cat_pruning.tuning.worker import Tuner

@@ -9,7 +9,7 @@ import torch
 from contenders import BUDGETS, STEPS, Contender
 from diffusers import hooks
 
-from cat_pruning.evaluation.prompts import load_prompts
+from cat_pruning.models.prompts import load_prompts
 from cat_pruning.schedule import StepKind
 from cat_pruning.timeline import step_kinds
 

@@ -17,7 +17,7 @@ from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.arguments import parse
 from cat_pruning.evaluation.methods import METHODS
 from cat_pruning.evaluation.place import RESULTS, RUN
-from cat_pruning.evaluation.prompts import load_prompts
+from cat_pruning.models.prompts import load_prompts
 
 # What tells the methods apart, of few steps and scenes; `test_an_interruption_says_that_it_goes_on` has its own.
 QUICK = ["--quick", "--prompts", "scenes:2", "--steps", "10", "--full-steps", "4", "--guidance-scale", "3"]

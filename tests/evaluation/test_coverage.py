@@ -6,7 +6,7 @@ import pytest
 
 from cat_pruning.errors import ShapeError
 from cat_pruning.evaluation.coverage import SCALES, SHIFTS, WINDOW_RADIUS, _covered, _mask, coverage
-from cat_pruning.evaluation.scenes import COLORS, SHAPES, Scene, Thing, render, render_ground, sample_scene
+from cat_pruning.models.scenes import COLORS, SHAPES, Scene, Thing, render, render_ground, sample_scene
 
 RED_STAR = Scene((Thing("large", "red", "star"),), "in the center", "gray", False)
 

@@ -14,7 +14,7 @@ from torchmetrics.functional.image import lpips as reference
 from cat_pruning.errors import SettingsError, ShapeError
 from cat_pruning.evaluation.lpips import LpipsScorer
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
-from cat_pruning.evaluation.prompts import Prompt
+from cat_pruning.models.prompts import Prompt
 
 
 def noise(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:

@@ -10,8 +10,8 @@ from cat_pruning.errors import InstallationError, SettingsError, ShapeError
 from cat_pruning.evaluation import metrics as metrics_module
 from cat_pruning.evaluation.coverage import coverage
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
-from cat_pruning.evaluation.prompts import Prompt, parse_caption
-from cat_pruning.evaluation.scenes import render
+from cat_pruning.models.prompts import Prompt, parse_caption
+from cat_pruning.models.scenes import render
 from cat_pruning.tools.pictures import psnr_db
 
 CAPTIONS = (

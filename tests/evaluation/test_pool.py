@@ -25,9 +25,9 @@ from cat_pruning.evaluation.evaluate import evaluate
 from cat_pruning.evaluation.metrics import Metric, Metrics
 from cat_pruning.evaluation.place import IMAGES, RESULTS, TOKENS
 from cat_pruning.evaluation.pool import LocalPool, pool_of
-from cat_pruning.evaluation.prompts import Prompt
 from cat_pruning.evaluation.results import ResultStore, RunSpec
 from cat_pruning.evaluation.worker import Evaluator, Generator
+from cat_pruning.models.prompts import Prompt
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import never_pruned
 from cat_pruning.tuning.arguments import parse as parse_tune

@@ -5,7 +5,7 @@ import pytest
 
 from cat_pruning.errors import ShapeError
 from cat_pruning.evaluation.rich_coverage import WRONG_TEXTURE, rich_coverage
-from cat_pruning.evaluation.rich_scenes import PLACES, TEXTURES, RichScene, RichThing, render, sample_scene
+from cat_pruning.models.rich_scenes import PLACES, TEXTURES, RichScene, RichThing, render, sample_scene
 
 RED_STAR = RichScene((RichThing("large", "plain", "red", "star", "middle"),), "dotted", "gray")
 

@@ -5,10 +5,9 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from cat_pruning.evaluation import rich_scenes
-from cat_pruning.evaluation.prompts import load_prompts
 from cat_pruning.evaluation.rich_coverage import rich_coverage
-from cat_pruning.models import miniatures
+from cat_pruning.models import miniatures, rich_scenes
+from cat_pruning.models.prompts import load_prompts
 
 
 @pytest.fixture(scope="module")

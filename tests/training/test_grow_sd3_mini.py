@@ -6,8 +6,7 @@ from grow_sd3_mini import stretched_positions, with_side, with_words
 from mini_sd3 import Sd3Mini256
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from cat_pruning.evaluation import rich_scenes, scenes
-from cat_pruning.models import miniatures
+from cat_pruning.models import miniatures, rich_scenes, scenes
 
 SD3_MINI = miniatures()["sd3-mini"]
 

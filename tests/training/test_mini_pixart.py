@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 from mini_models import TEXT_LENGTH, ModelSize, new_autoencoder
 from mini_pixart import PixArtMini
 
-from cat_pruning.evaluation.scenes import vocabulary
+from cat_pruning.models.scenes import vocabulary
 
 SIZE = ModelSize(side=32, width=64, num_layers=2, num_heads=2, text_width=16, text_layers=(1,))
 CAPTION = "a large red circle left of a small blue star on a plain black background"

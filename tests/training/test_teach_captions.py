@@ -5,7 +5,7 @@ import torch
 from mini_models import ModelSize
 from mini_sd3 import Sd3Mini256
 
-from cat_pruning.evaluation import rich_scenes
+from cat_pruning.models import rich_scenes
 
 SIZE = ModelSize(side=32, width=24, num_layers=1, num_heads=2, text_width=32, text_layers=(2, 2))
 

@@ -16,8 +16,8 @@ from scene_kinds import SceneKind
 from train_config import Optimizer, TrainConfig
 from trainer import Rounds, train
 
-from cat_pruning.evaluation.scenes import vocabulary
 from cat_pruning.models import miniatures
+from cat_pruning.models.scenes import vocabulary
 
 SIZES = {
     "sd3-mini": ModelSize(side=32, width=24, num_layers=1, num_heads=2, text_width=8, text_layers=(1, 2)),

@@ -12,7 +12,7 @@ from pool_workers import Elsewhere
 
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.evaluation.pool import LocalPool
-from cat_pruning.evaluation.prompts import Prompt
+from cat_pruning.models.prompts import Prompt
 from cat_pruning.settings import PruneSettings
 from cat_pruning.tools.generate import never_pruned
 from cat_pruning.tuning.fitting import fit

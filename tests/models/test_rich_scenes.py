@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cat_pruning.evaluation.rich_scenes import (
+from cat_pruning.models.rich_scenes import (
     ACCENT,
     COLORS,
     COUNTS,
@@ -20,7 +20,7 @@ from cat_pruning.evaluation.rich_scenes import (
     texture_accents,
     vocabulary,
 )
-from cat_pruning.evaluation.scenes import GROUNDS
+from cat_pruning.models.scenes import GROUNDS
 
 THINGS = (
     RichThing("large", "striped", "red", "circle", "northwest"),

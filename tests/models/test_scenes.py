@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cat_pruning.evaluation.scenes import (
+from cat_pruning.models.scenes import (
     COLORS,
     GROUNDS,
     PAIRS,

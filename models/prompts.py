@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.evaluation import rich_scenes
-from cat_pruning.evaluation import scenes as plain_scenes
-from cat_pruning.evaluation.prompt_files import prompts_of_file
-from cat_pruning.evaluation.rich_scenes import RichScene
-from cat_pruning.evaluation.scenes import (
+from cat_pruning.models import rich_scenes
+from cat_pruning.models import scenes as plain_scenes
+from cat_pruning.models.prompt_files import prompts_of_file
+from cat_pruning.models.rich_scenes import RichScene
+from cat_pruning.models.scenes import (
     COLORS,
     GROUNDS,
     PAIRS,

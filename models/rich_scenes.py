@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cat_pruning.evaluation.scenes import COLORS as ALL_COLORS
-from cat_pruning.evaluation.scenes import GROUNDS, HELD_OUT_SHARE, SHAPES, Rgb, draw_shape
+from cat_pruning.models.scenes import COLORS as ALL_COLORS
+from cat_pruning.models.scenes import GROUNDS, HELD_OUT_SHARE, SHAPES, Rgb, draw_shape
 
 # White is every texture's second colour.
 COLORS = {name: rgb for name, rgb in ALL_COLORS.items() if name != "white"}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.evaluation import prompts, rich_scenes
-from cat_pruning.evaluation.prompts import MAX_SCENES, Prompt, load_prompts, parse_caption, unseen_scenes
-from cat_pruning.evaluation.scenes import (
+from cat_pruning.models import prompts, rich_scenes
+from cat_pruning.models.prompts import MAX_SCENES, Prompt, load_prompts, parse_caption, unseen_scenes
+from cat_pruning.models.scenes import (
     COLORS,
     PAIRS,
     SHAPES,
