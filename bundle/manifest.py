@@ -50,8 +50,8 @@ from cat_pruning.names import Flavour, Quantization
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, is_residual
 
-FORMAT_VERSION: Final = 7
-_READ: Final = (6, FORMAT_VERSION)  # 6 had no components
+FORMAT_VERSION: Final = 8
+_READ: Final = (6, 7, FORMAT_VERSION)  # 6 had no components, 7 no calibration
 MANIFEST_NAME: Final = "manifest.json"
 CHANGING_NAME: Final = ".changing.json"  # the names of the files that a change in place adds and drops
 
@@ -80,6 +80,9 @@ _Settings = Annotated[
 ]
 
 
+_LATER: Final = ("components", "quantization", "calibration", "unquantized")  # fields that were added
+
+
 class Manifest(Spec):
     """All that a bundle says about itself. `files` maps each file's path in the bundle to its size and hash."""
 
@@ -90,6 +93,8 @@ class Manifest(Spec):
     transformer_config: Annotated[dict[str, Any], AfterValidator(_as_json)]
     dtype: DType
     quantization: Quantization | None = None  # of step.onnx; what is not quantized is in `dtype`
+    calibration: str | None = None  # the prompts of the images that its scales were found on, as the command had them
+    unquantized: Annotated[tuple[str, ...], Strict(False)] = ()  # patterns of layers that stayed in `dtype`
     guidance: bool
     settings: _Settings
     geometry: Geometry
@@ -130,8 +135,11 @@ class Manifest(Spec):
 
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:
-        if self.quantization and self.plans:
-            raise ValueError(f"plans of a step in {self.quantization}, of which none are built")
+        quantization = self.quantization
+        if quantization and not quantization.is_calibrated and self.plans:
+            raise ValueError(f"plans of a step in {quantization}, of which none are built")
+        if (self.calibration is not None) != bool(quantization and quantization.is_calibrated):
+            raise ValueError(f"a step in {quantization or self.dtype}, calibrated by {self.calibration}")
         return self
 
     @model_validator(mode="after")
@@ -196,7 +204,7 @@ class Manifest(Spec):
         others = {name: spec for name, spec in self.files.items() if name not in later}
         left = self.model_copy(update={"schedules": (), "plans": (), "files": others})
         # Of a bundle without what came later, it is what it was before there was any.
-        absent = {name for name in ("components", "quantization") if not getattr(self, name)}
+        absent = {name for name in _LATER if not getattr(self, name)}
         text = left.model_dump_json(exclude=absent)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -207,9 +215,9 @@ class Manifest(Spec):
     def add_plans_command(self, place: Path, flavour: Flavour) -> str:
         """The shell command that adds plans for the machine that it is run on to this bundle at `place`.
 
-        Of a quantized bundle, from which none are built: that exports it anew, not quantized, with these plans.
+        Of a bundle whose quantized step is ONNX Runtime's: that exports it anew, not quantized, with these plans.
         """
-        if self.quantization:
+        if self.quantization and not self.quantization.is_calibrated:
             return self.export_command(place, flavour)
         return shlex.join(
             ["cat-export", "--add-plans", str(place), "--target", flavour, *self._plan_options({flavour})]
@@ -225,7 +233,7 @@ class Manifest(Spec):
     def export_command(self, out: Path, *flavours: Flavour) -> str:
         """The shell command that makes this bundle again at `out`, with plans for `flavours` besides those it has.
 
-        Where it has plans the graphs are not quantized, because none are built from such.
+        Where it has plans the graphs are not quantized by what only ONNX Runtime takes.
         """
         targets = dict.fromkeys((*(plan.flavour for plan in self.plans), *flavours))
         words = ["cat-export", "--model", self.source.location, "--dtype", self.dtype]
@@ -239,7 +247,11 @@ class Manifest(Spec):
             words += ["--batch", str(prompts)]
         words += ["--text-length", str(self.geometry.text_length), "--keep-ratio", str(self.settings.keep_ratio)]
         words += [] if self.guidance else ["--no-guidance"]
-        words += self.quantization.options if self.quantization and not targets else []
+        if self.quantization and (self.quantization.is_calibrated or not targets):
+            words += self.quantization.options
+            words += ["--calibrate", self.calibration] if self.calibration is not None else []
+            for pattern in self.unquantized:
+                words += ["--unquantized", pattern]
         for flavour in targets:
             words += ["--target", flavour]
         words += self._plan_options(targets)

@@ -50,12 +50,13 @@ def add_plans(
         SettingsError: it has such plans already or is quantized, or nothing is asked for.
     """
     bundle = Bundle.open(directory)
-    if (quantization := bundle.manifest.quantization) is not None:
+    quantization = bundle.manifest.quantization
+    if quantization is not None and not quantization.is_calibrated:
         raise SettingsError(
             f"--add-plans: the step of {bundle.path} is in {quantization}, and no plans are built from it",
-            "export one without quantization",
+            "export one without quantization, or with --calibrate",
         )
-    of_step = wanted_plans(targets, plugin=plugin, refittable=refittable)
+    of_step = wanted_plans(targets, plugin=plugin, refittable=refittable, quantization=quantization)
     plans = with_component_plans(of_step, bundle.manifest.components)
     if not plans:
         raise SettingsError("--add-plans: no plans to build", "give --target tensorrt or --target tensorrt_rtx")

@@ -62,6 +62,7 @@ examples:
                                                                            plans for two resolutions, 1 and 4 prompts
   cat-export --model sd3 --dtype fp16 --components all --out sd3           text encoders and VAE as graphs too
   cat-export --model ./my-finetune --quantize int8 --out tuned             the step in eight bits, for a processor
+  cat-export --model ./my-finetune --dtype bf16 --quantize fp8 --calibrate prompts.txt    for plans
   cat-export --add-plans sd3 --target tensorrt                             for this machine's GPU, beside the others
 then:
   cat-generate build/sd3-mini "a large red circle above a small blue star on a plain black background" -o out.png
@@ -164,14 +165,26 @@ def _parser() -> Parser:
     bits = shape.add_mutually_exclusive_group()
     bits.add_argument(
         "--quantize",
-        choices=["int8"],
-        help="weights and activations of the step in eight bits, for ONNX Runtime on a processor: no plans, no "
-        "adapters at run time. Activations are quantized as they come; nothing is calibrated",
+        choices=["int8", "fp8"],
+        help="weights and activations of the step in eight bits, and no adapters at run time. int8 without --calibrate "
+        "takes activations as they come, for ONNX Runtime on a processor: no plans",
     )
     bits.add_argument(
         "--weights-only",
         choices=["int8", "int4"],
-        help="the step's weights in blocks of 8 or 4 bits, likewise: slower than --quantize, and nearer to fp32 (8)",
+        help="the step's weights in blocks of 8 or 4 bits, for ONNX Runtime: slower than int8, and nearer to fp32 (8)",
+    )
+    shape.add_argument(
+        "--calibrate",
+        metavar="PROMPTS",
+        help="make images of these prompts, and take the activations' scales from them, for plans: a file with one on "
+        "each line, or scenes:N; a handful is enough",
+    )
+    shape.add_argument(
+        "--unquantized",
+        action="append",
+        metavar="PATTERN",
+        help="layers that stay as they are, as 'transformer_blocks.0.*'; repeatable",
     )
     shape.add_argument(
         "--resolution",
@@ -229,7 +242,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
     console.quiet_libraries()
     quantization = _quantization(arguments)
-    targets = tuple(map(Target, arguments.target or ((Target.ONNX,) if quantization else ())))
+    only_onnx = quantization is not None and not quantization.is_calibrated
+    targets = tuple(map(Target, arguments.target or ((Target.ONNX,) if only_onnx else ())))
     config = ExportConfig(
         model=arguments.model,
         out=arguments.out or Path(Path(arguments.model).name),
@@ -238,6 +252,8 @@ def _export(arguments: argparse.Namespace) -> None:
         loras=tuple(map(parse_lora, arguments.lora or ())),
         dtype=DType(arguments.dtype),
         quantization=quantization,
+        calibration=arguments.calibrate,
+        unquantized=tuple(arguments.unquantized or ()),
         resolutions=tuple(arguments.resolution or ()),
         prompts=tuple(arguments.batch or (1,)),
         text_length=arguments.text_length,
@@ -259,6 +275,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _quantization(arguments: argparse.Namespace) -> Quantization | None:
+    if arguments.quantize == "int8" and arguments.calibrate is not None:
+        return Quantization.INT8_CALIBRATED
     if arguments.quantize:
         return Quantization(arguments.quantize)
     return Quantization(f"weights-{arguments.weights_only}") if arguments.weights_only else None

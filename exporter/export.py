@@ -33,6 +33,7 @@ from cat_pruning.checkpoints.checkpoint import (
     config_of,
     find_checkpoint,
     load_transformer,
+    pipeline_of,
 )
 from cat_pruning.checkpoints.random_weights import RandomWeights, hollow_transformer
 from cat_pruning.components import COMPONENT_PARTS, Component
@@ -40,6 +41,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import can_build, can_build_refittable
 from cat_pruning.errors import CheckpointError, EngineError, SettingsError
 from cat_pruning.exporter import data_loader
+from cat_pruning.exporter.calibration import calibrate
 from cat_pruning.exporter.components import WantedPart, export_components, folders_of, wanted_parts
 from cat_pruning.exporter.macs import Macs, count_macs
 from cat_pruning.exporter.memory import check_memory, held_bytes, part_bytes
@@ -52,6 +54,7 @@ from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verification import Samples, Verification
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.families.interception import StepModule
+from cat_pruning.models.prompts import tuning_prompts
 from cat_pruning.names import FLAVOURS, Quantization, Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
@@ -83,7 +86,10 @@ class ExportConfig:
     plugin: our kernels for the token operators of TensorRT's plans; without, TensorRT compiles their function bodies.
     controlnet: steps take a ControlNet's residuals.
     refittable: plans take adapters at run time; ONNX Runtime does from any bundle that is not quantized.
-    quantization: of the step, see `quantize_step`; in fp32 and without plans: give `targets=(Target.ONNX,)`.
+    quantization: of the step, see `quantize_step`; one that is not calibrated in fp32 and without plans: give
+        `targets=(Target.ONNX,)`.
+    calibration: the prompts of a calibrated one, as `tuning_prompts` has them: `scenes:8`, or a file.
+    unquantized: see `quantize_step`.
     """
 
     model: str
@@ -93,6 +99,8 @@ class ExportConfig:
     loras: tuple[LoraSpec, ...] = ()
     dtype: DType = DType.FP32
     quantization: Quantization | None = None
+    calibration: str | None = None
+    unquantized: tuple[str, ...] = ()
     resolutions: tuple[tuple[int, int], ...] = ()
     prompts: tuple[int, ...] = (1,)
     text_length: int | None = None
@@ -109,7 +117,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.prompts or any(prompts < 1 for prompts in self.prompts):
             raise SettingsError(f"--batch {' '.join(map(str, self.prompts))}: expected numbers of prompts >= 1")
-        check_quantization(self.quantization, self.dtype, self.targets)
+        check_quantization(self.quantization, self.calibration, self.unquantized, self.dtype, self.targets)
         if self.text_length is not None and self.text_length < 1:
             raise SettingsError(f"--text-length {self.text_length}: expected a number of text tokens >= 1")
         if unknown := [name for name in self.components if name not in COMPONENT_PARTS]:
@@ -144,11 +152,19 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
         CheckpointError, ShapeError, SettingsError, EngineError, OutputError: see `cat_pruning.errors`.
     """
     # Before a checkpoint is downloaded.
-    plans = wanted_plans(config.targets, plugin=config.plugin, refittable=config.refittable)
+    plans = wanted_plans(
+        config.targets, plugin=config.plugin, refittable=config.refittable, quantization=config.quantization
+    )
+    prompts = [each.text for each in tuning_prompts(config.calibration)] if config.calibration is not None else []
     verification = Verification.of(config.verify, config.dtype, plans)
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, random_weights=config.random_weights, loras=config.loras
     )
+    if prompts and not checkpoint.components:
+        raise CheckpointError(
+            f"--calibrate: {config.model} has no text encoders, and so makes no images to calibrate by",
+            "give a whole pipeline's directory, or --quantize int8 without --calibrate",
+        )
     if transformer is not None:
         checkpoint = _with_weights_of(checkpoint, transformer, config)
     parts = wanted_parts(checkpoint, config.components)
@@ -174,7 +190,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     check_memory(
         checkpoint.num_parameters * config.dtype.num_bytes,
         held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify is not None)
-        + quantizer_bytes(config.quantization, checkpoint.num_parameters * config.dtype.num_bytes),
+        + quantizer_bytes(config.quantization, checkpoint.num_parameters * config.dtype.num_bytes)
+        + _image_bytes(config, checkpoint),
         builds_plans=bool(plans),
     )
     needed = _needed_bytes(config, checkpoint, plans, parts)
@@ -185,7 +202,9 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
             parts, writer.path, config.dtype, geometry.text_length, stage, verify=config.verify is not None
         )
         plans = with_component_plans(plans, components)
-        graphs, samples = _write_graphs(config, checkpoint, transformer, writer.path, profiles[0], verification, stage)
+        graphs, samples = _write_graphs(
+            config, checkpoint, transformer, prompts, writer.path, profiles[0], verification, stage
+        )
         shutil.copyfile(data_loader.__file__, writer.path / DATA_LOADER)
         with stage("Count MACs"):
             macs = tuple(profile_macs(writer.path, graphs, profile, geometry.patch_size) for profile in profiles)
@@ -206,6 +225,8 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     transformer_config=dict(checkpoint.family.config),
                     dtype=config.dtype,
                     quantization=config.quantization,
+                    calibration=config.calibration,
+                    unquantized=config.unquantized,
                     guidance=guidance,
                     settings=config.settings,
                     geometry=geometry,
@@ -295,6 +316,14 @@ def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
     )
 
 
+def _image_bytes(config: ExportConfig, checkpoint: Checkpoint) -> int:
+    """The weights that images are made with to calibrate by: all, and those of the pipeline's other parts."""
+    if config.calibration is None:
+        return 0
+    others = sum(path.stat().st_size for path in copied_files(checkpoint))
+    return checkpoint.num_parameters * config.dtype.num_bytes + others
+
+
 def _needed_bytes(
     config: ExportConfig, checkpoint: Checkpoint, plans: tuple[PlanSpec, ...], parts: Sequence[WantedPart]
 ) -> int:
@@ -310,6 +339,7 @@ def _write_graphs(
     config: ExportConfig,
     checkpoint: Checkpoint,
     transformer: nn.Module | None,
+    prompts: Sequence[str],
     directory: Path,
     profile: ProfileSpec,
     verification: Verification,
@@ -328,9 +358,16 @@ def _write_graphs(
         graphs = export_step_graph(step, directory, advance, weights)
     samples = verification.sample(step, directory, profile, stage)
     if config.quantization is not None:
+        calibration = None
+        if prompts:
+            with stage(f"Make {len(prompts)} images to calibrate by") as advance:
+                pipeline = pipeline_of(source.model_copy(update={"in_memory": False}))
+                calibration = calibrate(transformer, pipeline, family, config.dtype, prompts, profile, advance)
         with stage(f"Quantize the step to {config.quantization}"):
-            quantize_step(directory, config.quantization)
-        verification.check_quantized(step, directory, config.quantization, stage)
+            ranges = calibration.ranges if calibration else None
+            quantize_step(directory, config.quantization, ranges=ranges, unquantized=config.unquantized)
+        inputs = calibration.inputs if calibration else None
+        verification.check_quantized(step, directory, config.quantization, stage, inputs)
     del step, transformer
     gc.collect()  # frees the module before a builder needs the memory: hooks make reference cycles
     return tuple(graph_spec(part, graph) for part, graph in graphs.items()), samples

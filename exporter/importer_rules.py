@@ -27,6 +27,7 @@ LARGEST_K: Final = 3840
 INDICES: Final = ("INT32", "INT64")
 
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
+_EIGHT_BITS = ("INT8", "FLOAT8E4M3FN")
 _NUMBERS = (*_FLOATS, *INDICES)
 _VALUES = (*_NUMBERS, "BOOL")
 _PLUGIN = {key: (value,) for key, value in PLUGIN_ATTRIBUTES.items()}
@@ -50,6 +51,8 @@ _OPERATORS: Final[dict[tuple[str, str], _Operator]] = {
     ("", "Cast"): _Operator(_VALUES, {"to": None}),
     ("", "Concat"): _Operator(_VALUES, {"axis": None}),
     ("", "Constant"): _Operator(_VALUES, {"value": None, "value_int": None, "value_ints": None}),
+    ("", "DequantizeLinear"): _Operator((*_FLOATS, *_EIGHT_BITS), {"axis": None}),
+    ("", "QuantizeLinear"): _Operator((*_FLOATS, *_EIGHT_BITS), {"axis": None}),
     ("", "Conv"): _Operator(
         _FLOATS,
         {"auto_pad": ("NOTSET",), **dict.fromkeys(("dilations", "group", "kernel_shape", "pads", "strides"))},

@@ -113,6 +113,10 @@ def _matmul(node: ir.Node) -> tuple[int, bool]:
     inner = _size(left)[-1]
     if node.op_type == "Gemm" and node.attributes.get_int("transA", default=False):
         inner = _size(left)[0]
+    dequantized = right.producer()
+    if dequantized is not None and dequantized.op_type == "DequantizeLinear":
+        right = dequantized.inputs[0]
+        assert right is not None
     return math.prod(_size(node.outputs[0])) * inner, right.is_initializer()
 
 

@@ -14,32 +14,42 @@ from cat_pruning.bundle.schema import ComponentSpec, PlanSpec, TokenOps
 from cat_pruning.components import Component
 from cat_pruning.engines.builder.build import build_plan, plan_specs, with_report
 from cat_pruning.engines.plan_caches import timing_cache_path
-from cat_pruning.errors import EngineError
+from cat_pruning.errors import EngineError, SettingsError
 from cat_pruning.exporter.importer_rules import importer_findings
 from cat_pruning.exporter.progress import Stage
-from cat_pruning.names import FLAVOURS, TITLES, Flavour
+from cat_pruning.names import FLAVOURS, TITLES, Flavour, Quantization
 from cat_pruning.step_io import Part
 
 logger = logging.getLogger(__name__)
 
 
-def wanted_plans(targets: Collection[str], *, plugin: bool, refittable: bool) -> tuple[PlanSpec, ...]:
+def wanted_plans(
+    targets: Collection[str], *, plugin: bool, refittable: bool, quantization: Quantization | None = None
+) -> tuple[PlanSpec, ...]:
     """What is built for some targets, in the order of `FLAVOURS`.
 
     Args:
         targets: names of `Target`.
         plugin: our kernels for the token operators of TensorRT's plans.
         refittable: see `plan_specs`.
+        quantization: of the step that they are built from.
 
     Raises:
         EngineError: as `plan_specs`.
+        SettingsError: refittable plans of weights in eight bits.
     """
+    if refittable and quantization is not None:
+        raise SettingsError(
+            f"--refittable: the step is in {quantization}, which no adapter can be added to",
+            "fuse the adapter with --lora, or leave out --quantize",
+        )
+    fp8 = quantization is Quantization.FP8
     token_ops: dict[Flavour, TokenOps] = {"tensorrt": "plugin" if plugin else "function"}
     return tuple(
         plan
         for flavour in FLAVOURS
         if flavour in targets
-        for plan in plan_specs(flavour, token_ops.get(flavour, "function"), refittable=refittable)
+        for plan in plan_specs(flavour, token_ops.get(flavour, "function"), refittable=refittable, fp8=fp8)
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from cat_pruning.bundle.profiles import step_dims
 from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec
 from cat_pruning.dtype import DType
@@ -87,15 +89,24 @@ class Verification:
                 outputs = sample_outputs(step, pruned if pruned.num_kept else full)
         return Samples(outputs, layers)
 
-    def check_quantized(self, step: StepModule, directory: Path, quantization: Quantization, stage: Stage) -> None:
+    def check_quantized(
+        self,
+        step: StepModule,
+        directory: Path,
+        quantization: Quantization,
+        stage: Stage,
+        inputs: dict[str, Tensor] | None = None,
+    ) -> None:
         """Hold the graphs against the module again, now that the step is quantized.
+
+        inputs: of a step that a calibration saw; random ones are beyond its scales.
 
         Raises:
             EngineError: they are off by more than the tolerance of the quantization.
         """
-        if self.level:
+        if self.level and self.dtype is not DType.BF16:
             with stage("Compare the quantized step with torch"):
-                verify_step_graph(step, directory, self.dtype, QUANTIZED_TOLERANCE[quantization])
+                verify_step_graph(step, directory, self.dtype, QUANTIZED_TOLERANCE[quantization], inputs)
 
     def check_plans(
         self,

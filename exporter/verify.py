@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,16 +19,19 @@ from cat_pruning.errors import EngineError
 from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.families.interception import StepModule
 from cat_pruning.names import Quantization
-from cat_pruning.step_io import Part
+from cat_pruning.step_io import LATENTS, Part, StepDims
 
 Array = NDArray[np.generic]
 
 # Of the largest value that was expected. fp32 differs by summation order only. 16 bits round at every layer: sd3-mini
 # is off its own fp32 by 3e-3 in fp16 and 2e-2 in bf16.
 TOLERANCE: Final = {DType.FP32: 1e-4, DType.FP16: 3e-2, DType.BF16: 1e-1}
-# Likewise. Tiny random transformers of every family are off by 3e-2, 2e-2 and 2e-1 at most, all in their caches.
+# Likewise. Tiny random transformers of every family are off by 3e-2 (int8), 2e-2 and 2e-1 (weights only) at most, all
+# in their caches. Calibrated ones are compared on a step of the images that their scales are of.
 QUANTIZED_TOLERANCE: Final = {
     Quantization.INT8: 1e-1,
+    Quantization.INT8_CALIBRATED: 1e-1,
+    Quantization.FP8: 1e-1,
     Quantization.WEIGHTS_INT8: 1e-1,
     Quantization.WEIGHTS_INT4: 5e-1,
 }
@@ -52,7 +55,13 @@ class Divergence:
     error: float
 
 
-def verify_step_graph(step: StepModule, directory: Path, dtype: DType, tolerance: float | None = None) -> float:
+def verify_step_graph(
+    step: StepModule,
+    directory: Path,
+    dtype: DType,
+    tolerance: float | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> float:
     """Run a full and a pruned step at shapes that the files were not exported at; return the largest relative error.
 
     The error of an output is its largest difference from torch's, relative to torch's largest value.
@@ -62,6 +71,7 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType, tolerance
         directory: of the graphs.
         dtype: of the export.
         tolerance: of the error; by default that of the dtype.
+        inputs: of one call of the model, by name, to run as a full step instead of random ones.
 
     Raises:
         EngineError: an output differs by more than the tolerance, or ONNX Runtime cannot run a file.
@@ -73,16 +83,13 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType, tolerance
         except ORT_ERRORS as error:
             raise EngineError(f"--verify: ONNX Runtime cannot load {part.onnx}: {error}") from error
     worst = 0.0
-    for batch, kept in ((1, 0.3), (3, 1.0)):
-        num_kept = int(kept * GRID[0] * GRID[1])
-        dims = step.family.dims(GRID, batch=batch, text_length=TEXT_LENGTH, num_kept=num_kept)
-        inputs = example_inputs(step, dims, seed=batch)
+    for dims, values in _random_steps(step) if inputs is None else [_full_step(step, inputs)]:
         try:
-            results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in inputs.items()})
+            results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in values.items()})
         except ORT_ERRORS as error:
             raise EngineError(f"--verify: ONNX Runtime failed in a step: {error}") from error
         tensors = {name: torch.from_numpy(value) for name, value in results.items()}
-        largest, divergence = compare(tensors, run_step(step, inputs), dtype, tolerance)
+        largest, divergence = compare(tensors, run_step(step, values), dtype, tolerance)
         if divergence is not None:
             problem = (
                 f"--verify: {divergence.name} of a step with {dims.num_kept} of {dims.num_tokens} tokens is off "
@@ -94,6 +101,21 @@ def verify_step_graph(step: StepModule, directory: Path, dtype: DType, tolerance
             raise EngineError(f"{problem}{TOLERANCE[dtype]:.0e} is rounding in {dtype}", LAYERS_REMEDY)
         worst = max(worst, largest)
     return worst
+
+
+def _random_steps(step: StepModule) -> Iterator[tuple[StepDims, dict[str, Tensor]]]:
+    for batch, kept in ((1, 0.3), (3, 1.0)):
+        num_kept = int(kept * GRID[0] * GRID[1])
+        dims = step.family.dims(GRID, batch=batch, text_length=TEXT_LENGTH, num_kept=num_kept)
+        yield dims, example_inputs(step, dims, seed=batch)
+
+
+def _full_step(step: StepModule, inputs: Mapping[str, Tensor]) -> tuple[StepDims, dict[str, Tensor]]:
+    family, given = step.family, dict(inputs)
+    grid = family.grid(given[LATENTS], given)
+    length, batch = family.text_length(given), given[LATENTS].shape[0]
+    dims = family.dims(grid, batch=batch, text_length=length, num_kept=grid[0] * grid[1])
+    return dims, example_inputs(step, dims) | given
 
 
 def compare(

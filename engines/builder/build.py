@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 # What a plan of TensorRT-RTX runs on unless it is built for something else: these "and later".
 _RTX_ARCHITECTURES: tuple[str, ...] = ("sm80", "sm86", "sm89", "sm120")
+_WITH_FP8: tuple[str, ...] = ("sm89", "sm120")  # of these; others have no products of fp8
+_FIRST_WITH_FP8 = 89
 
 
 def can_build(flavour: Flavour) -> bool:
@@ -60,8 +62,16 @@ def can_build_refittable(flavour: Flavour) -> bool:
     return can_build(flavour) and gpu_architecture() is not None
 
 
-def plan_specs(flavour: Flavour, token_ops: TokenOps = "function", *, refittable: bool = False) -> tuple[PlanSpec, ...]:
+def plan_specs(
+    flavour: Flavour, token_ops: TokenOps = "function", *, refittable: bool = False, fp8: bool = False
+) -> tuple[PlanSpec, ...]:
     """What is built here, one plan for every graph, and where in the bundle the plans go.
+
+    Args:
+        flavour: by which library.
+        token_ops: who gathers and scatters tokens.
+        refittable: weights can be replaced in the engine.
+        fp8: the step computes in it, which GPUs do from Ada on.
 
     Raises:
         EngineError: the flavour is not installed or too old, or there is no GPU that it needs to build.
@@ -77,13 +87,19 @@ def plan_specs(flavour: Flavour, token_ops: TokenOps = "function", *, refittable
             f"here ({missing_gpu()})",
             "build on a machine with one, or fuse the adapter with --lora; ONNX Runtime takes adapters from any bundle",
         )
-    architectures, built_for = _RTX_ARCHITECTURES, f"{_RTX_ARCHITECTURES[0]}-and-later"
+    architectures = _WITH_FP8 if fp8 else _RTX_ARCHITECTURES
+    built_for = "-".join(_WITH_FP8) if fp8 else f"{_RTX_ARCHITECTURES[0]}-and-later"
     if flavour == "tensorrt":
         if (architecture := gpu_architecture()) is None:
             raise EngineError(
                 f"{target}: TensorRT measures its kernels on the GPU that will run them, and torch can use none here "
                 f"({missing_gpu()})",
                 "run it on that machine, or --target tensorrt_rtx, which builds anywhere",
+            )
+        if fp8 and int(architecture.removeprefix("sm")) < _FIRST_WITH_FP8:
+            raise EngineError(
+                f"{target}: this GPU is {architecture}, and products of fp8 take sm{_FIRST_WITH_FP8} or later",
+                "give --quantize int8, or build on such a GPU",
             )
         architectures, built_for = (architecture,), architecture
     folder = f"plans/{flavour}-{version}-{built_for}"
@@ -126,6 +142,7 @@ def build_plan(
         plugin_nodes=token_nodes(onnx) if spec.token_ops == "plugin" else {},
         timing_cache=str(timing_cache) if timing_cache and spec.flavour == "tensorrt" else None,
         architectures=spec.architectures,
+        only_these=spec.flavour == "tensorrt_rtx" and spec.architectures != _RTX_ARCHITECTURES,
         refittable=spec.refittable,
     )
     result = subprocess.run(

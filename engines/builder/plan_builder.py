@@ -46,7 +46,7 @@ class PlanJob:
     onnx, plan: files. profiles: (min, opt, max) of every input by name, per profile.
     plugin_nodes: how many nodes of each operator our plugins serve; nothing is registered where there are none.
     timing_cache: a file to read and write, of TensorRT; TensorRT-RTX measures nothing.
-    architectures: of the GPUs that are to run the plan.
+    architectures: of the GPUs that are to run the plan. only_these: TensorRT-RTX is to build for no others.
     refittable: weights can be replaced in the engine, by their initializers' names.
     """
 
@@ -57,6 +57,7 @@ class PlanJob:
     plugin_nodes: Mapping[str, int]
     timing_cache: str | None
     architectures: Sequence[str] = ()
+    only_these: bool = False
     refittable: bool = False
 
 
@@ -198,6 +199,11 @@ def _config(trt: Any, builder: Any, job: PlanJob) -> Any:
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is what was asked for, and what torch computes
     if job.flavour == "tensorrt_rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or a step may not be captured as a CUDA graph
+    if job.only_these:
+        config.num_compute_capabilities = len(job.architectures)
+        for index, name in enumerate(job.architectures):
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index):
+                raise RuntimeError(f"it builds nothing for {name}")
     if job.refittable:
         config.set_flag(trt.BuilderFlag.REFIT)
     if job.plugin_nodes:

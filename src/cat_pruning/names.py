@@ -22,17 +22,25 @@ class Target(StrEnum):
 
 
 class Quantization(StrEnum):
-    """The integers that the weights of an exported step are held in, where they are not in the export's dtype."""
+    """The bits that an exported step's products are computed in, where that is not the export's dtype."""
 
-    INT8 = "int8"  # activations too, as they come
-    WEIGHTS_INT8 = "weights-int8"
+    INT8 = "int8"  # activations as they come: ONNX Runtime only
+    INT8_CALIBRATED = "int8-calibrated"  # activations by calibrated scales: every engine
+    FP8 = "fp8"  # likewise
+    WEIGHTS_INT8 = "weights-int8"  # activations are not quantized
     WEIGHTS_INT4 = "weights-int4"
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether the activations' scales were found on images of the model's."""
+        return self in (Quantization.INT8_CALIBRATED, Quantization.FP8)
+
+    @property
     def options(self) -> list[str]:
-        """Of `cat-export`, that ask for it."""
-        kind, _, bits = self.rpartition("-")
-        return ["--weights-only" if kind else "--quantize", bits]
+        """Of `cat-export`, that ask for it; those that are calibrated need `--calibrate` as well."""
+        if self.value.startswith("weights-"):
+            return ["--weights-only", self.value.removeprefix("weights-")]
+        return ["--quantize", self.value.removesuffix("-calibrated")]
 
 
 def install_command(flavour: Flavour) -> str:

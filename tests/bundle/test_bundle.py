@@ -66,22 +66,28 @@ def test_no_manifest(bundle: Bundle) -> None:
 
 def test_another_format_version(bundle: Bundle) -> None:
     path = bundle.path / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 8}))
-    with pytest.raises(BundleError, match=r"format version 8, .* version 7; .* cat-export --model some/sd3 --out"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 9}))
+    with pytest.raises(BundleError, match=r"format version 9, .* version 8; .* cat-export --model some/sd3 --out"):
         Bundle.open(bundle.path)
 
 
-def test_a_bundle_of_before_there_were_components_and_integers(bundle: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("version", "later"),
+    [(6, ("components", "quantization", "calibration", "unquantized")), (7, ("calibration", "unquantized"))],
+)
+def test_a_bundle_of_before_there_were_some_fields(bundle: Bundle, version: int, later: tuple[str, ...]) -> None:
     path = bundle.path / MANIFEST_NAME
-    fields = json.loads(path.read_text()) | {"format_version": 6}
-    for name in ("components", "quantization"):
+    fields = json.loads(path.read_text()) | {"format_version": version}
+    for name in later:
         del fields[name]
+    for name in {"components", "quantization"} - set(later):  # which are left out where they say nothing
+        fields.pop(name)
     path.write_text(json.dumps(fields))
     manifest = Bundle.open(bundle.path).manifest
     assert manifest.components == ()
     # Results and schedules that were made with it name its digest, of a manifest without such a field.
-    later = {*manifest.schedules, *(plan.file for plan in manifest.plans)}
-    files = {name: spec for name, spec in fields["files"].items() if name not in later}
+    added = {*manifest.schedules, *(plan.file for plan in manifest.plans)}
+    files = {name: spec for name, spec in fields["files"].items() if name not in added}
     left = json.dumps(
         fields | {"schedules": [], "plans": [], "files": files}, separators=(",", ":"), ensure_ascii=False
     )

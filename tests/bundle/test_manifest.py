@@ -54,6 +54,8 @@ FIELDS: dict[str, Any] = {
     "transformer_config": {"num_layers": 2, "dual_attention_layers": [0, 1], "qk_norm": None},
     "dtype": "fp16",
     "quantization": None,
+    "calibration": None,
+    "unquantized": [],
     "guidance": True,
     "settings": PruneSettings().to_dict() | {"fresh_quotas": [0.15, 0.1, 0.05], "schedule": None},
     "geometry": {
@@ -321,7 +323,8 @@ def test_an_edited_manifest_is_refused_by_field(tmp_path: Path, path: str, value
     assert f"cat-export --model some/sd3 --out {tmp_path} --force" in str(caught.value)
 
 
-WITH_DEFAULTS = {"components", "format_version", "macs", "plans", "pipeline", "quantization", "schedules", "files"}
+WITH_DEFAULTS = {"format_version", "macs", "plans", "pipeline", "schedules", "files"}
+WITH_DEFAULTS |= {"components", "quantization", "calibration", "unquantized"}
 
 
 @pytest.mark.parametrize("field", sorted(set(FIELDS) - WITH_DEFAULTS))
@@ -443,6 +446,20 @@ def test_commands_of_a_quantized_bundle(quantization: str, words: str) -> None:
     assert manifest.add_plans_command(Path("/b"), "tensorrt") == with_plans
     with pytest.raises(ValidationError, match=f"plans of a step in {quantization}, of which none are built"):
         Manifest.model_validate_json(json.dumps(fields | {"plans": FIELDS["plans"]}))
+
+
+@pytest.mark.parametrize("quantization", ["int8-calibrated", "fp8"])
+def test_commands_of_a_calibrated_bundle(quantization: str) -> None:
+    """Plans are built from it."""
+    more = {"quantization": quantization, "calibration": "my prompts.txt", "unquantized": ["blocks.0.*"]}
+    fields = FIELDS | {"dtype": "bf16", **more}
+    manifest = Manifest.model_validate_json(json.dumps(fields))
+    words = f" --quantize {quantization[:4].strip('-')} --calibrate 'my prompts.txt' --unquantized 'blocks.0.*' "
+    assert words in manifest.export_command(Path("/b"), "tensorrt")
+    assert manifest.add_plans_command(Path("/b"), "tensorrt").startswith("cat-export --add-plans /b --target tensorrt")
+    for wrong in ({"calibration": None}, {"quantization": "int8", "plans": []}, {"quantization": None}):
+        with pytest.raises(ValidationError, match=r"a step in (\w|-)+, calibrated by "):
+            Manifest.model_validate_json(json.dumps(fields | wrong))
 
 
 def test_export_command_of_a_bundle_for_control_nets() -> None:

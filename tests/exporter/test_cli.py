@@ -78,7 +78,7 @@ def test_the_help_names_every_model(cat_export: CatExport, monkeypatch: pytest.M
         (["--target", "onnx", "--no-plugin"], "--no-plugin: only TensorRT's plans .*; give --target tensorrt too"),
         (["--target", "onnx", "--refittable"], "--refittable: only plans need it.* takes adapters from any bundle"),
         (["--target", "coreml"], r"invalid choice: 'coreml' \(choose from '?onnx'?, '?tensorrt'?, '?tensorrt_rtx'?\)"),
-        (["--quantize", "fp8"], r"--quantize: invalid choice: 'fp8' \(choose from '?int8'?\)"),
+        (["--quantize", "int4"], r"--quantize: invalid choice: 'int4' \(choose from '?int8'?, '?fp8'?\)"),
         (["--weights-only", "int2"], r"--weights-only: invalid choice: 'int2' \(choose from '?int8'?, '?int4'?\)"),
         (["--quantize", "int8", "--weights-only", "int4"], "--weights-only: not allowed with argument --quantize"),
         (["--quantize", "int8", "--dtype", "fp16"], r"--quantize int8 --dtype fp16: .* in fp32; leave out --dtype"),

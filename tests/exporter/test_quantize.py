@@ -64,7 +64,7 @@ def test_the_ends_are_kept(kind: str, kept: list[str], export_tiny: Any) -> None
     assert len(every) == sum(node.op_type == "MatMul" for node in graph.node)
 
 
-@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.parametrize("quantization", list(OPERATORS))
 def test_a_quantized_step(quantization: Quantization, export_tiny: Any, tmp_path: Path) -> None:
     export = export_tiny("flux-dev")  # whose patch embedding is a matrix product
     folder = tmp_path / "graphs"

@@ -20,6 +20,7 @@ from cat_pruning.bundle.schema import Geometry, PlanSpec, TokenOps
 from cat_pruning.engines.builder import build
 from cat_pruning.engines.builder.build import build_plan, can_build, can_build_refittable, plan_specs
 from cat_pruning.engines.builder.plan_builder import PlanReport
+from cat_pruning.engines.plan_choice import runs_on
 from cat_pruning.errors import EngineError, OutputError
 from cat_pruning.exporter.export import graph_spec
 from cat_pruning.names import FLAVOURS, Flavour
@@ -183,6 +184,19 @@ def test_plans_of_tensorrt_are_this_gpus(monkeypatch: pytest.MonkeyPatch, token_
 def test_plans_of_tensorrt_rtx_are_for_several() -> None:
     (version,) = {spec.version for spec in plan_specs("tensorrt_rtx")}
     assert plan_specs("tensorrt_rtx")[-1].file == f"plans/tensorrt_rtx-{version}-sm80-and-later/step.plan"
+
+
+@needs_rtx
+def test_plans_of_fp8_are_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = plan_specs("tensorrt_rtx", fp8=True)[-1]
+    assert spec.file.endswith("-sm89-sm120/step.plan")
+    for architecture, expected in (("sm80", False), ("sm86", False), ("sm89", True), ("sm120", True), ("sm121", True)):
+        assert runs_on(spec, architecture) is expected
+    installed(monkeypatch, architecture="sm86")
+    with pytest.raises(EngineError, match="this GPU is sm86, and products of fp8 take sm89 or later; give --quantize"):
+        plan_specs("tensorrt", fp8=True)
+    installed(monkeypatch, architecture="sm90")
+    assert {each.architectures for each in plan_specs("tensorrt", fp8=True)} == {("sm90",)}
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,147 @@
+"""What a transformer's own pipeline gives it while it makes images: how large its layers' inputs get, and a call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cat_pruning.bundle.schema import ProfileSpec
+from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
+from cat_pruning.checkpoints.parts import load_parts
+from cat_pruning.dtype import DType
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter.progress import Advance
+from cat_pruning.families.family import Family
+from cat_pruning.step_io import LATENTS, TIMESTEP
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was seen, on the CPU.
+
+    Attributes:
+        ranges: by the name of every linear layer that was called, the largest magnitude of each channel of its input,
+            (D,) fp32.
+        inputs: of the last call, by the names of the step's inputs.
+    """
+
+    ranges: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+
+@torch.no_grad()
+def calibrate(
+    transformer: Any,
+    directory: Path,
+    family: Family,
+    dtype: DType,
+    prompts: Sequence[str],
+    profile: ProfileSpec,
+    advance: Advance,
+) -> Calibration:
+    """Make an image of every prompt, as the pipeline does by its defaults, every step full, and watch the transformer.
+
+    On a GPU where there is one: the transformer is moved there and back. Synchronises with it.
+
+    Args:
+        transformer: the module.
+        directory: the pipeline that it is of, in the diffusers layout.
+        family: of the transformer.
+        dtype: of the pipeline's other parts.
+        prompts: one image each.
+        profile: the images' size, and the text's length.
+        advance: called after every image.
+
+    Raises:
+        CheckpointError: the pipeline's other parts cannot be loaded.
+        EngineError: it cannot make the images, or what a layer is given is not finite.
+    """
+    loaded = load_parts(directory, family.transformer_class, dtype.torch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with quiet_diffusers():
+        pipe = type(loaded)(**{**loaded.components, "transformer": transformer}).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = family.pipeline_arguments(pipe, profile.text_length)
+    try:
+        with watched(transformer) as largest, _called(transformer) as calls:
+            for index, prompt in enumerate(prompts):
+                generator = torch.Generator().manual_seed(index)
+                pipe(
+                    prompt,
+                    height=profile.height,
+                    width=profile.width,
+                    generator=generator,
+                    output_type="latent",
+                    **arguments,
+                )
+                advance(index + 1, len(prompts))
+    except Exception as error:
+        raise EngineError(
+            f"calibration: {type(pipe).__name__} failed ({type(error).__name__}: {first_line(error)})",
+            "the checkpoint must make images in diffusers, with every prompt of --calibrate",
+        ) from error
+    finally:
+        transformer.to("cpu")
+    ranges = {name: values.cpu() for name, values in largest.items()}
+    inputs = {name: tensor.cpu() for name, tensor in _inputs(family, calls[-1]).items()}
+    if name := next((name for name, values in ranges.items() if not values.isfinite().all()), None):
+        raise EngineError(
+            f"calibration: {name} is given values that are not finite in {dtype}", "give --dtype bf16 or fp32"
+        )
+    return Calibration(ranges, inputs)
+
+
+@contextmanager
+def watched(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Meanwhile, what the inputs of a module's linear layers reach, by name and channel, in fp32."""
+    largest: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            reached = inputs[0].abs().flatten(0, -2).amax(0).float()
+            largest[name] = torch.maximum(largest[name], reached) if name in largest else reached
+
+        return look
+
+    hooks = [
+        layer.register_forward_pre_hook(watch(name))
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    try:
+        yield largest
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _called(transformer: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Meanwhile, the arguments by name of the transformer's last call, alone in a list."""
+    calls: list[dict[str, Any]] = []
+    signature = inspect.signature(transformer.forward)
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls[:] = [signature.bind(*arguments, **named).arguments]
+
+    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _inputs(family: Family, call: dict[str, Any]) -> dict[str, Tensor]:
+    """The inputs of our step that a call amounts to."""
+    flat = family.flatten_arguments(call)
+    latents, own = flat[LATENTS], {name: flat[name] for name in family.argument_names()}
+    conditioning = family.conditioning(own, family.grid(latents, own))
+    inputs = {LATENTS: latents, TIMESTEP: flat[TIMESTEP], **conditioning}
+    return {name: tensor.to(family.input_dtype(name, latents.dtype)) for name, tensor in inputs.items()}

@@ -1,0 +1,161 @@
+"""Ranges of a model's own images, and an export that is quantized by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.schema import ProfileSpec
+from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
+from cat_pruning.dtype import DType
+from cat_pruning.errors import EngineError
+from cat_pruning.exporter.calibration import Calibration, calibrate, watched
+from cat_pruning.exporter.export import ExportConfig, export
+from cat_pruning.exporter.verify import Verify
+from cat_pruning.families import family_of
+from cat_pruning.models import miniatures
+from cat_pruning.names import Quantization, Target
+from cat_pruning.runtime.pipeline import load_pipeline
+from cat_pruning.settings import PruneSettings
+from cat_pruning.step_io import Part
+from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
+
+CatExport = Callable[..., tuple[int, str, list[str]]]
+TEXT = "a large red circle left of a small blue star on a plain black background"
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """sd3-mini in int8, calibrated on one image of three steps; without its last block."""
+    out, original = tmp_path_factory.mktemp("calibrated") / "sd3-mini", StableDiffusion3Pipeline.__call__
+
+    def few_steps(pipe: Any, *arguments: Any, **more: Any) -> Any:
+        return original(pipe, *arguments, num_inference_steps=3, **more)
+
+    config = ExportConfig(
+        model="sd3-mini",
+        out=out,
+        quantization=Quantization.INT8_CALIBRATED,
+        calibration="scenes:1",
+        unquantized=("transformer_blocks.5.*",),
+        targets=(Target.ONNX,),
+        verify=Verify.OUTPUTS,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion3Pipeline, "__call__", few_steps)
+        return export(config)
+
+
+def test_the_layers_are_watched_and_left_as_they_were() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.GELU(), torch.nn.Linear(2, 1))
+    with watched(module) as largest:
+        module(torch.tensor([[[1.0, -2.0, 0.0], [-3.0, 1.0, 0.5]]]))
+        module(torch.tensor([[0.0, 4.0, 0.0]]))
+    assert largest["0"].tolist() == [3.0, 4.0, 0.5]
+    assert set(largest) == {"0", "2"}
+    module(torch.full((1, 3), 9.0))
+    assert largest["0"].tolist() == [3.0, 4.0, 0.5]
+
+
+@pytest.mark.long
+def test_an_export(calibrated: Bundle) -> None:
+    manifest = calibrated.manifest
+    assert (manifest.quantization, manifest.calibration) == (Quantization.INT8_CALIBRATED, "scenes:1")
+    told = " --quantize int8 --calibrate scenes:1 --unquantized 'transformer_blocks.5.*' "
+    assert told in calibrated.export_command()
+    assert manifest.add_plans_command(calibrated.path, "tensorrt_rtx").startswith("cat-export --add-plans ")
+    nodes = onnx.load(calibrated.path / Part.STEP.onnx, load_external_data=False).graph.node
+    plain = {node.input[1] for node in nodes if node.op_type == "MatMul" and node.input[1].endswith(".weight.T")}
+    blocks = [name.split(".")[1:3] for name in plain if "transformer_blocks" in name]
+    assert {block for _, block in blocks} == {"5"}
+    assert len(plain) == len(blocks) + 1  # the output projection
+
+
+@pytest.mark.long
+def test_its_images(calibrated: Bundle, mini_bundle: Path) -> None:
+    config = GenerateConfig(prompts=(TEXT,), height=64, width=64, steps=4, guidance_scale=3.0)
+    settings = never_pruned(PruneSettings(num_clusters=6), 4)
+    made = []
+    for path in (mini_bundle, calibrated.path):
+        image = generate(load_pipeline(path, "onnxruntime"), settings, config).images[0].tobytes()
+        made.append(torch.frombuffer(bytearray(image), dtype=torch.uint8).float())
+    assert 0 < (made[1] - made[0]).abs().mean() < 3  # of 255
+
+
+@pytest.mark.long
+def test_adapters_are_refused(calibrated: Bundle) -> None:
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    adapter = {f"{name}.lora_A.weight": torch.ones(2, 192), f"{name}.lora_B.weight": torch.ones(192, 2)}
+    with pytest.raises(EngineError, match="is in int8-calibrated, which no adapter can be added to"):
+        load_pipeline(calibrated.path, "onnxruntime").load_lora_weights(adapter)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--quantize fp8", "--quantize fp8: its activations' scales are found on images, and no prompts are given; "),
+        ("--calibrate scenes:2", "--calibrate: nothing is quantized; give --quantize int8 or fp8, or leave it out"),
+        ("--unquantized proj_out", "--unquantized: nothing is quantized; "),
+        ("--quantize int8 --calibrate scenes:0", "scenes:0: expected scenes:N with a whole number N from 1 to 5000"),
+        ("--quantize int8 --calibrate nofile", "nofile cannot be read"),
+        ("--weights-only int4 --calibrate scenes:2", "--weights-only int4 --calibrate: it quantizes no activations; "),
+        ("--quantize fp8 --calibrate scenes:2 --dtype fp16", "values leave fp16's range; give --dtype bf16 for plans"),
+        ("--quantize fp8 --calibrate scenes:2 --random-weights", "sd3 has no text encoders, and so makes no images "),
+        ("--quantize int8 --dtype bf16", "--quantize int8 --dtype bf16: what stays in floating point is computed in "),
+        (
+            "--quantize int8 --calibrate scenes:2 --refittable --target tensorrt_rtx",
+            "--refittable: the step is in int8-calibrated, which no adapter can be added to; fuse the adapter with ",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said_at_once(
+    arguments: str, told: str, cat_export: CatExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cat_pruning.exporter.plans.plan_specs", lambda *given, **options: ())
+    out = tmp_path / "bundle"
+    code, printed, errors = cat_export("--model", "sd3", *arguments.split(), "--out", out)
+    assert (code, printed, len(errors)) == (2, "", 1)
+    assert told in errors[0]
+    assert not out.exists()
+
+
+def recorded(transformer: Any, directory: Path) -> Calibration:
+    profile = ProfileSpec(
+        name="p",
+        height=64,
+        width=64,
+        prompts=1,
+        batch=2,
+        latent_height=16,
+        latent_width=16,
+        num_tokens=64,
+        num_kept=19,
+        text_length=48,
+    )
+    family = family_of(transformer)
+    return calibrate(transformer, directory, family, DType.FP32, [TEXT], profile, lambda done, total: None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("weight", ["norm_out.linear", "transformer_blocks.0.ff.net.0.proj"])
+def test_a_model_that_overflows(weight: str) -> None:
+    transformer: Any = load_transformer(find_checkpoint("sd3-mini").source, DType.FP32)
+    with torch.no_grad():
+        transformer.get_submodule(weight).weight.fill_(float("inf"))
+    with pytest.raises(EngineError, match=r"calibration: .* is given values that are not finite in fp32; give --dtype"):
+        recorded(transformer, miniatures()["sd3-mini"])
+
+
+def test_a_pipeline_that_fails(make_tiny: Any) -> None:
+    """The miniature's text encoders are too narrow for it."""
+    transformer = make_tiny("sd3")
+    with pytest.raises(EngineError, match=r"calibration: StableDiffusion3Pipeline failed \(.*the checkpoint must make"):
+        recorded(transformer, miniatures()["sd3-mini"])
+    assert not any(module._forward_pre_hooks for module in transformer.modules())
