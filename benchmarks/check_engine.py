@@ -1,8 +1,8 @@
 """sd3-mini exported for an engine, one image under it and under the torch engine: whether it runs here, and how close.
 
 First, for TensorRT and TensorRT-RTX, the token operators alone, between guard bytes (`token_engines`): no model is run
-where those are wrong. Then the model in every dtype. What is refused, by the build or by the load, is said in the
-library's own words, and the exit code is 1.
+where those are wrong. Then the model in every dtype, and in eight bits. What is refused, by the build or by the load,
+is said in the library's own words, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,15 +25,24 @@ from cat_pruning.dtype import DType
 from cat_pruning.engines.builder.build import plan_specs
 from cat_pruning.errors import CatError, EngineError
 from cat_pruning.exporter.export import ExportConfig, export
-from cat_pruning.names import FLAVOURS, Flavour, Target
+from cat_pruning.names import FLAVOURS, Flavour, Quantization, Target
 from cat_pruning.settings import PruneSettings
 
 PROMPT = "a large red circle left of a small blue star on a plain black background"
 SIZE, STEPS, TEXT_LENGTH = 128, 28, 48
 ENGINES = (*FLAVOURS, "onnxruntime")
-DTYPES: dict[str, tuple[DType, ...]] = {
-    **dict.fromkeys(FLAVOURS, (DType.BF16, DType.FP16, DType.FP32)),  # what deploys comes first
-    "onnxruntime": (DType.FP32,),
+CALIBRATION = "scenes:4"
+Variant = tuple[DType, Quantization | None]
+_OF_PLANS: tuple[Variant, ...] = (  # what deploys comes first
+    (DType.BF16, None),
+    (DType.BF16, Quantization.INT8_CALIBRATED),
+    (DType.BF16, Quantization.FP8),
+    (DType.FP16, None),
+    (DType.FP32, None),
+)
+VARIANTS: dict[str, tuple[Variant, ...]] = {
+    **dict.fromkeys(FLAVOURS, _OF_PLANS),
+    "onnxruntime": ((DType.FP32, None),),
 }
 
 
@@ -64,11 +73,14 @@ def check(engine: str, result: dict[str, Any]) -> None:
     if engine in FLAVOURS:
         check_operators(engine, result)  # type: ignore[arg-type]
     refusals = []
-    for dtype in DTYPES[engine]:
+    for dtype, quantization in VARIANTS[engine]:
+        if quantization is Quantization.FP8 and not has_fp8():
+            continue
+        found = result.setdefault(", ".join(filter(None, (dtype, quantization))), {})
         try:
-            check_model(engine, dtype, result.setdefault(str(dtype), {}))
-        except CatError as error:  # the other dtypes are worth knowing all the same
-            result[str(dtype)]["error"] = f"{type(error).__name__}: {error}"
+            check_model(engine, dtype, quantization, found)
+        except CatError as error:  # the others are worth knowing all the same
+            found["error"] = f"{type(error).__name__}: {error}"
             refusals.append(error)
     if refusals:
         raise refusals[0]
@@ -92,8 +104,13 @@ def check_operators(engine: Flavour, result: dict[str, Any]) -> None:
         )
 
 
-def check_model(engine: str, dtype: DType, result: dict[str, Any]) -> None:
-    """sd3-mini in one dtype, into `result`.
+def has_fp8() -> bool:
+    """Whether the GPU has products of fp8."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+def check_model(engine: str, dtype: DType, quantization: Quantization | None, result: dict[str, Any]) -> None:
+    """sd3-mini in one dtype, quantized or not, against the torch engine, which never is; into `result`.
 
     Raises:
         CatError: the engine cannot be built or run here.
@@ -104,7 +121,14 @@ def check_model(engine: str, dtype: DType, result: dict[str, Any]) -> None:
         started = time.perf_counter()
         sizes = ((SIZE, SIZE),)
         config = ExportConfig(
-            model="sd3-mini", out=out, dtype=dtype, text_length=TEXT_LENGTH, resolutions=sizes, targets=targets
+            model="sd3-mini",
+            out=out,
+            dtype=dtype,
+            quantization=quantization,
+            calibration=None if quantization is None else CALIBRATION,
+            text_length=TEXT_LENGTH,
+            resolutions=sizes,
+            targets=targets,
         )
         export(config)
         result["export_seconds"] = time.perf_counter() - started

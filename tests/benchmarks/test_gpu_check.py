@@ -215,11 +215,13 @@ def test_an_engine_that_cannot_be_built_is_told_in_its_own_words(
         raise EngineError("TensorRT-RTX 1.7: no such card")
 
     monkeypatch.setattr(check_engine, "export", refuse)
+    monkeypatch.setattr(check_engine, "has_fp8", lambda: True)
     monkeypatch.setattr(check_engine, "check_operators", lambda engine, result: None)
     assert check_engine.main(["tensorrt_rtx", "--out", str(out)]) == 1
     assert capsys.readouterr().err.endswith("EngineError: TensorRT-RTX 1.7: no such card\n")
     error = {"error": "EngineError: TensorRT-RTX 1.7: no such card"}
-    assert json.loads(out.read_text()) == {"bf16": error, "fp16": error, "fp32": error}
+    names = ["bf16", "bf16, int8-calibrated", "bf16, fp8", "fp16", "fp32"]
+    assert json.loads(out.read_text()) == dict.fromkeys(names, error)
 
 
 def test_no_model_is_run_where_an_operator_is_wrong(
