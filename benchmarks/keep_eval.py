@@ -2,8 +2,8 @@
 
     python benchmarks/keep_eval.py build/eval/results
 
-Of every candidate: MACs, images, median seconds, each metric's mean and 95 % interval, and its paired difference from
-the full run and from as few steps as cost the same.
+Of every candidate: MACs, images, median seconds and CPU seconds, each metric's mean and 95 % interval, and its paired
+difference from the full run, of scores by the prompt in percent too, and from as few steps as cost the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from machine import write_result
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.evaluation.outcome import Outcome
-from cat_pruning.evaluation.paired import paired_difference, score_interval
+from cat_pruning.evaluation.paired import paired_difference, paired_scores, score_interval
 
 
 def main() -> None:
@@ -45,14 +45,17 @@ def main() -> None:
 def _numbers(found: Outcome, candidate: Candidate) -> dict[str, Any]:
     results = found.of(candidate)
     full, fewer = found.find(FULL, candidate.steps), found.find(FEWER_STEPS, candidate.steps, candidate.keep_ratio)
+    cpu_seconds = found.cpu_seconds(candidate)
     return {
         "name": candidate.name,
         "macs": candidate.macs_all,
         "full_steps": candidate.full_steps,
         "images": len(results),
         "seconds": round(median(result.seconds for result in results), 3),
+        **({} if cpu_seconds is None else {"cpu_seconds": round(cpu_seconds, 3)}),
         "scores": {metric: _interval(score_interval(results, metric)) for metric in found.metrics},
         "less_full": _differences(found, candidate, full),
+        "less_full_percent": _percent(found, candidate, full),
         "less_fewer_steps": _differences(found, candidate, fewer),
     }
 
@@ -62,6 +65,13 @@ def _differences(found: Outcome, candidate: Candidate, other: Candidate | None) 
         return {}
     compared = {metric: paired_difference(found.of(candidate), found.of(other), metric) for metric in found.metrics}
     return {metric: _interval(difference) for metric, difference in compared.items() if difference is not None}
+
+
+def _percent(found: Outcome, candidate: Candidate, full: Candidate | None) -> dict[str, Any]:
+    if full is None or candidate == full:
+        return {}
+    compared = {metric: paired_scores(found.of(candidate), found.of(full), metric) for metric in found.prompt_metrics}
+    return {metric: _interval(paired.percent) for metric, paired in compared.items() if paired is not None}
 
 
 def _interval(interval: Interval | None) -> dict[str, Any] | None:

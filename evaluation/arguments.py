@@ -38,6 +38,7 @@ examples:
   cat-eval sd3 --prompts PartiPrompts.tsv --steps 28,50 --metrics clip,psnr,ssim --out parti
   cat-eval sd3 --prompts captions.json --limit 500 --metrics clip --methods cat,at-edm --engine torch --out coco
   cat-eval sd3 --prompts PartiPrompts.tsv --ray auto --out parti                       by every GPU of a cluster of Ray
+  cat-eval sd3 --quantized sd3-int8 --methods cat,tuned --out eight-bits               both factors, alone and together
 
 The same command started again after an interruption goes on where it was. With other methods, ratios or schedules, or
 with more --curve-prompts, it adds them to what --out holds, and runs the first method, ratio and schedule that it is
@@ -66,6 +67,15 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", type=place, help="a bundle that cat-export wrote, or its URL, as hf://owner/name")
+    parser.add_argument(
+        "--quantized",
+        type=place,
+        action="append",
+        default=[],
+        metavar="BUNDLE",
+        help="one of the same model that cat-export --quantize or --weights-only wrote: its methods are compared with "
+        "the first bundle's full run, too; may be given several times",
+    )
     parser.add_argument("--out", type=path, required=True, help="directory of the results and of report.html")
     parser.add_argument(
         "--prompts",
@@ -92,8 +102,9 @@ def _parser() -> Parser:
         type=list_of(str),
         metavar="M,…",
         help="a policy (cat, noise, cluster, stale, random, ras), alone or with +refresh after it; forecast; tuned, "
-        "by a schedule of cat-tune; at-edm; fewer full steps by another solver: multistep (DPM-Solver++), unipc, ab2 "
-        "(Adams-Bashforth) (default: every policy, cat+refresh, forecast, and at-edm where model and engine allow it)",
+        "by a schedule of cat-tune, or tuned-N by that of N full steps; at-edm; fewer full steps by another solver: "
+        "multistep (DPM-Solver++), unipc, ab2 (Adams-Bashforth) (default: every policy, cat+refresh, forecast, and "
+        "at-edm where model and engine allow it)",
     )
     parser.add_argument("--policies", dest="methods", type=list_of(str), action=_FormerName, help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=whole(1, MOST_SEEDS), default=1, help="images of each prompt (default: 1)")
@@ -192,10 +203,16 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         InstallationError: as `cluster_of`.
         ServerError: no server answers at --ray.
-        SettingsError: a keep ratio that keeps nothing, or two that no file's name tells apart; or as `cluster_of`.
+        SettingsError: a keep ratio that keeps nothing, or two that no file's name tells apart; quantized bundles for
+            the engine torch; or as `cluster_of`.
     """
     if (cluster := cluster_of(arguments)) is not None:
         cluster.check()
+    if arguments.quantized and arguments.engine == "torch":
+        raise SettingsError(
+            "--quantized --engine torch: it computes with the checkpoint's weights, which are not quantized",
+            "take another engine",
+        )
     if 0.0 in arguments.keep_ratio:
         raise SettingsError(
             "--keep-ratio 0: expected numbers in (0, 1]", "for pruned steps that compute nothing, --methods forecast"

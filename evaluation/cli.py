@@ -42,6 +42,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cat_pruning.evaluation.evaluate import evaluate
     from cat_pruning.evaluation.place import alone
     from cat_pruning.evaluation.pool import pool_of
+    from cat_pruning.evaluation.quantized import open_quantized
     from cat_pruning.evaluation.report import write_report
     from cat_pruning.evaluation.results import ResultStore, clear, existing_spec
     from cat_pruning.models.prompts import load_prompts
@@ -53,13 +54,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     existing_spec(arguments.out, force=arguments.force)  # before the bundle is loaded
     prompts = load_prompts(arguments.prompts, arguments.limit)
     bundle = open_signed(arguments.bundle, arguments.public_key, arguments.engine)
+    quantized = open_quantized(arguments.quantized, bundle, arguments.public_key, arguments.engine)
     recipe = _recipe(arguments, bundle, prompts)
     with ExitStack() as stack:
         with waiting(screen, "Load the bundle …") as status:
             pool = stack.enter_context(
                 pool_of(recipe, cluster_of(arguments), status.update, lambda line: say(line, to=screen))
             )
-        pool.about.check(bundle)
+        pool.about.check(bundle, [*quantized.values()])
         spec = _spec(arguments, bundle, recipe, pool.about)
         stack.enter_context(alone(arguments.out))
         if arguments.force:
@@ -124,11 +126,13 @@ def _recipe(arguments: argparse.Namespace, bundle: Bundle, prompts: list[Prompt]
     settings = bundle.manifest.settings.replace(refresh_every=0, schedule=None, reuse=Reuse.REPEAT)
     if arguments.full_steps is not None:
         settings = settings.replace(full_steps=arguments.full_steps)
+    bundles = [each if is_url(each) else each.absolute() for each in (arguments.bundle, *arguments.quantized)]
     clip_model, weights, key = arguments.clip_model, arguments.lpips_weights, arguments.public_key
     if clip_model is not None and os.path.isdir(clip_model):  # noqa: PTH112  # Path's raises where a name is too long
         clip_model = str(Path(clip_model).absolute())
     return Recipe(
-        bundle=arguments.bundle if is_url(arguments.bundle) else arguments.bundle.absolute(),
+        bundle=bundles[0],
+        quantized=tuple(bundles[1:]),
         public_key=None if key is None else key.absolute(),
         engine=arguments.engine,
         settings=settings,
@@ -160,6 +164,7 @@ def _spec(arguments: argparse.Namespace, bundle: Bundle, recipe: Recipe, about: 
         prompts=len(prompts),
         curve_prompts=arguments.curve_prompts,
         engine=about.engine,
+        quantized=about.quantized,
     )
     return RunSpec(
         bundle=bundle.path.name,

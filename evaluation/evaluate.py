@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from cat_pruning.errors import OutputError
-from cat_pruning.evaluation.candidates import FULL, Candidate
+from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.pool import Pool
 from cat_pruning.evaluation.results import ResultStore
 from cat_pruning.evaluation.worker import Batch, Evaluator, Scored, make_images
@@ -72,9 +72,11 @@ def _in_turn(candidates: tuple[Candidate, ...], due: dict[str, frozenset[int]]) 
     """The candidates that are due, by schedule, after the full run that they are scored against."""
     turn: list[Candidate] = []
     for steps in dict.fromkeys(candidate.steps for candidate in candidates):
-        of_schedule = sorted((each for each in candidates if each.steps == steps), key=lambda each: each.method != FULL)
-        compared = any(due[each.key] for each in of_schedule if each.method != FULL)
-        turn += [each for each in of_schedule if due[each.key] or (each.method == FULL and compared)]
+        of_schedule = sorted(
+            (each for each in candidates if each.steps == steps), key=lambda each: not each.is_reference
+        )
+        compared = any(due[each.key] for each in of_schedule if not each.is_reference)
+        turn += [each for each in of_schedule if due[each.key] or (each.is_reference and compared)]
     return tuple(turn)
 
 

@@ -8,7 +8,7 @@ methods too (`cat_pruning.evaluation.candidates`) and always run.
 from __future__ import annotations
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.evaluation.candidates import TUNED
+from cat_pruning.evaluation.candidates import TUNED, is_tuned
 from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.runtime.selection.policies import ras_dense_steps
 from cat_pruning.schedule import Schedule
@@ -33,9 +33,9 @@ def check_method(name: str) -> None:
         SettingsError: it is none.
     """
     without_ending = (*Policy, FORECAST, TUNED, AT_EDM, *SOLVERS)
-    if name not in (*without_ending, *(policy + REFRESHED for policy in Policy)):
+    if name not in (*without_ending, *(policy + REFRESHED for policy in Policy)) and not is_tuned(name):
         raise SettingsError(
-            f"method {name!r} is not known; known are {', '.join(without_ending)}, "
+            f"method {name!r} is not known; known are {', '.join(without_ending)}, {TUNED}-N by its full steps, "
             f"and {', '.join(Policy)} with {REFRESHED} after it"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
@@ -56,12 +57,13 @@ class Outcome:
         return self.prompt_metrics or self.metrics[:1]
 
     def find(self, method: str, steps: int, keep_ratio: float | None = None) -> Candidate | None:
-        """The first candidate of a method and schedule that has results, at one keep ratio if it is given."""
+        """The first candidate, not quantized, of a method and schedule, at one keep ratio if it is given."""
         return next(
             (
                 candidate
                 for candidate in self.candidates
-                if (candidate.method, candidate.steps) == (method, steps) and keep_ratio in (None, candidate.keep_ratio)
+                if (candidate.method, candidate.steps, candidate.quantization) == (method, steps, "")
+                and keep_ratio in (None, candidate.keep_ratio)
             ),
             None,
         )
@@ -70,15 +72,35 @@ class Outcome:
         """The results of a candidate; of None, none."""
         return [] if candidate is None else self.results[candidate.key]
 
+    def full_runs(self, steps: int) -> list[Candidate]:
+        """The full runs of a schedule: the one that the others are compared with, if it has results, and quantized."""
+        return [each for each in self.candidates if each.steps == steps and each.method == FULL]
+
+    @property
+    def has_cpu_seconds(self) -> bool:
+        """Whether any image says what it took of the processors."""
+        return any(result.cpu_seconds is not None for some in self.results.values() for result in some)
+
+    def cpu_seconds(self, candidate: Candidate) -> float | None:
+        """The median of what an image took of the processors; None where earlier versions made all."""
+        found = [each.cpu_seconds for each in self.of(candidate) if each.cpu_seconds is not None]
+        return median(found) if found else None
+
     def ratios(self, steps: int) -> tuple[float, ...]:
         """The keep ratios of a schedule, ascending."""
         return tuple(sorted({candidate.keep_ratio for candidate in self._less_than_full(steps)}))
 
     def at(self, steps: int, keep_ratio: float) -> list[Candidate]:
-        """The candidates of a schedule and ratio: CAT and its variations, forecast, fewer steps, AT-EDM, the others."""
+        """The candidates of a schedule and ratio: CAT and its variations, forecast, fewer steps, AT-EDM, the others.
+
+        A method is followed by itself, quantized.
+        """
         first = {MAIN_METHOD: 0, FORECAST: 1, FEWER_STEPS: 2, AT_EDM: 3}
         found = [candidate for candidate in self._less_than_full(steps) if candidate.keep_ratio == keep_ratio]
-        return sorted(found, key=lambda candidate: first.get(policy_of(candidate.method), len(first)))
+        methods = list(dict.fromkeys(candidate.method for candidate in found))
+        return sorted(
+            found, key=lambda each: (first.get(policy_of(each.method), len(first)), methods.index(each.method))
+        )
 
     def _less_than_full(self, steps: int) -> list[Candidate]:
         return [each for each in self.candidates if each.steps == steps and each.method != FULL]

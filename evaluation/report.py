@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 from cat_pruning.errors import OutputError
-from cat_pruning.evaluation.candidates import FULL, Candidate
+from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.charts import Picture, inline_picture, quality_curves
 from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.outcome import Outcome
@@ -42,9 +42,8 @@ def write_report(directory: Path) -> Path:
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     done, wanted = found.scored()
     kinds = [(metric, False) for metric in found.metrics] + [(metric, True) for metric in found.prompt_metrics]
-    curves = [
-        quality_curves(found.spec.candidates, found.results, metric, less_full=less_full) for metric, less_full in kinds
-    ]
+    drawn = [candidate for candidate in found.spec.candidates if not candidate.quantization]  # their MACs cost the same
+    curves = [quality_curves(drawn, found.results, metric, less_full=less_full) for metric, less_full in kinds]
     page = template.render(
         spec=found.spec,
         facts=_facts(found.spec),
@@ -63,8 +62,11 @@ def write_report(directory: Path) -> Path:
 
 def _facts(spec: RunSpec) -> list[tuple[str, str]]:
     settings = ", ".join(f"{name} {value}" for name, value in spec.settings.items() if name != "keep_ratio")
+    digests = {each.quantization: each.quantized_sha256 for each in spec.candidates if each.quantization}
+    quantized = ", ".join(f"{name} (manifest {digest[:12]})" for name, digest in digests.items())
     return [
         ("Bundle", f"{spec.bundle} (manifest {spec.bundle_sha256[:12]})"),
+        *([("Quantized", quantized)] if quantized else []),
         ("Prompts", f"{len(spec.prompts)} from {spec.prompts_source}"),
         ("Seeds", f"{spec.seeds} of each prompt"),
         ("Images", f"{spec.height}×{spec.width} pixels, guidance {spec.guidance_scale:g}, {spec.batch} at once"),
@@ -80,8 +82,8 @@ def _main_ratio(found: Outcome, steps: int) -> float | None:
 
 def _sheet(found: Outcome, steps: int) -> tuple[str, list[str], list[tuple[str, list[Picture]]]]:
     """The first prompts under every method at the main ratio: a title, the columns' names, and a row a prompt."""
-    ratio, full = _main_ratio(found, steps), found.find(FULL, steps)
-    candidates = [*([full] if full else []), *(found.at(steps, ratio) if ratio is not None else [])]
+    ratio = _main_ratio(found, steps)
+    candidates = [*found.full_runs(steps), *(found.at(steps, ratio) if ratio is not None else [])]
     rows = [
         (found.spec.prompts[prompt], [_sheet_picture(found, candidate, prompt) for candidate in candidates])
         for prompt in range(min(found.spec.sheet, len(found.spec.prompts)))

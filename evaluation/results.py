@@ -15,7 +15,7 @@ import pydantic
 from pydantic import Field
 
 from cat_pruning.errors import OutputError, SettingsError
-from cat_pruning.evaluation.candidates import FULL, Candidate
+from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.former import current_result, current_spec
 from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.place import (
@@ -108,6 +108,7 @@ class ImageResult:
     Attributes:
         candidate: `Candidate.key`. prompt: its number. seed: the image's number among those of its prompt.
         seconds: of its batch, divided by the batch's images; text encoders and autoencoder included.
+        cpu_seconds: of the process's processors meanwhile, likewise; None in what earlier versions wrote.
         scores: by metric; metrics against the full run are missing for the full run.
     """
 
@@ -116,6 +117,7 @@ class ImageResult:
     seed: int
     seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     scores: dict[str, Annotated[float, Field(allow_inf_nan=False)] | None]
+    cpu_seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
 
 
 _SPEC, _RESULT = pydantic.TypeAdapter(RunSpec), pydantic.TypeAdapter(ImageResult)
@@ -324,7 +326,7 @@ def _of_run(fields: dict[str, Any], spec: RunSpec) -> ImageResult:
             raise ValueError(f"{name} {number}: expected 0 to {count - 1}")
     if strange := sorted(result.scores.keys() - set(spec.metrics)):
         raise ValueError(f"scores of {', '.join(strange)}, which {RUN} does not have")
-    needed = [name for name in spec.metrics if candidate.method != FULL or measure_of(name).of_prompt]
+    needed = [name for name in spec.metrics if not candidate.is_reference or measure_of(name).of_prompt]
     if missing := [name for name in needed if name not in result.scores]:
         raise ValueError(f"no score of {', '.join(missing)}")
     if null := [name for name, score in result.scores.items() if score is None and name != _MAY_BE_NONE]:

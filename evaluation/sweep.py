@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.profiles import profile_spec
 from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.about import QuantizedBundle
 from cat_pruning.evaluation.at_edm import at_edm_family, at_edm_step_macs
 from cat_pruning.evaluation.budgets import macs_of_full_steps, nearest
-from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, TUNED, Candidate
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate, is_tuned, tuned_full_steps
 from cat_pruning.evaluation.methods import AT_EDM, FORECAST, REFRESHED, check_method, settings_of
 from cat_pruning.evaluation.solvers import SOLVERS
 from cat_pruning.exporter.export import profile_macs
@@ -74,6 +76,7 @@ class Sweep:
             main schedule and ratio.
         curve_prompts: how many every other candidate has.
         engine: that computes, but for AT-EDM, which has its own.
+        quantized: bundles that do what this one does, but for fewer steps and AT-EDM, on as many prompts.
 
     Raises:
         SettingsError: a method is not known, or the bundle has no schedule for one.
@@ -90,6 +93,7 @@ class Sweep:
     prompts: int
     curve_prompts: int
     engine: str
+    quantized: Sequence[QuantizedBundle] = ()
     _counted: dict[tuple[float, bool], Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +101,7 @@ class Sweep:
             check_method(method)
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """The full runs, then for each schedule and ratio the fewer steps and every method."""
+        """The full runs, then for each schedule and ratio the fewer steps and every method; then what is quantized."""
         full = [self._full(steps) for steps in self.steps]
         others = [
             candidate
@@ -108,7 +112,8 @@ class Sweep:
                 *(self._of(method, steps, ratio) for method in self.methods),
             )
         ]
-        return (*full, *others)
+        ours = (*full, *others)
+        return (*ours, *(each for bundle in self.quantized for each in _quantized(ours, bundle)))
 
     def _costs(self, keep_ratio: float, method: str = "") -> Costs:
         key = keep_ratio, method == AT_EDM
@@ -156,8 +161,9 @@ class Sweep:
         return self._costs(ratio).all.pruned_image(steps, settings_of("cat", ratio, steps, self.settings))
 
     def _pruned(self, method: str, steps: int, ratio: float) -> Candidate:
-        is_tuned = method == TUNED
-        settings = self._tuned(steps, ratio) if is_tuned else settings_of(method, ratio, steps, self.settings)
+        settings = (
+            self._tuned(method, steps, ratio) if is_tuned(method) else settings_of(method, ratio, steps, self.settings)
+        )
         cost = self._costs(settings.keep_ratio if settings.prunes else 0.0, method)
         if method == FORECAST or method.endswith(REFRESHED):
             most = max(steps, settings.full_steps) if method == FORECAST else settings.full_steps
@@ -175,14 +181,20 @@ class Sweep:
             prompts=self._prompts(steps, ratio, method),
         )
 
-    def _tuned(self, steps: int, ratio: float) -> PruneSettings:
-        """The bundle's schedule that costs most nearly what the paper's policy does."""
-        budget, macs = self._budget(steps, ratio), self._costs(1.0).all
-        schedules = [each for each in read_schedules(self.bundle).values() if each.num_steps == steps]
+    def _tuned(self, method: str, steps: int, ratio: float) -> PruneSettings:
+        """The bundle's schedule that the method names, or that costs most nearly what the paper's policy does."""
+        budget, macs, full = self._budget(steps, ratio), self._costs(1.0).all, tuned_full_steps(method)
+        schedules = [
+            each
+            for each in read_schedules(self.bundle).values()
+            if each.num_steps == steps and full in (None, len(each.full_steps))
+        ]
         if not schedules:
+            asked = f"{steps} steps" + (f", {full} of them full" if full is not None else "")
             raise SettingsError(
-                f"method {TUNED}: the bundle has no schedule of {steps} steps",
-                f"make some: cat-tune {self.bundle.path} --steps {steps}",
+                f"method {method}: the bundle has no schedule of {asked}",
+                f"make some: cat-tune {self.bundle.path} --steps {steps}"
+                + (f" --full {full}" if full is not None else ""),
             )
         possible = [PruneSettings.tuned(schedule) for schedule in schedules]
         return min(possible, key=lambda each: abs(macs.pruned_image(steps, each) - budget))
@@ -193,3 +205,12 @@ class Sweep:
             steps == self.steps[0] and ratio in (0.0, self.keep_ratios[0]) and method in ("", self.methods[0], FORECAST)
         )
         return self.prompts if is_main else min(self.prompts, self.curve_prompts)
+
+
+def _quantized(candidates: Sequence[Candidate], bundle: QuantizedBundle) -> list[Candidate]:
+    """What a quantized bundle computes of what the evaluation's own does; MACs and settings are the same."""
+    return [
+        replace(each, quantization=bundle.name, quantized_sha256=bundle.digest, engine=bundle.engine)
+        for each in candidates
+        if each.method not in (FEWER_STEPS, AT_EDM)
+    ]

@@ -27,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A table's rows of one keep ratio, each a method's name and its cells; the full run's has no title."""
+    """A table's rows of one keep ratio, each a method's name and its cells; the full runs' has no title."""
 
     title: str
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
@@ -38,13 +38,14 @@ def columns(found: Outcome) -> list[str]:
     titles = [measure_of(metric).title for metric in found.metrics]
     of_prompt = [f"{measure_of(metric).title}, change from full (%)" for metric in found.prompt_metrics]
     to_fewer = [f"{measure_of(metric).title}, change from fewer steps" for metric in found.headline]
-    return ["Method", "MACs", "Throughput (images/s)", "Speed (×)", *titles, *of_prompt, *to_fewer, "Images"]
+    costs = ["MACs", "Throughput (images/s)", "Speed (×)", *(["CPU (s/image)"] if found.has_cpu_seconds else [])]
+    return ["Method", *costs, *titles, *of_prompt, *to_fewer, "Images"]
 
 
 def groups(found: Outcome, steps: int) -> list[Group]:
-    """The rows of one schedule's table: the full run, then each keep ratio."""
-    full = found.find(FULL, steps)
-    rows_by_ratio = [Group(title="", rows=((FULL, _cells(found, full)),))] if full else []
+    """The rows of one schedule's table: the full runs, then each keep ratio."""
+    full = tuple((candidate.name, _cells(found, candidate)) for candidate in found.full_runs(steps))
+    rows_by_ratio = [Group(title="", rows=full)] if full else []
     for ratio in found.ratios(steps):
         rows = tuple((candidate.name, _cells(found, candidate)) for candidate in found.at(steps, ratio))
         rows_by_ratio.append(Group(title=f"keep {ratio:g}", rows=rows))
@@ -60,8 +61,8 @@ def _cells(found: Outcome, candidate: Candidate) -> tuple[Cell, ...]:
     return (*_costs(found, candidate, full), *scores, *to_full, *to_fewer, Cell(text=str(len(results))))
 
 
-def _costs(found: Outcome, candidate: Candidate, full: Candidate | None) -> tuple[Cell, Cell, Cell]:
-    """MACs, throughput and speed; engines are not compared with one another."""
+def _costs(found: Outcome, candidate: Candidate, full: Candidate | None) -> tuple[Cell, ...]:
+    """MACs, throughput, speed and processors' time; engines are not compared with one another."""
     share = f"{100 * candidate.macs_all / full.macs_all:.0f} % of full" if full and candidate != full else ""
     seconds = median(result.seconds for result in found.of(candidate))
     other = bool(full and full.engine != candidate.engine)
@@ -69,7 +70,9 @@ def _costs(found: Outcome, candidate: Candidate, full: Candidate | None) -> tupl
     if full and not other:
         speed = Cell(text=f"{median(result.seconds for result in found.of(full)) / seconds:.2f}")
     throughput = Cell(text=f"{1 / seconds:#.3g}".rstrip("."), note=f"on {candidate.engine}" if other else "")
-    return Cell(text=macs(candidate.macs_all), note=share), throughput, speed
+    cpu = found.cpu_seconds(candidate)
+    processors = (Cell(text=_NOTHING if cpu is None else f"{cpu:.3g}"),) if found.has_cpu_seconds else ()
+    return Cell(text=macs(candidate.macs_all), note=share), throughput, speed, *processors
 
 
 def _score(interval: Interval | None, measure: Measure) -> Cell:

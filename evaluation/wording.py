@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate, is_tuned
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.methods import FORECAST, MAIN_METHOD, policy_of
@@ -11,28 +11,32 @@ from cat_pruning.evaluation.paired import paired_scores, score_interval
 
 
 def summary(found: Outcome) -> list[str]:
-    """A sentence for each main method, ratio, schedule and headline metric that has results."""
-    sentences = [
-        _sentence(found, metric, method, steps, ratio)
-        for metric in found.headline
-        for steps in found.steps
-        for ratio in found.ratios(steps)
-        for method in _main_methods(found)
-    ]
+    """A sentence for each main candidate and headline metric that has results."""
+    sentences = [_sentence(found, metric, each) for metric in found.headline for each in _main_candidates(found)]
     return [sentence for sentence in sentences if sentence]
 
 
-def _sentence(found: Outcome, metric: str, method: str, steps: int, ratio: float) -> str:
-    """A method against the full run and fewer steps; empty where there is nothing to say."""
-    candidate = found.find(method, steps, ratio)
+def _main_candidates(found: Outcome) -> list[Candidate]:
+    """By schedule: quantized full runs, then the main methods by ratio, each followed by itself, quantized."""
+    methods, main = _main_methods(found), []
+    for steps in found.steps:
+        main += [candidate for candidate in found.full_runs(steps) if not candidate.is_reference]
+        for ratio in found.ratios(steps):
+            main += [candidate for candidate in found.at(steps, ratio) if candidate.method in methods]
+    return main
+
+
+def _sentence(found: Outcome, metric: str, candidate: Candidate) -> str:
+    """A candidate against the full run and fewer steps; empty where there is nothing to say."""
     own = score_interval(found.of(candidate), metric)
-    if candidate is None or own is None:
+    if own is None:
         return ""
-    measure = measure_of(metric)
+    measure, steps = measure_of(metric), candidate.steps
     against_full = paired_scores(found.of(candidate), found.of(found.find(FULL, steps)), metric)
-    fewer = found.find(FEWER_STEPS, steps, ratio)
+    fewer = found.find(FEWER_STEPS, steps, candidate.keep_ratio) if candidate.method != FULL else None
     against_fewer = paired_scores(found.of(candidate), found.of(fewer), metric)
-    said = f"{candidate.title}, {steps} steps: {measure.title} "
+    said = candidate.title if candidate.method == FULL else f"{candidate.title}, {steps} steps"
+    said += f": {measure.title} "
     if against_full is None:
         said += f"{own.mean:.{measure.digits}f}"
     else:
@@ -50,11 +54,11 @@ def _sentence(found: Outcome, metric: str, method: str, steps: int, ratio: float
 
 
 def _main_methods(found: Outcome) -> list[str]:
-    """The methods of the policy that the evaluation is about, and the forecast."""
+    """The methods of the policy that the evaluation is about, the forecast, and tuned schedules."""
     methods = [candidate.method for candidate in found.candidates]
     compared = [method for method in dict.fromkeys(methods) if method not in (FULL, FEWER_STEPS)]
     main = MAIN_METHOD if MAIN_METHOD in compared else next(iter(compared), "")
-    return [method for method in compared if policy_of(method) in (policy_of(main), FORECAST)]
+    return [each for each in compared if policy_of(each) in (policy_of(main), FORECAST) or is_tuned(each)]
 
 
 def signed(value: float, digits: int) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import io
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.engines.torch_engine import TorchStepEngine
-from cat_pruning.evaluation.about import About
+from cat_pruning.errors import EngineError
+from cat_pruning.evaluation.about import About, QuantizedBundle
 from cat_pruning.evaluation.at_edm import AtEdmStepEngine
-from cat_pruning.evaluation.candidates import FULL, Candidate
+from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.methods import AT_EDM
 from cat_pruning.evaluation.metrics import Metric, Metrics, Sample
 from cat_pruning.evaluation.place import picture_place, token_map_place
 from cat_pruning.evaluation.pool import Tell
+from cat_pruning.evaluation.quantized import open_quantized
 from cat_pruning.evaluation.results import ImageResult
 from cat_pruning.evaluation.solvers import SOLVERS, check_solver, solver_in
 from cat_pruning.evaluation.truth import truth_candidate
@@ -46,21 +49,28 @@ class Generator:
         transformer: the one of the bundle's engine.
         at_edm: makes AT-EDM's, which holds the weights a second time; called when it is first needed.
         text_arguments: passed to the pipeline's call as they are.
+        quantized: those of quantized bundles, by the names of their quantizations.
     """
 
     pipe: Any
     transformer: CatTransformer
     at_edm: Callable[[], CatTransformer]
     text_arguments: dict[str, Any]
+    quantized: Mapping[str, CatTransformer] = field(default_factory=dict)
 
     def __call__(self, candidate: Candidate, config: GenerateConfig) -> tuple[Run, Tensor]:
         """The images of a batch of prompts and their last latents."""
-        self.pipe.transformer = self.at_edm() if candidate.method == AT_EDM else self.transformer
+        self.pipe.transformer = self._transformer(candidate)
         solver = solver_in(self.pipe, candidate.method) if candidate.method in SOLVERS else nullcontext()
         asked = replace(config, steps=candidate.sampled_steps, text_arguments=self.text_arguments)
         with solver, last_latents(self.pipe) as latents:
             run = generate(self.pipe, PruneSettings.from_dict(candidate.settings), asked)
         return run, latents[-1].float()
+
+    def _transformer(self, candidate: Candidate) -> CatTransformer:
+        if candidate.quantization:
+            return self.quantized[candidate.quantization]
+        return self.at_edm() if candidate.method == AT_EDM else self.transformer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +88,13 @@ class Recipe:
 
     Attributes:
         bundle: its directory, absolute, or a URL. public_key: what it must be signed with. engine: that computes.
+        quantized: of quantized bundles of the same model, likewise.
         settings: of the pruning; each method changes some.
         methods: that are compared.
         metrics, prompts, clip_model, lpips_weights: see `Metrics`.
 
     Raises:
-        CatError: as `Metrics`, `load_pipeline` and `check_solver`.
+        CatError: as `Metrics`, `load_pipeline`, `open_quantized` and `check_solver`.
     """
 
     bundle: Path | str
@@ -95,11 +106,13 @@ class Recipe:
     prompts: tuple[Prompt, ...]
     clip_model: str
     lpips_weights: Path | None
+    quantized: tuple[Path | str, ...] = ()
 
     def __call__(self) -> Evaluator:
         """Load it; what can be checked is checked first."""
         metrics = Metrics(self.metrics, self.prompts, self.clip_model, lpips_weights=self.lpips_weights)
         bundle = open_signed(self.bundle, self.public_key, self.engine)
+        others = open_quantized(self.quantized, bundle, self.public_key, self.engine)
         pipe = load_pipeline(bundle.path, self.engine, settings=self.settings, public_key=self.public_key)
         pipe.set_progress_bar_config(disable=True)
         for method in self.methods:
@@ -109,13 +122,30 @@ class Recipe:
         text = family_named(manifest.family, manifest.transformer_config).pipeline_arguments(
             pipe, manifest.geometry.text_length
         )
+        quantized = {name: self._transformer(other, pipe) for name, other in others.items()}
+        about = [
+            QuantizedBundle(name=name, digest=other.manifest.digest, engine=quantized[name].engine.name)
+            for name, other in others.items()
+        ]
         generator = Generator(
             pipe=pipe,
             transformer=pipe.transformer,
             at_edm=functools.cache(functools.partial(_at_edm, bundle, self.settings)),
             text_arguments=text,
+            quantized=quantized,
         )
-        return Evaluator(about=About.of(bundle, pipe), generator=generator, metrics=metrics)
+        return Evaluator(about=About.of(bundle, pipe, about), generator=generator, metrics=metrics)
+
+    def _transformer(self, bundle: Bundle, pipe: Any) -> CatTransformer:
+        """That of a quantized bundle, beside the other parts of the pipeline."""
+        transformer = CatTransformer(engine_from_bundle(bundle, self.engine), self.settings)
+        if transformer.device != pipe.transformer.device:
+            raise EngineError(
+                f"{bundle.path} is computed on {transformer.device} by {transformer.engine.name}, and the first bundle "
+                f"on {pipe.transformer.device} by {pipe.transformer.engine.name}",
+                "take an engine that has both in one place, as --engine onnxruntime",
+            )
+        return transformer
 
 
 def _at_edm(bundle: Bundle, settings: PruneSettings) -> CatTransformer:
@@ -164,9 +194,11 @@ def make_images(worker: Evaluator, batch: Batch, tell: Tell) -> None:
     truth = functools.cache(lambda: _truth(worker, batch))
     reference: Sample | None = None
     for candidate in batch.candidates:
+        began = time.process_time()
         run, latents = worker.generator(candidate, batch.config)
+        cpu_seconds = time.process_time() - began
         sample = Sample(images=run.images, latents=latents)
-        if candidate.method == FULL:
+        if candidate.is_reference:
             reference = sample
         if batch.due[candidate.key]:
             others = None if sample is reference else reference  # the full run is compared with no other
@@ -177,6 +209,7 @@ def make_images(worker: Evaluator, batch: Batch, tell: Tell) -> None:
                     prompt=number,
                     seed=batch.seed,
                     seconds=run.seconds / len(batch.numbers),
+                    cpu_seconds=cpu_seconds / len(batch.numbers),
                     scores=of_image,
                 )
                 for number, of_image in zip(batch.numbers, scores, strict=True)

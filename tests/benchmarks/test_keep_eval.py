@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cat_pruning.evaluation.results import ImageResult, ResultStore, RunSpec
 SCORES = {  # of two prompts
     "full-28": ({"coverage": 0.9}, {"coverage": 0.8}),
     "fewer-steps-28-0.3": ({"coverage": 0.7, "psnr_db": 20.0}, {"coverage": 0.8, "psnr_db": 30.0}),
+    "int8-full-28": ({"coverage": 0.8, "psnr_db": 40.0}, {"coverage": 0.8, "psnr_db": 42.0}),
     "cat-28-0.3": ({"coverage": 0.8, "psnr_db": 31.0}, {"coverage": 0.9, "psnr_db": None}),
 }
 
@@ -38,13 +40,25 @@ def test_the_numbers_of_an_evaluation_are_kept(tmp_path: Path, monkeypatch: pyte
         guidance_scale=3.0,
         metrics=("psnr_db", "coverage"),
         settings={},
-        candidates=(candidate(FULL, 1.0, 28), candidate(FEWER_STEPS, 0.3, 16), candidate("cat", 0.3, 28)),
+        candidates=(
+            candidate(FULL, 1.0, 28),
+            dataclasses.replace(candidate(FULL, 1.0, 28), quantization="int8"),
+            candidate(FEWER_STEPS, 0.3, 16),
+            candidate("cat", 0.3, 28),
+        ),
         machine={},
     )
     store = ResultStore(tmp_path / "eval", spec)
     for key, scores in SCORES.items():
         store.append(
-            ImageResult(candidate=key, prompt=number, seed=0, seconds=1.5 + number, scores=score)
+            ImageResult(
+                candidate=key,
+                prompt=number,
+                seed=0,
+                seconds=1.5 + number,
+                scores=score,
+                cpu_seconds=0.25 + number if key.startswith("int8") else None,
+            )
             for number, score in enumerate(scores)
         )
     monkeypatch.setattr(machine, "RESULTS", tmp_path / "kept")
@@ -59,4 +73,9 @@ def test_the_numbers_of_an_evaluation_are_kept(tmp_path: Path, monkeypatch: pyte
     assert cat["scores"]["psnr_db"] == {"mean": 31.0, "half_width": None, "prompts": 1}
     assert cat["less_full"]["coverage"]["mean"] == 0.0
     assert cat["less_fewer_steps"]["coverage"]["mean"] == 0.1
+    int8 = kept["candidates"]["int8-full-28"]
+    assert (int8["name"], int8["cpu_seconds"], int8["less_fewer_steps"]) == ("int8 full", 0.75, {})
+    assert "cpu_seconds" not in cat
+    assert int8["less_full"]["coverage"]["mean"] == -0.05
+    assert int8["less_full_percent"]["coverage"]["mean"] == pytest.approx(-5.88235)
     assert kept["candidates"]["full-28"]["less_full"] == kept["candidates"]["full-28"]["less_fewer_steps"] == {}

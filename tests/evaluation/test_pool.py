@@ -17,7 +17,7 @@ from pool_workers import Elsewhere
 from cat_pruning.engines.step_engine import StepEngine
 from cat_pruning.errors import BundleError, InstallationError, ServerError, SettingsError
 from cat_pruning.evaluation import cli
-from cat_pruning.evaluation.about import About
+from cat_pruning.evaluation.about import About, QuantizedBundle
 from cat_pruning.evaluation.arguments import cluster_of, parse
 from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.cluster import Cluster, Share
@@ -127,6 +127,12 @@ def test_workers_that_have_something_else(evaluator: Evaluator) -> None:
         BundleError, match=r"the workers have another bundle than /shared/mini is here: .* is 0, expected 1"
     ):
         about.check(bundle("1"))
+    int8, other = (QuantizedBundle(name="int8", digest=digest, engine="onnxruntime") for digest in ("2", "3"))
+    both = About.of(bundle("0"), pipe, [int8])
+    both.check(bundle("0"), [bundle("2")])
+    with pytest.raises(BundleError, match=r"another bundle than .*: its digest is 2, expected 3"):
+        both.check(bundle("0"), [bundle("3")])
+    assert both.differs(About.of(bundle("0"), pipe, [other])) == "digest of int8 3, not 2"
 
 
 @pytest.mark.parametrize(

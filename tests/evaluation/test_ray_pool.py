@@ -199,7 +199,7 @@ def test_more_workers_than_there_is_room_for(connect: Connect) -> None:
         pass
 
 
-def evaluate(bundle: Path, out: Path, *options: str) -> int:
+def evaluate(bundle: Path, out: Path, *options: Any) -> int:
     return cli.main([str(bundle), "--out", str(out), *QUICK, *options])
 
 
@@ -215,17 +215,22 @@ def pictures(out: Path) -> dict[Path, bytes]:
 
 
 @pytest.fixture(scope="module")
-def local(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def local(mini_bundle: Path, quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("local") / "out"
-    assert evaluate(mini_bundle, out) == 0
+    assert evaluate(mini_bundle, out, "--quantized", quantized_bundle.path) == 0
     return out
 
 
 @pytest.mark.slow
 def test_cat_eval_finds_the_same_though_a_worker_is_killed(
-    mini_bundle: Path, local: Path, tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+    mini_bundle: Path,
+    quantized_bundle: Bundle,
+    local: Path,
+    tmp_path: Path,
+    address: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """To the bit, pictures too; half of it was done here already."""
+    """To the bit, pictures too, a quantized bundle's as well; half of it was done here already."""
     out = tmp_path / "out"
     shutil.copytree(local, out)
     kept = (out / RESULTS).read_text().splitlines(keepends=True)[:5]
@@ -238,12 +243,14 @@ def test_cat_eval_finds_the_same_though_a_worker_is_killed(
 
     killer = Thread(target=kill_one)
     killer.start()
-    assert evaluate(mini_bundle, out, "--ray", address, "--ray-workers", "2") == 0
+    quantized = ("--quantized", quantized_bundle.path)
+    assert evaluate(mini_bundle, out, *quantized, "--ray", address, "--ray-workers", "2") == 0
     killer.join()
     assert "died; its batch is begun anew by another" in " ".join(capsys.readouterr().err.split())
     assert (out / RESULTS).read_text().startswith("".join(kept))
     assert len((out / RESULTS).read_text().splitlines()) == len(results(out)) == len(results(local))
     assert results(out) == results(local)
+    assert {key[0] for key in results(out)} > {"int8-full-5", "int8-cat-5-0.3", "int8-forecast-5-0.3"}
     assert pictures(out) == pictures(local)
 
 

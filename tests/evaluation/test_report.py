@@ -139,6 +139,33 @@ def test_the_summary_says_what_the_intervals_do(page: str) -> None:
     assert page.count("<li>cat, keep") == 3
 
 
+def test_quantized_rows_stand_beside_the_others(tmp_path: Path) -> None:
+    """Against the full run that is not quantized, with the processors' time of those that tell it, and in no curve."""
+    changes = {"quantization": "int8", "quantized_sha256": "a1b2c3d4e5f6" + "0" * 52}
+    full, cat = (dataclasses.replace(each, **changes) for each in (FULL_RUN, CAT))
+    spec = dataclasses.replace(SPEC, candidates=(FULL_RUN, FEWER, CAT, OTHERS[2], full, cat))
+    made = store(tmp_path, spec, only=(FULL_RUN, FEWER, CAT, OTHERS[2]))
+    for one, scores in ((full, (0.9, 0.8, 0.7, 0.56)), (cat, (0.88, 0.79, 0.68, 0.59))):
+        images = [result(one, k, score) for k, score in enumerate(scores)]
+        made.append(
+            dataclasses.replace(each, scores={**each.scores, "psnr_db": 40.0}, cpu_seconds=2.5) for each in images
+        )
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    rows = re.findall(r'<th scope="row">([^<]*)</th><td', page[: page.index("</table>")])
+    assert rows == ["full", "int8 full", "cat", "int8 cat", "14 full steps", "random"]
+    assert cells(page, "full", "")[3] == "–"
+    assert cells(page, "int8 full", "")[:4] == ["2.000 T [100 % of full]", "1.00", "4.00", "2.5"]
+    # Differences 0, 0, 0 and -0.04: mean -0.01 of 0.75, ± 3.1824 · 0.02 / 2 = 0.0318, which is 4.24 %.
+    assert cells(page, "int8 full", "")[6:] == ["−1.3 [−5.6 … +2.9]", "–", "4"]
+    assert cells(page, "int8 cat")[-3] == cells(page, "cat")[-3] == "−2.0 [−3.2 … −0.8]"
+    assert "<li>int8 full, 28 steps: coverage 0.740, full 0.750: −1.3 % (95 % CI −5.6 … +2.9), no difference" in page
+    assert "<li>int8 cat, keep 0.3, 28 steps: coverage 0.735, full 0.750: −2.0 % (" in page
+    assert "<dt>Quantized</dt><dd>int8 (manifest a1b2c3d4e5f6)</dd>" in page
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 3
+    assert not any("int8" in each for each in drawings)
+
+
 def test_prompts_are_text(page: str) -> None:
     assert "<script" not in page
     assert "a &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; ring" in page

@@ -80,6 +80,16 @@ def test_other_settings_are_not_resumed(tmp_path: Path, change: dict[str, Any], 
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
 
 
+def test_another_quantized_bundle_is_not_resumed(tmp_path: Path) -> None:
+    int8 = dataclasses.replace(CANDIDATE, quantization="int8", quantized_sha256="1" * 64)
+    spec = dataclasses.replace(SPEC, candidates=(CANDIDATE, int8))
+    ResultStore(tmp_path, spec).append([dataclasses.replace(RESULT, candidate=int8.key, cpu_seconds=0.5)])
+    assert ResultStore(tmp_path, spec).done(int8, 0) == {0}
+    other = dataclasses.replace(spec, candidates=(CANDIDATE, dataclasses.replace(int8, quantized_sha256="2" * 64)))
+    with pytest.raises(SettingsError, match=r"other int8-cat-28-0\.3 \(quantized_sha256 was '1{64}', is '2{64}'\)"):
+        ResultStore(tmp_path, other)
+
+
 def test_it_grows_by_prompts_and_by_candidates(tmp_path: Path) -> None:
     """What was asked for before stays, results too; fewer prompts than before take nothing away."""
     half = dataclasses.replace(CANDIDATE, keep_ratio=0.5, prompts=1)

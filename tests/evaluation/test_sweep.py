@@ -11,6 +11,7 @@ import pytest
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.schedules import write_schedules
 from cat_pruning.errors import SettingsError
+from cat_pruning.evaluation.about import QuantizedBundle
 from cat_pruning.evaluation.candidates import Candidate
 from cat_pruning.evaluation.methods import METHODS, settings_of
 from cat_pruning.evaluation.solvers import SOLVERS
@@ -142,6 +143,31 @@ def test_tuned_is_the_bundle_s_schedule_that_costs_most_nearly_the_same(
     assert PruneSettings.from_dict(found["tuned-28-0.3"].settings).schedule == Schedule.of(28, range(16))
     with pytest.raises(SettingsError, match=r"no schedule of 50 steps; make some: cat-tune .* 50"):
         sweep(bundle=bundle, steps=(50,), methods=("tuned",))
+    named = sweep(bundle=bundle, steps=(28,), keep_ratios=(0.3,), methods=("tuned-10", "tuned"))
+    assert PruneSettings.from_dict(named["tuned-10-28-0.3"].settings).schedule == Schedule.of(28, range(10))
+    assert (named["tuned-10-28-0.3"].name, named["tuned-28-0.3"].name) == ("tuned (10 full)", "tuned (16 full)")
+    with pytest.raises(SettingsError, match=r"no schedule of 28 steps, 9 of them full; .*cat-tune .* 28 --full 9"):
+        sweep(bundle=bundle, steps=(28,), methods=("tuned-9",))
+
+
+def test_quantized_bundles_do_the_same_but_for_fewer_steps_and_at_edm(sweep: Any) -> None:
+    int8 = QuantizedBundle(name="int8", digest="1" * 64, engine="torch")
+    other = QuantizedBundle(name="of-tomorrow", digest="2" * 64, engine="onnxruntime")
+    ours = sweep(steps=(28,), methods=("cat", "forecast", "ab2", "at-edm"))
+    every = sweep(steps=(28,), methods=("cat", "forecast", "ab2", "at-edm"), quantized=(int8, other))
+    assert list(every)[: len(ours)] == list(ours)
+    methods = [f"{method}-28-{ratio}" for ratio in ("0.3", "0.5") for method in ("cat", "forecast", "ab2")]
+    added = [f"{name}-{key}" for name in ("int8", "of-tomorrow") for key in ("full-28", *methods)]
+    assert list(every)[len(ours) :] == added
+    changes = {"quantization": "int8", "quantized_sha256": "1" * 64, "engine": "torch"}
+    for key in ("full-28", *methods):
+        assert every[f"int8-{key}"] == dataclasses.replace(ours[key], **changes)
+    assert [every[f"int8-{key}"].is_reference for key in ("full-28", "cat-28-0.3")] == [False, False]
+    assert [every[f"int8-{key}"].name for key in ("full-28", "ab2-28-0.3")] == ["int8 full", "int8 16 full steps, ab2"]
+    assert [every[f"int8-{key}"].title for key in ("full-28", "cat-28-0.3")] == [
+        "int8 full, 28 steps",
+        "int8 cat, keep 0.3",
+    ]
 
 
 def test_settings_of_a_method() -> None:
@@ -152,7 +178,17 @@ def test_settings_of_a_method() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    ["best", "at-edm+refresh", "forecast+refresh", "", "cat+", "cat+refresh+refresh"],
+    [
+        "best",
+        "tuned-",
+        "tuned-nine",
+        "tuned-9+refresh",
+        "at-edm+refresh",
+        "forecast+refresh",
+        "",
+        "cat+",
+        "cat+refresh+refresh",
+    ],
 )
 def test_an_unknown_method_is_named(sweep: Any, method: str) -> None:
     with pytest.raises(SettingsError, match="is not known; known are cat, noise"):

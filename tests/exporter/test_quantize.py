@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,8 +13,6 @@ import pytest
 import torch
 
 from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.manifest import MANIFEST_NAME
-from cat_pruning.bundle.schema import FileSpec
 from cat_pruning.checkpoints.checkpoint import find_checkpoint
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
@@ -107,22 +104,6 @@ def test_an_export(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path)
     assert set(products(out)) == {"MatMul", "MatMulNBits"}
     assert " --weights-only int8 " in bundle.export_command()
     assert not bundle.manifest.plans
-
-
-@pytest.fixture(scope="module")
-def quantized_bundle(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """sd3-mini's bundle with its step in int8, without an export of its own."""
-    folder = tmp_path_factory.mktemp("quantized") / "sd3-mini"
-    shutil.copytree(mini_bundle, folder, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("plans"))
-    quantize_step(folder, Quantization.INT8)
-    manifest = Bundle.open(mini_bundle).manifest
-    files = {name: spec for name, spec in manifest.files.items() if not name.startswith("plans/")}
-    for name in (STEP, f"{STEP}.data"):
-        content = (folder / name).read_bytes()
-        files[name] = FileSpec(size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    changes = {"quantization": Quantization.INT8, "plans": (), "files": files}
-    (folder / MANIFEST_NAME).write_text(manifest.model_copy(update=changes).model_dump_json())
-    return Bundle.open(folder)
 
 
 @pytest.mark.long
