@@ -8,14 +8,16 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.manifest import MANIFEST_NAME
 from cat_pruning.bundle.schedules import write_schedules
-from cat_pruning.errors import BundleError, CatError, SettingsError
+from cat_pruning.errors import BundleError, EngineError, SettingsError
 from cat_pruning.evaluation import cli
 from cat_pruning.evaluation.place import RESULTS, RUN
 from cat_pruning.evaluation.quantized import open_quantized
@@ -101,9 +103,9 @@ def test_bundles_that_cannot_stand_beside_each_other(
         opened(mini_bundle, path, again)
 
 
-def test_a_worker_that_lacks_one_says_so_before_it_loads_anything(mini_bundle: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        bundle=mini_bundle,
+def recipe(bundle: Path, quantized: Path) -> Recipe:
+    return Recipe(
+        bundle=bundle,
         public_key=None,
         engine="auto",
         settings=PruneSettings(),
@@ -112,10 +114,22 @@ def test_a_worker_that_lacks_one_says_so_before_it_loads_anything(mini_bundle: P
         prompts=(),
         clip_model="",
         lpips_weights=None,
-        quantized=(tmp_path / "nowhere",),
+        quantized=(quantized,),
     )
-    with pytest.raises(CatError, match=f"^{tmp_path}/nowhere does not exist; "):
-        recipe()
+
+
+def test_a_worker_that_lacks_one_says_so_before_it_loads_anything(mini_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=f"^{tmp_path}/nowhere does not exist; "):
+        recipe(mini_bundle, tmp_path / "nowhere")()
+
+
+def test_a_transformer_elsewhere_than_the_pipeline_s_other_parts(mini_bundle: Path, quantized_bundle: Bundle) -> None:
+    """As where the first bundle has plans for a GPU, and ONNX Runtime has no provider for it."""
+    engine = SimpleNamespace(name="tensorrt")
+    pipe = SimpleNamespace(transformer=SimpleNamespace(device=torch.device("cuda", 0), engine=engine))
+    says = "is computed on cpu by onnxruntime, and the first bundle on cuda:0 by tensorrt; .* --engine onnxruntime"
+    with pytest.raises(EngineError, match=says):
+        recipe(mini_bundle, quantized_bundle.path)._transformer(quantized_bundle, pipe)
 
 
 @pytest.mark.parametrize(
