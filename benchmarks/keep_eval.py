@@ -15,7 +15,7 @@ from typing import Any
 
 from machine import write_result
 
-from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
+from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.evaluation.outcome import Outcome
 from cat_pruning.evaluation.paired import paired_difference, paired_scores, score_interval
@@ -44,7 +44,7 @@ def main() -> None:
 
 def _numbers(found: Outcome, candidate: Candidate) -> dict[str, Any]:
     results = found.of(candidate)
-    full, fewer = found.find(FULL, candidate.steps), found.find(FEWER_STEPS, candidate.steps, candidate.keep_ratio)
+    full, fewer = found.find(FULL, candidate.steps), found.fewer_steps(candidate)
     cpu_seconds = found.cpu_seconds(candidate)
     return {
         "name": candidate.name,

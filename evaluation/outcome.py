@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from cat_pruning.errors import SettingsError
-from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
+from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate, tuned_full_steps
 from cat_pruning.evaluation.measures import measure_of
 from cat_pruning.evaluation.methods import AT_EDM, FORECAST, MAIN_METHOD, policy_of
 from cat_pruning.evaluation.results import ImageResult, load_results, load_spec
@@ -67,6 +67,12 @@ class Outcome:
             ),
             None,
         )
+
+    def fewer_steps(self, candidate: Candidate) -> Candidate | None:
+        """As many full steps as cost what a candidate does; None for a full run and a named schedule's own cost."""
+        if candidate.method == FULL or tuned_full_steps(candidate.method) is not None:
+            return None
+        return self.find(FEWER_STEPS, candidate.steps, candidate.keep_ratio)
 
     def of(self, candidate: Candidate | None) -> list[ImageResult]:
         """The results of a candidate; of None, none."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from cat_pruning.console import macs
-from cat_pruning.evaluation.candidates import FEWER_STEPS, FULL, Candidate
+from cat_pruning.evaluation.candidates import FULL, Candidate
 from cat_pruning.evaluation.intervals import Interval
 from cat_pruning.evaluation.measures import Measure, measure_of
 from cat_pruning.evaluation.outcome import Outcome
@@ -53,8 +53,7 @@ def groups(found: Outcome, steps: int) -> list[Group]:
 
 
 def _cells(found: Outcome, candidate: Candidate) -> tuple[Cell, ...]:
-    results, full = found.of(candidate), found.find(FULL, candidate.steps)
-    fewer = found.find(FEWER_STEPS, candidate.steps, candidate.keep_ratio) if candidate.method != FULL else None
+    results, full, fewer = found.of(candidate), found.find(FULL, candidate.steps), found.fewer_steps(candidate)
     scores = [_score(score_interval(results, metric), measure_of(metric)) for metric in found.metrics]
     to_full = [_change(found, candidate, full, metric, percent=True) for metric in found.prompt_metrics]
     to_fewer = [_change(found, candidate, fewer, metric, percent=False) for metric in found.headline]

@@ -33,7 +33,7 @@ def _sentence(found: Outcome, metric: str, candidate: Candidate) -> str:
         return ""
     measure, steps = measure_of(metric), candidate.steps
     against_full = paired_scores(found.of(candidate), found.of(found.find(FULL, steps)), metric)
-    fewer = found.find(FEWER_STEPS, steps, candidate.keep_ratio) if candidate.method != FULL else None
+    fewer = found.fewer_steps(candidate)
     against_fewer = paired_scores(found.of(candidate), found.of(fewer), metric)
     said = candidate.title if candidate.method == FULL else f"{candidate.title}, {steps} steps"
     said += f": {measure.title} "

@@ -166,6 +166,16 @@ def test_quantized_rows_stand_beside_the_others(tmp_path: Path) -> None:
     assert not any("int8" in each for each in drawings)
 
 
+def test_a_schedule_by_name_costs_what_it_does(tmp_path: Path) -> None:
+    """So the fewer steps, which cost what the policy does, are nothing to hold it against."""
+    tuned = candidate("tuned-9", 0.3, 0.6e12)
+    store(tmp_path, dataclasses.replace(SPEC, candidates=(FULL_RUN, FEWER, CAT, tuned)), only=(FULL_RUN, FEWER, tuned))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert cells(page, "tuned (8 full)")[-2:] == ["–", "4"]
+    assert "<li>tuned (8 full), 28 steps: coverage 0.450, full 0.750: " in page
+    assert "against 14 full steps" not in page
+
+
 def test_prompts_are_text(page: str) -> None:
     assert "<script" not in page
     assert "a &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; ring" in page
