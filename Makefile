@@ -19,7 +19,7 @@ PROMPT_sd3-mini-256 := large striped red circle northwest, small plain blue star
   middle, small dotted orange square southwest, large checked purple cross southeast on a plain navy background
 PROMPT := $(or $(PROMPT_$(MODEL)),a large red circle left of a small blue star on a plain black background)
 
-.PHONY: install check test test-fast demo docs eval eval-table eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-components bench-quantize bench-forecast bench-startup bench-serve soak soak-serve bench-gpu gpu-check clean peers transfer try-tokens
+.PHONY: install check test test-fast demo docs eval eval-table eval-quantized eval-quantized-sd3-mini eval-quantized-pixart-mini eval-schedules tune tune-256 truth try-settings bench bench-export bench-macs bench-adapters bench-components bench-quantize bench-forecast bench-startup bench-serve soak soak-serve bench-gpu gpu-check clean peers transfer try-tokens
 
 install: .venv/installed
 
@@ -82,6 +82,25 @@ eval: install build/eval/sd3-mini
 eval-table: eval
 	$(BIN)/cat-eval build/eval/sd3-mini $(GENERATE_sd3-mini) $(EVAL) --methods cat --curve-prompts 512 --out build/eval/results
 	$(BIN)/python benchmarks/keep_eval.py build/eval/results
+
+# A quarter of an hour for each, on one core, where no thread waits for others and CPU time is of work: quantized bundles beside their
+# miniature's own. The tuned schedules are make tune's.
+EVAL_QUANTIZED := eval-quantized-sd3-mini eval-quantized-pixart-mini
+eval-quantized: $(EVAL_QUANTIZED)
+
+$(EVAL_QUANTIZED): eval-quantized-%: install build/eval/% build/eval/%-int8 build/eval/%-weights-int8 build/eval/%-weights-int4
+	OMP_NUM_THREADS=1 taskset -c 0 $(BIN)/cat-eval build/eval/$* $(addprefix --quantized ,$(filter build/eval/$*-%,$^)) \
+	  $(GENERATE_$*) --prompts scenes:32 --methods cat,forecast,tuned-9 --out build/eval/quantized-$*
+	$(BIN)/python benchmarks/keep_eval.py build/eval/quantized-$* --name eval-quantized-$*
+
+build/eval/%-weights-int8: | .venv/installed
+	$(BIN)/cat-export --model $* $(EXPORT_$*) --weights-only int8 --out $@
+
+build/eval/%-weights-int4: | .venv/installed
+	$(BIN)/cat-export --model $* $(EXPORT_$*) --weights-only int4 --out $@
+
+build/eval/%-int8: | .venv/installed
+	$(BIN)/cat-export --model $* $(EXPORT_$*) --quantize int8 --out $@
 
 # Four minutes: shorter schedules, on 32 scenes.
 eval-schedules: install build/eval/sd3-mini
@@ -158,16 +177,9 @@ bench-components: install build/eval/sd3-mini build/eval/sd3-mini-components
 	$(BIN)/python benchmarks/bench_components.py export vae
 	$(BIN)/python benchmarks/bench_components.py export t5-xxl
 
-# The step in eight and four bits; with schedules in build/eval/sd3-mini (make tune), tuned ones too.
-bench-quantize: install build/eval/sd3-mini build/eval/sd3-mini-int8 build/eval/sd3-mini-weights-int8 build/eval/sd3-mini-weights-int4
-	$(BIN)/python benchmarks/bench_quantize.py steps
-	$(BIN)/python benchmarks/bench_quantize.py images $(filter build/%,$^)
-
-build/eval/sd3-mini-int8: | .venv/installed
-	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --quantize int8 --out $@
-
-build/eval/sd3-mini-weights-%: | .venv/installed
-	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --weights-only $* --out $@
+# The step in eight and four bits: times, sizes, and the error of random weights; make eval-quantized has images.
+bench-quantize: install
+	$(BIN)/python benchmarks/bench_quantize.py
 
 build/eval/sd3-mini-components: | .venv/installed
 	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --components all --target onnx --out $@

@@ -1,11 +1,9 @@
 """The step in eight and four bits against fp32 under ONNX Runtime: `make bench-quantize`.
 
-    steps            CPU time of a full and a pruned step, the size of the weights, the error of the noise
-    images BUNDLE…   images by one miniature's bundles against the full run of the first, which is not quantized
-
-`steps` takes the sizes of bench_step.py: 6 layers, width 512, 1,024 tokens; one thread. Contestants take turns within
-every round; what is told is the median over the rounds, and the median of the ratios within a round. CPU time is told,
-because machines are shared.
+CPU time of a full and a pruned step, the size of the weights and the error of the noise, at the sizes of bench_step.py:
+6 layers, width 512, 1,024 tokens; one thread. Contestants take turns within every round; what is told is the median
+over the rounds, and the median of the ratios within a round. CPU time is told, because machines are shared. What images
+lose is `cat-eval --quantized`'s: `make eval-quantized`.
 """
 
 from __future__ import annotations
@@ -17,60 +15,37 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 from bench_step import CONFIGS, GRID, TEXT_LENGTHS
 from machine import write_result
-from PIL import Image
 from timing import ratio
 
-from cat_pruning.bundle.bundle import Bundle
-from cat_pruning.bundle.schedules import read_schedules
 from cat_pruning.checkpoints.random_weights import random_transformer
 from cat_pruning.dtype import DType
 from cat_pruning.engines.onnxruntime_graphs import EXACT_PRODUCTS
 from cat_pruning.engines.onnxruntime_sessions import quiet_session, run_quietly
-from cat_pruning.evaluation.coverage import coverage
-from cat_pruning.evaluation.worker import last_latents
 from cat_pruning.exporter.quantize import quantize_step
 from cat_pruning.exporter.step_graph import example_inputs, export_step_graph
 from cat_pruning.exporter.verify import run_graphs
-from cat_pruning.families import family_class_named, family_named, family_of
+from cat_pruning.families import family_class_named, family_of
 from cat_pruning.families.interception import StepModule
-from cat_pruning.models.prompts import load_prompts
-from cat_pruning.models.scenes import Scene
 from cat_pruning.names import Quantization
-from cat_pruning.runtime.pipeline import load_pipeline
-from cat_pruning.settings import PRESETS, Preset, PruneSettings
 from cat_pruning.step_io import NOISE, Part, output_name
-from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
-from cat_pruning.tools.pictures import psnr_db
-
-_STEPS: Final = 28
-_BATCH: Final = 4
 
 
 def main() -> None:
-    """Measure, print, and write benchmarks/results/quantize-*.json."""
+    """Measure, print, and write benchmarks/results/quantize-steps.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="what")
-    steps = commands.add_parser("steps")
-    steps.add_argument("--family", choices=list(CONFIGS), default="sd3")
-    steps.add_argument("--rounds", type=int, default=5)
-    steps.add_argument("--keep-ratio", type=float, default=0.3)
-    images = commands.add_parser("images")
-    images.add_argument("bundle", nargs="+", type=Path)
-    images.add_argument("--prompts", type=int, default=16)
-    images.add_argument("--guidance-scale", type=float, default=3.0)
-    images.add_argument("--methods", type=lambda text: text.split(","), default=["full", "cat", "forecast", "tuned"])
-    images.add_argument("--tuned", default="28-9", help="what the name of a schedule of the first bundle begins with")
-    arguments = parser.parse_args()
-    result = _steps(arguments) if arguments.what == "steps" else _images(arguments)
+    parser.add_argument("--family", choices=list(CONFIGS), default="sd3")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep-ratio", type=float, default=0.3)
+    result = _steps(parser.parse_args())
     print(json.dumps(result, indent=2))  # noqa: T201
-    print(write_result(f"quantize-{arguments.what}", result))  # noqa: T201
+    print(write_result("quantize-steps", result))  # noqa: T201
 
 
 def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -145,81 +120,6 @@ def _turns(sessions: dict[str, Any], values: dict[str, Any], rounds: int) -> dic
         }
         for name, found in times.items()
     }
-
-
-def _images(arguments: argparse.Namespace) -> dict[str, Any]:
-    prompts = load_prompts(f"scenes:{arguments.prompts}")
-    first = Bundle.open(arguments.bundle[0])
-    settings = PruneSettings()
-    tuned = next(
-        (each for name, each in read_schedules(first).items() if name.startswith(arguments.tuned)), None
-    )  # by cat-tune
-    methods = {
-        "full": never_pruned(settings, _STEPS),
-        "cat": settings,
-        "forecast": settings.replace(**PRESETS[Preset.FORECAST]),
-        **({"tuned": settings.replace(schedule=tuned)} if tuned else {}),
-    }
-    arguments.methods = [name for name in arguments.methods if name in methods]
-    result: dict[str, Any] = {"prompts": len(prompts), "guidance_scale": arguments.guidance_scale, "steps": _STEPS}
-    reference: list[tuple[Image.Image, Any]] = []
-    scores: list[float] = []
-    for path in arguments.bundle:
-        bundle = Bundle.open(path)
-        pipe = load_pipeline(path, "onnxruntime")
-        pipe.set_progress_bar_config(disable=True)
-        told = result.setdefault(bundle.manifest.quantization or str(bundle.manifest.dtype), {})
-        for name in arguments.methods:
-            started = time.process_time()
-            made = _made(pipe, bundle, methods[name], [prompt.text for prompt in prompts], arguments.guidance_scale)
-            seconds = time.process_time() - started
-            covered = [
-                coverage(np.asarray(image), prompt.scene)
-                for (image, _), prompt in zip(made, prompts, strict=True)
-                if isinstance(prompt.scene, Scene)
-            ]
-            reference, scores = reference or made, scores or covered
-            told[name] = _told(made, reference, covered, scores) | {"cpu_s": round(seconds / len(prompts), 2)}
-    return result
-
-
-def _made(
-    pipe: Any, bundle: Bundle, settings: PruneSettings, texts: list[str], guidance_scale: float
-) -> list[tuple[Image.Image, Any]]:
-    """Images and their last latents."""
-    manifest = bundle.manifest
-    family = family_named(manifest.family, manifest.transformer_config)
-    made: list[tuple[Image.Image, Any]] = []
-    for index in range(0, len(texts), _BATCH):
-        config = GenerateConfig(
-            prompts=tuple(texts[index : index + _BATCH]),
-            height=manifest.profiles[0].height,
-            width=manifest.profiles[0].width,
-            steps=_STEPS,
-            guidance_scale=guidance_scale,
-            seed=index,
-            text_arguments=family.pipeline_arguments(pipe, manifest.geometry.text_length),
-        )
-        with last_latents(pipe) as latents:
-            run = generate(pipe, settings, config)
-        made += zip(run.images, latents[-1].float().numpy(), strict=True)
-    return made
-
-
-def _told(made: Any, reference: Any, covered: list[float], scores: list[float]) -> dict[str, Any]:
-    errors = [_error(latents, theirs) for (_, latents), (_, theirs) in zip(made, reference, strict=True)]
-    more = [mine - theirs for mine, theirs in zip(covered, scores, strict=True)]
-    told = {
-        "latents_error": round(statistics.mean(errors), 4),
-        "coverage": round(statistics.mean(covered), 4),
-        "coverage_difference": round(statistics.mean(more), 4),
-        "standard_error": round(statistics.stdev(more) / len(more) ** 0.5, 4),
-    }
-    if made is not reference:
-        told["psnr_db"] = round(
-            statistics.mean(psnr_db(image, theirs) for (image, _), (theirs, _) in zip(made, reference, strict=True)), 2
-        )
-    return told
 
 
 def _error(actual: Any, expected: Any) -> float:

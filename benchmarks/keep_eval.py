@@ -2,8 +2,9 @@
 
     python benchmarks/keep_eval.py build/eval/results
 
-Of every candidate: MACs, images, median seconds and CPU seconds, each metric's mean and 95 % interval, and its paired
-difference from the full run, of scores by the prompt in percent too, and from as few steps as cost the same.
+Of every candidate: MACs, images, median seconds and CPU seconds, the median of the full run's CPU seconds of an image
+over its own, each metric's mean and 95 % interval, and its paired difference from the full run, of scores by the prompt
+in percent too, and from as few steps as cost the same.
 """
 
 from __future__ import annotations
@@ -45,19 +46,27 @@ def main() -> None:
 def _numbers(found: Outcome, candidate: Candidate) -> dict[str, Any]:
     results = found.of(candidate)
     full, fewer = found.find(FULL, candidate.steps), found.fewer_steps(candidate)
-    cpu_seconds = found.cpu_seconds(candidate)
     return {
         "name": candidate.name,
         "macs": candidate.macs_all,
         "full_steps": candidate.full_steps,
         "images": len(results),
         "seconds": round(median(result.seconds for result in results), 3),
-        **({} if cpu_seconds is None else {"cpu_seconds": round(cpu_seconds, 3)}),
+        **_cpu(found, candidate, full),
         "scores": {metric: _interval(score_interval(results, metric)) for metric in found.metrics},
         "less_full": _differences(found, candidate, full),
         "less_full_percent": _percent(found, candidate, full),
         "less_fewer_steps": _differences(found, candidate, fewer),
     }
+
+
+def _cpu(found: Outcome, candidate: Candidate, full: Candidate | None) -> dict[str, float]:
+    seconds = found.cpu_seconds(candidate)
+    if seconds is None:
+        return {}
+    own, others = ({(each.prompt, each.seed): each.cpu_seconds for each in found.of(one)} for one in (candidate, full))
+    ratios = [theirs / mine for image, mine in own.items() if mine and (theirs := others.get(image))]
+    return {"cpu_seconds": round(seconds, 3), **({"cpu_speedup": round(median(ratios), 3)} if ratios else {})}
 
 
 def _differences(found: Outcome, candidate: Candidate, other: Candidate | None) -> dict[str, Any]:

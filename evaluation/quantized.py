@@ -12,7 +12,8 @@ from cat_pruning.runtime.engine_choice import open_signed
 from cat_pruning.step_io import Part
 from cat_pruning.tools.bundle_diff import Difference, differences
 
-_SAME: Final = ("source", "model", "settings", "shapes")  # sections of `differences`; "quantization" is of the model
+_SAME: Final = ("source", "model", "settings", "shapes")  # sections of `differences`
+_OTHERWISE: Final = ("quantization", "calibration", "unquantized")  # of the model, how it was quantized
 
 
 def open_quantized(
@@ -59,7 +60,7 @@ def _check_quantized_from(first: Bundle, bundle: Bundle) -> None:
     if bundle.manifest.quantization is None:
         raise BundleError(said + "is not quantized", "export one by cat-export --quantize or --weights-only")
     found = differences(first, bundle)
-    if other := next((each for each in found if each.section in _SAME and each.name != "quantization"), None):
+    if other := next((each for each in found if each.section in _SAME and each.name not in _OTHERWISE), None):
         raise BundleError(said + f"is of another {_named(other)} than {first.path}", _again(first, bundle))
     if any(each.name == Part.TIMESTEP.onnx for each in found):
         raise BundleError(
@@ -78,6 +79,6 @@ def _named(other: Difference) -> str:
 
 def _again(first: Bundle, bundle: Bundle) -> str:
     """How the first one is exported quantized as `bundle` is."""
-    changes = {"quantization": bundle.manifest.quantization, "plans": ()}
-    manifest = first.manifest.model_copy(update=changes)
+    changes = {name: getattr(bundle.manifest, name) for name in _OTHERWISE}
+    manifest = first.manifest.model_copy(update={**changes, "plans": ()})
     return f"export it as the first was: {manifest.export_command(bundle.path)}"

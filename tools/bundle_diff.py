@@ -47,6 +47,8 @@ def _sections(manifest: Manifest) -> dict[str, dict[str, Any]]:
             "class": manifest.transformer_class,
             "dtype": str(manifest.dtype),
             "quantization": str(manifest.quantization) if manifest.quantization else None,
+            "calibration": manifest.calibration,
+            "unquantized": " ".join(manifest.unquantized) or None,
             "guidance": manifest.guidance,
             **manifest.geometry.model_dump(mode="json"),
             **config,

@@ -57,7 +57,7 @@ def test_the_numbers_of_an_evaluation_are_kept(tmp_path: Path, monkeypatch: pyte
                 seed=0,
                 seconds=1.5 + number,
                 scores=score,
-                cpu_seconds=0.25 + number if key.startswith("int8") else None,
+                cpu_seconds={"full-28": 1.0 + number, "int8-full-28": 0.25 + number}.get(key),
             )
             for number, score in enumerate(scores)
         )
@@ -75,6 +75,7 @@ def test_the_numbers_of_an_evaluation_are_kept(tmp_path: Path, monkeypatch: pyte
     assert cat["less_fewer_steps"]["coverage"]["mean"] == 0.1
     int8 = kept["candidates"]["int8-full-28"]
     assert (int8["name"], int8["cpu_seconds"], int8["less_fewer_steps"]) == ("int8 full", 0.75, {})
+    assert int8["cpu_speedup"] == 2.8  # 1 / 0.25 and 2 / 1.25
     assert "cpu_seconds" not in cat
     assert int8["less_full"]["coverage"]["mean"] == -0.05
     assert int8["less_full_percent"]["coverage"]["mean"] == pytest.approx(-5.88235)
