@@ -88,7 +88,7 @@ eval-table: eval
 EVAL_QUANTIZED := eval-quantized-sd3-mini eval-quantized-pixart-mini
 eval-quantized: $(EVAL_QUANTIZED)
 
-$(EVAL_QUANTIZED): eval-quantized-%: install build/eval/% build/eval/%-int8 build/eval/%-weights-int8 build/eval/%-weights-int4
+$(EVAL_QUANTIZED): eval-quantized-%: install build/eval/% build/eval/%-int8 build/eval/%-int8-calibrated build/eval/%-fp8 build/eval/%-weights-int8 build/eval/%-weights-int4
 	OMP_NUM_THREADS=1 taskset -c 0 $(BIN)/cat-eval build/eval/$* $(addprefix --quantized ,$(filter build/eval/$*-%,$^)) \
 	  $(GENERATE_$*) --prompts scenes:32 --methods cat,forecast,tuned-9 --out build/eval/quantized-$*
 	$(BIN)/python benchmarks/keep_eval.py build/eval/quantized-$* --name eval-quantized-$*
@@ -98,6 +98,12 @@ build/eval/%-weights-int8: | .venv/installed
 
 build/eval/%-weights-int4: | .venv/installed
 	$(BIN)/cat-export --model $* $(EXPORT_$*) --weights-only int4 --out $@
+
+build/eval/%-int8-calibrated: | .venv/installed
+	$(BIN)/cat-export --model $* $(EXPORT_$*) --quantize int8 --calibrate scenes:8 --target onnx --out $@
+
+build/eval/%-fp8: | .venv/installed
+	$(BIN)/cat-export --model $* $(EXPORT_$*) --quantize fp8 --calibrate scenes:8 --target onnx --out $@
 
 build/eval/%-int8: | .venv/installed
 	$(BIN)/cat-export --model $* $(EXPORT_$*) --quantize int8 --out $@
