@@ -27,7 +27,7 @@ Array = NDArray[np.generic]
 # is off its own fp32 by 3e-3 in fp16 and 2e-2 in bf16.
 TOLERANCE: Final = {DType.FP32: 1e-4, DType.FP16: 3e-2, DType.BF16: 1e-1}
 # Likewise. Tiny random transformers of every family are off by 3e-2 (int8), 2e-2 and 2e-1 (weights only) at most, all
-# in their caches. Calibrated ones are compared on a step of the images that their scales are of: sd3-mini's in fp8 is off
+# in their caches. Calibrated ones are compared on a step of the images that their scales are of: sd3-mini in fp8 is off
 # by 3e-1 there, in single values of the noise.
 QUANTIZED_TOLERANCE: Final = {
     Quantization.INT8: 1e-1,
