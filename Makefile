@@ -185,7 +185,8 @@ bench-components: install build/eval/sd3-mini build/eval/sd3-mini-components
 
 # The step in eight and four bits: times, sizes, and the error of random weights; make eval-quantized has images.
 bench-quantize: install
-	$(BIN)/python benchmarks/bench_quantize.py
+	$(BIN)/python benchmarks/bench_quantize.py steps
+	$(BIN)/python benchmarks/bench_quantize.py quantizers
 
 build/eval/sd3-mini-components: | .venv/installed
 	$(BIN)/cat-export --model sd3-mini $(EXPORT_sd3-mini) --components all --target onnx --out $@
