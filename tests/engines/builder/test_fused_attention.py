@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,39 +21,12 @@ needs_rtx = pytest.mark.skipif(
 )
 no_plugins = pytest.mark.parametrize("tensorrt", [False], indirect=True)
 
-ATTENTION = """
-<ir_version: 10, opset_import: ["" : 23]>
-step ({dtype}[B, 4, n, {width}] query, {dtype}[B, S, {all}] key_cache_0) => ({dtype}[B, 4, n, {width}] attended)
-<int64[4] sizes = {{0, 0, 4, {width}}}>
-{{
-    rows = Reshape (key_cache_0, sizes)
-    key = Transpose <perm = [0, 2, 1, 3]> (rows)
-    attended = Attention <scale = 1.0> (query, key, key)
-}}
-"""
-SHAPES = {"query": (2, 4, 5, 64), "key_cache_0": (2, 9, 256)}
+MakeJob = Callable[..., PlanJob]
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> PlanJob:
-    return attention_job(tmp_path)
-
-
-def attention_job(folder: Path, dtype: str = "bfloat16", width: int = 64) -> PlanJob:
-    """One attention of four heads of queries over a cache."""
-    graph = onnx.parser.parse_model(ATTENTION.format(dtype=dtype, width=width, all=4 * width))
-    onnx.checker.check_model(graph, full_check=True)
-    onnx.save(graph, folder / "step.onnx")
-    shapes = {"query": (2, 4, 5, width), "key_cache_0": (2, 9, 4 * width)}
-    return PlanJob(
-        flavour="tensorrt",
-        onnx=str(folder / "step.onnx"),
-        plan=str(folder / "step.plan"),
-        profiles=[{name: (shape, shape, shape) for name, shape in shapes.items()}],
-        plugin_nodes={},
-        timing_cache=None,
-        architectures=("sm90",),
-    )
+def job(attention_job: MakeJob) -> PlanJob:
+    return attention_job()
 
 
 def marks(tensorrt: Tensorrt) -> list[str]:
@@ -119,11 +93,9 @@ def test_refused_for_a_plugin_it_is_not_built_again(
     ("dtype", "width", "architecture"), [("float", 64, "sm90"), ("bfloat16", 8, "sm90"), ("float16", 64, "sm70")]
 )
 def test_where_there_is_no_fused_kernel_none_is_asked_for(
-    tensorrt: Tensorrt, tmp_path: Path, dtype: str, width: int, architecture: str
+    tensorrt: Tensorrt, attention_job: MakeJob, dtype: str, width: int, architecture: str
 ) -> None:
-    job = attention_job(tmp_path, dtype, width)
-    report = build(PlanJob(**{name: getattr(job, name) for name in PlanJob.__dataclass_fields__}
-                           | {"architectures": (architecture,)}))  # fmt: skip
+    report = build(attention_job(dtype, width, architectures=(architecture,)))
     assert report.attention == "decomposable"
     assert marks(tensorrt) == ["decomposable [True]"]
     assert not report.warnings  # nothing was refused
@@ -132,11 +104,11 @@ def test_where_there_is_no_fused_kernel_none_is_asked_for(
 @needs_rtx
 @no_plugins
 def test_bindings_that_cannot_cast_a_layer_get_the_nodes_attribute(
-    tensorrt: Tensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tensorrt: Tensorrt, attention_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real importer of TensorRT-RTX reads it."""
     monkeypatch.setattr("cat_pruning.engines.builder.plan_builder.make_decomposable", lambda trt, layers: False)
-    job = attention_job(tmp_path, "float")
+    job = attention_job("float")
     assert build(job).attention == "decomposable"
     assert marks(tensorrt) == ["decomposable [True]"]
     copy = onnx.load(decomposable_path(Path(job.onnx)))

@@ -58,6 +58,12 @@ def scatter_job(export_tiny: Any, tmp_path: Path) -> PlanJob:
     )
 
 
+@pytest.fixture
+def small_job(attention_job: Callable[..., PlanJob], tmp_path: Path) -> PlanJob:
+    """For what does not depend on the graph."""
+    return attention_job("float", timing_cache=str(tmp_path / "sd3.cache" / "timings"))
+
+
 def changed(job: PlanJob, **changes: Any) -> PlanJob:
     return PlanJob(**{name: getattr(job, name) for name in PlanJob.__dataclass_fields__} | changes)
 
@@ -90,21 +96,19 @@ def test_a_plan_with_plugins(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
     assert tensorrt.asked.index("config") > tensorrt.asked.index(compiled[-1])  # before the long build
 
 
-@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize("tensorrt", [False], indirect=True)
-def test_a_plan_without_plugins_registers_none(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
-    build(changed(scatter_job, plugin_nodes={}))
+def test_a_plan_without_plugins_registers_none(tensorrt: Tensorrt, small_job: PlanJob) -> None:
+    build(small_job)
     assert tensorrt.asked[:3] == ["network 10", "config", "build, aliased False, DETAILED"]
 
 
-@pytest.mark.long
 @needs_rtx
-def test_a_refittable_plan(tensorrt: Tensorrt, scatter_job: PlanJob) -> None:
-    build(changed(scatter_job, refittable=True))
+def test_a_refittable_plan(tensorrt: Tensorrt, small_job: PlanJob) -> None:
+    build(changed(small_job, refittable=True))
     assert "refit" in tensorrt.asked
     tensorrt.asked.clear()
-    build(scatter_job)
+    build(small_job)
     assert "refit" not in tensorrt.asked
 
 
@@ -147,20 +151,17 @@ def test_a_plugin_that_cannot_be_made(
         build(scatter_job)
 
 
-@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize("problem", ["not loaded", "no inspector", "no JSON"])
-def test_a_built_plan_is_not_lost_to_what_cannot_be_asked(
-    tensorrt: Tensorrt, scatter_job: PlanJob, problem: str
-) -> None:
+def test_a_built_plan_is_not_lost_to_what_cannot_be_asked(tensorrt: Tensorrt, small_job: PlanJob, problem: str) -> None:
     tensorrt.loads = problem != "not loaded"
     tensorrt.information = "{ no JSON" if problem == "no JSON" else json.dumps({"Layers": []})
     if problem == "no inspector":
         vars(tensorrt)["Runtime"] = lambda log: SimpleNamespace(
             deserialize_cuda_engine=lambda plan: SimpleNamespace(device_memory_size_v2=1)
         )
-    report = build(scatter_job)
-    assert Path(scatter_job.plan).stat().st_size > 0
+    report = build(small_job)
+    assert Path(small_job.plan).stat().st_size > 0
     assert report.engine_layers is report.engine_plugins is report.fused_attention is None
     assert report.attention == "decomposable"
     if problem == "no JSON":
@@ -195,18 +196,17 @@ def test_kernels_that_cannot_be_compiled_are_told_before_the_build(
     assert "config" not in tensorrt.asked
 
 
-@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize("found", ["none", "earlier", "damaged"])
-def test_the_timing_cache_is_written_after_the_build(tensorrt: Tensorrt, scatter_job: PlanJob, found: str) -> None:
-    assert scatter_job.timing_cache is not None
-    path = Path(scatter_job.timing_cache)
+def test_the_timing_cache_is_written_after_the_build(tensorrt: Tensorrt, small_job: PlanJob, found: str) -> None:
+    assert small_job.timing_cache is not None
+    path = Path(small_job.timing_cache)
     if found == "earlier":
-        build(scatter_job)
+        build(small_job)
     elif found == "damaged":
         path.parent.mkdir()
         path.write_bytes(b"x" * 99)
-    build(scatter_job)
+    build(small_job)
     assert read_cache(path)
 
 
