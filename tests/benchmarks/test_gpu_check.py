@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,34 +21,42 @@ import torch
 from gpu_stages import Stage
 from source_tree import ROOT, source_tree
 
+from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
+from cat_pruning.exporter.export import ExportConfig
+from cat_pruning.names import Target
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 GPU = {"name": "NVIDIA Test 100"}
 
 
-@pytest.mark.long
 @NO_GPU
-@pytest.mark.parametrize("file", ["gpu_check.py", "bench_gpu.py"])
-def test_without_a_gpu_it_says_so_in_one_line(file: str, tmp_path: Path) -> None:
+def test_the_benchmarks_without_a_gpu_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / file), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "needs an NVIDIA GPU" in done.stderr
+    assert bench_gpu.main(["--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "needs an NVIDIA GPU" in said.err
     assert not out.exists()
 
 
 @pytest.mark.long
 @NO_GPU
-def test_make_does_too() -> None:
+def test_make_without_a_gpu_says_so_in_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "-s", "gpu-check", f"BIN={Path(sys.executable).parent}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"OUT": str(out)}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
-    assert "gpu_check needs an NVIDIA GPU" in done.stderr
+    assert done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make: ")]
+    assert len(said) == 1
+    assert "gpu_check needs an NVIDIA GPU" in said[0]
+    assert list(out.iterdir()) == []
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,11 +257,22 @@ def test_stages_of_engines_have_time_and_say_what_they_need() -> None:
 
 
 @pytest.mark.long
-def test_an_engine_beside_the_torch_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime on the CPU in the place of a GPU's plans."""
+def test_an_engine_beside_the_torch_engine(mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime on the CPU in the place of a GPU's plans; the export is the fixture's, the image a small one."""
+    configs: list[ExportConfig] = []
+
+    def exported(config: ExportConfig) -> None:
+        configs.append(config)
+        shutil.copytree(mini_bundle, config.out, copy_function=os.link)
+
+    monkeypatch.setattr(check_engine, "export", exported)
+    monkeypatch.setattr(check_engine, "SIZE", 64)
     monkeypatch.setattr(check_engine, "STEPS", 12)
     out = tmp_path / "out.json"
     assert check_engine.main(["onnxruntime", "--out", str(out)]) == 0
+    (config,) = configs
+    assert (config.model, config.dtype, config.text_length) == ("sd3-mini", DType.FP32, 48)
+    assert (config.resolutions, config.targets) == (((64, 64),), (Target.ONNX,))
     result = json.loads(out.read_text())["fp32"]
     for name in ("unpruned", "pruned"):
         assert result[name]["largest_difference"] < 1e-3
