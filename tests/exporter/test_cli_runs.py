@@ -69,20 +69,20 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     out = tmp_path / "outs" / "tiny"
     target = ["--target", "tensorrt_rtx"] if can_build("tensorrt_rtx") else ["--target", "onnx"]
     verify = ["--verify", "layers"] if importlib.util.find_spec("polygraphy") else ["--verify"]
-    shapes = ["--resolution", "64x64", "--resolution", "72x48", "--batch", "1", "--batch", "2", "--batch", "2"]
+    shapes = ["--resolution", "64x64", "--resolution", "72x48", "--batch", "2", "--batch", "2"]
     code, printed, errors = cat_export(
         "--model", tiny_checkpoint, "--out", out, *verify, "--keep-ratio", "0.5", *shapes, *target
     )
     assert (code, errors) == (0, [])
     if can_build("tensorrt_rtx") and not torch.cuda.is_available():
         assert "plans are compared on the machine that runs them; there: cat-export --model " in printed
-    for text in ("step.onnx", "step.onnx.data", "MACs of a step", "64x64-p1", "72x48-p2", "bound", "once per image"):
+    for text in ("step.onnx", "step.onnx.data", "MACs of a step", "64x64-p2", "72x48-p2", "bound", "once per image"):
         assert text in printed
     assert [path.name for path in out.parent.iterdir()] == ["tiny"]
     bundle = Bundle.open(out)
     for name in bundle.manifest.files:
         bundle.verified(name)
-    assert [profile.name for profile in bundle.manifest.profiles] == ["64x64-p1", "64x64-p2", "72x48-p1", "72x48-p2"]
+    assert [profile.name for profile in bundle.manifest.profiles] == ["64x64-p2", "72x48-p2"]
     assert bundle.manifest.geometry.text_length == 13 + 256
     assert [graph.file for graph in bundle.manifest.graphs] == ["prompt.onnx", "timestep.onnx", "step.onnx"]
     for graph in bundle.manifest.graphs:
@@ -92,7 +92,7 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     assert Path(again.model) == tiny_checkpoint
     assert (again.out, again.force, again.keep_ratio, again.no_guidance) == (out, True, 0.5, False)
     assert again.resolution == [(64, 64), (72, 48)]
-    assert again.batch == [1, 2]
+    assert again.batch == [2]
     assert again.text_length == 13 + 256
     assert again.target == (["tensorrt_rtx"] if can_build("tensorrt_rtx") else None)
 
@@ -153,12 +153,17 @@ def test_tensorrt_plans(
     monkeypatch.setattr(build, "tensorrt_library", lambda flavour: SimpleNamespace(__version__="11.4.0.106"))
     monkeypatch.setattr(build, "gpu_architecture", lambda: "sm90")
     out = tmp_path / "outs" / "tiny"
-    code, printed, errors = cat_export("--model", tiny_checkpoint, "--out", out, "--target", "tensorrt", *no_plugin)
+    shapes = ["--resolution", "64x64", "--resolution", "72x48", "--batch", "1", "--batch", "2", "--batch", "2"]
+    code, printed, errors = cat_export(
+        "--model", tiny_checkpoint, "--out", out, "--target", "tensorrt", *no_plugin, *shapes
+    )
     assert (code, errors) == (0, [])
     token_ops = "function" if no_plugin else "plugin"
     assert f"TensorRT 11.4.0.106 plans for sm90; token operators: {token_ops}" in printed
 
     bundle = Bundle.open(out)
+    assert [profile.name for profile in bundle.manifest.profiles] == ["64x64-p1", "64x64-p2", "72x48-p1", "72x48-p2"]
+    assert [len(job["profiles"]) for job in jobs] == [2, 2, 8]  # prompts; and sizes, of full and of pruned steps
     plans = bundle.manifest.plans
     assert [plan.file for plan in plans] == [f"plans/tensorrt-11.4.0.106-sm90/{part}.plan" for part in Part]
     assert {(plan.flavour, plan.architectures, plan.token_ops) for plan in plans} == {
@@ -172,6 +177,7 @@ def test_tensorrt_plans(
     words = shlex.split(bundle.export_command())
     again = cli._parser().parse_args(words[1:])
     assert (again.target, again.no_plugin) == (["tensorrt"], bool(no_plugin))
+    assert (again.resolution, again.batch) == ([(64, 64), (72, 48)], [1, 2])
 
 
 @pytest.mark.parametrize("gpu", ["sm90", None])
