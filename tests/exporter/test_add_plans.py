@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bundle_files import without_plans
 
 from cat_pruning.bundle.bundle import Bundle
 from cat_pruning.bundle.plan_sets import plan_sets
 from cat_pruning.bundle.profiles import plan_profiles
 from cat_pruning.engines.builder import build
-from cat_pruning.engines.builder.build import can_build
 from cat_pruning.engines.plan_choice import plans_for
 from cat_pruning.errors import BundleError, EngineError, OutputError
 from cat_pruning.exporter.add_plans import add_plans
@@ -34,13 +34,7 @@ def link(source: str, target: str) -> None:
 @pytest.fixture
 def graphs(mini_bundle: Path, tmp_path: Path) -> Path:
     """sd3-mini without plans."""
-    manifest = Bundle.open(mini_bundle).manifest
-    plans = {plan.file for plan in manifest.plans}
-    copy = tmp_path / "places" / "sd3-mini"
-    shutil.copytree(mini_bundle, copy, copy_function=link, ignore=shutil.ignore_patterns("plans", "manifest.json"))
-    files = {name: spec for name, spec in manifest.files.items() if name not in plans}
-    (copy / "manifest.json").write_text(manifest.model_copy(update={"plans": ()}).with_files(files).model_dump_json())
-    return copy
+    return without_plans(mini_bundle, tmp_path / "places" / "sd3-mini")
 
 
 class Machine:
@@ -225,21 +219,3 @@ def test_a_disk_that_is_full(graphs: Path, machine: Machine, monkeypatch: pytest
     with pytest.raises(OutputError, match=r"needs about .* GiB, .* GiB free on that disk; make room"):
         add_plans(graphs, [Target.TENSORRT])
     assert machine.jobs == []
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not can_build("tensorrt_rtx"), reason="needs TensorRT-RTX")
-def test_real_plans(cat_export: CatExport, graphs: Path, mini_bundle: Path) -> None:
-    """What is added later is what the export itself would have built."""
-    code, _, errors = cat_export("--add-plans", graphs, "--target", "tensorrt_rtx")
-    assert (code, errors) == (0, [])
-    later, at_once = Bundle.open(graphs), Bundle.open(mini_bundle)
-    assert [plan for plan in later.manifest.plans if plan.flavour == "tensorrt_rtx"] == [
-        plan for plan in at_once.manifest.plans if plan.flavour == "tensorrt_rtx"
-    ]
-    for plan in later.manifest.plans:
-        path = later.verified(plan.file)
-        assert abs(path.stat().st_size / at_once.manifest.files[plan.file].size - 1) < 0.05
-    assert [each.name for each in plan_sets(later.manifest.plans)] == [
-        path.name for path in (graphs / "plans").iterdir()
-    ]

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from bundle_files import without_plans
 
 from cat_pruning.bundle.bundle import Bundle
+from cat_pruning.bundle.plan_sets import plan_sets
 from cat_pruning.bundle.schema import PlanSpec
 from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
 from cat_pruning.dtype import DType
@@ -69,20 +71,20 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     out = tmp_path / "outs" / "tiny"
     target = ["--target", "tensorrt_rtx"] if can_build("tensorrt_rtx") else ["--target", "onnx"]
     verify = ["--verify", "layers"] if importlib.util.find_spec("polygraphy") else ["--verify"]
-    shapes = ["--resolution", "64x64", "--resolution", "72x48", "--batch", "2", "--batch", "2"]
+    shapes = ["--resolution", "72x48", "--batch", "2"]  # `test_tensorrt_plans` has more of both
     code, printed, errors = cat_export(
         "--model", tiny_checkpoint, "--out", out, *verify, "--keep-ratio", "0.5", *shapes, *target
     )
     assert (code, errors) == (0, [])
     if can_build("tensorrt_rtx") and not torch.cuda.is_available():
         assert "plans are compared on the machine that runs them; there: cat-export --model " in printed
-    for text in ("step.onnx", "step.onnx.data", "MACs of a step", "64x64-p2", "72x48-p2", "bound", "once per image"):
+    for text in ("step.onnx", "step.onnx.data", "MACs of a step", "72x48-p2", "bound", "once per image"):
         assert text in printed
     assert [path.name for path in out.parent.iterdir()] == ["tiny"]
     bundle = Bundle.open(out)
     for name in bundle.manifest.files:
         bundle.verified(name)
-    assert [profile.name for profile in bundle.manifest.profiles] == ["64x64-p2", "72x48-p2"]
+    assert [profile.name for profile in bundle.manifest.profiles] == ["72x48-p2"]
     assert bundle.manifest.geometry.text_length == 13 + 256
     assert [graph.file for graph in bundle.manifest.graphs] == ["prompt.onnx", "timestep.onnx", "step.onnx"]
     for graph in bundle.manifest.graphs:
@@ -91,10 +93,20 @@ def test_a_good_run(cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path
     again = cli._parser().parse_args(shlex.split(bundle.export_command())[1:])
     assert Path(again.model) == tiny_checkpoint
     assert (again.out, again.force, again.keep_ratio, again.no_guidance) == (out, True, 0.5, False)
-    assert again.resolution == [(64, 64), (72, 48)]
-    assert again.batch == [2]
+    assert (again.resolution, again.batch) == ([(72, 48)], [2])
     assert again.text_length == 13 + 256
     assert again.target == (["tensorrt_rtx"] if can_build("tensorrt_rtx") else None)
+
+    if can_build("tensorrt_rtx"):  # what is added later is what the export itself has built
+        code, _, errors = cat_export("--add-plans", without_plans(out, tmp_path / "later"), *target)
+        assert (code, errors) == (0, [])
+        later = Bundle.open(tmp_path / "later")
+        assert later.manifest.plans == bundle.manifest.plans != ()
+        for plan in later.manifest.plans:
+            size = later.verified(plan.file).stat().st_size
+            assert abs(size / bundle.manifest.files[plan.file].size - 1) < 0.05
+        (folder,) = (tmp_path / "later" / "plans").iterdir()
+        assert [each.name for each in plan_sets(later.manifest.plans)] == [folder.name]
 
 
 def test_killed_inside_any_stage_nothing_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
