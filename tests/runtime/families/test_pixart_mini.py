@@ -48,7 +48,7 @@ def pipeline(bundle: Path | None, engine: str, scheduler: str, **settings: Any) 
 def test_keeping_every_token_is_the_untouched_pipeline(
     bundle: Path, scheduler: str, size: tuple[int, int], sample: Sample
 ) -> None:
-    steps = 12
+    steps = 10
     expected = sample(pipeline(None, "", scheduler), steps, size)
     for engine in ENGINES:
         actual = sample(pipeline(bundle, engine, scheduler, keep_ratio=1.0), steps, size)
