@@ -78,7 +78,7 @@ def test_made_one_at_a_time_they_are_those_made_at_once(tiny_transformer: Any, d
 
 
 def test_an_export_that_makes_them_while_it_writes_writes_the_same_bytes(make_bf16: Any, tmp_path: Path) -> None:
-    of, dtype = architecture(make_bf16("sd3.5")), DType.BF16
+    of, dtype = architecture(make_bf16("pixart-alpha")), DType.BF16
     hollow, filled = hollow_transformer(*of, dtype), random_transformer(*of, dtype, 3)
     family = family_of(hollow)
     for name in ("streamed", "held"):
