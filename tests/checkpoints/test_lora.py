@@ -112,13 +112,17 @@ def test_a_fused_adapter_is_in_the_exported_weights(
 
 @pytest.mark.long
 def test_an_adapter_that_is_loaded_but_not_fused_is_exported_with_its_module(
-    base: Any, lora_file: Path, tiny_checkpoint: Path, tmp_path: Path
+    make_tiny_sd3: Callable[..., Any], write_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    adapted = base()
-    adapted.load_lora_adapter(str(lora_file.parent), weight_name=lora_file.name, prefix="transformer")
-    config = ExportConfig(model=str(tiny_checkpoint), out=tmp_path / "out", targets=(Target.ONNX,))
+    """Of one layer: its graph is no other test's."""
+    adapted, plain = make_tiny_sd3(num_layers=1), make_tiny_sd3(num_layers=1)
+    weights = adapter(plain)
+    save_file(weights, tmp_path / "style.safetensors", metadata={"format": "pt"})
+    adapted.load_lora_adapter(str(tmp_path), weight_name="style.safetensors", prefix="transformer")
+    checkpoint = write_checkpoint(tmp_path / "pipeline", num_layers=1)
+    config = ExportConfig(model=str(checkpoint), out=tmp_path / "out", targets=(Target.ONNX,))
     bundle = export(config, transformer=adapted)
-    got, expected = outputs_of(bundle.path, with_adapter(base(), adapter(base()), 1.0))
+    got, expected = outputs_of(bundle.path, with_adapter(plain, weights, 1.0))
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert any(isinstance(module, peft.tuners.lora.LoraLayer) for module in adapted.modules())  # still the user's own
     assert bundle.manifest.source.in_memory
