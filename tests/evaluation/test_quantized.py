@@ -50,7 +50,8 @@ def test_it_has_the_name_of_its_quantization(
     mini_bundle: Path, quantized_bundle: Bundle, tmp_path: Path, name: str
 ) -> None:
     """Whatever it is: this one's weights are int8 whatever it says."""
-    place = edited(quantized_bundle.path, tmp_path / "other", lambda manifest: manifest.update(quantization=name))
+    changes = {"quantization": name, "calibration": "scenes:1" if Quantization(name).is_calibrated else None}
+    place = edited(quantized_bundle.path, tmp_path / "other", lambda manifest: manifest.update(changes))
     assert opened(mini_bundle, place) == {name: Bundle.open(place)}
     assert opened(mini_bundle) == {}
 
@@ -78,6 +79,22 @@ def test_another_model_is_refused(
     if "cat-export --quantize or" not in says:
         assert " --quantize int8 " in caught.value.remedy
         assert caught.value.remedy.endswith(f" --out {place} --force")
+
+
+def test_what_is_calibrated_is_exported_again_with_its_calibration(
+    mini_bundle: Path, quantized_bundle: Bundle, tmp_path: Path
+) -> None:
+    changes = {
+        "quantization": "int8-calibrated",
+        "calibration": "mine.txt",
+        "unquantized": ["proj_out"],
+        "dtype": "bf16",
+    }
+    place = edited(quantized_bundle.path, tmp_path / "other", lambda manifest: manifest.update(changes))
+    with pytest.raises(BundleError, match=r"another model \(dtype is bf16, not fp32\)") as caught:
+        opened(mini_bundle, place)
+    assert " --quantize int8 --calibrate mine.txt --unquantized proj_out " in caught.value.remedy
+    assert " --dtype fp32 " in caught.value.remedy
 
 
 def test_schedules_are_those_of_the_first(mini_bundle: Path, quantized_bundle: Bundle, tmp_path: Path) -> None:
