@@ -68,35 +68,41 @@ TRIED = [
 
 
 engines: dict[str, OnnxRuntimeStepEngine] = {}  # shared by all uses of the same graphs, without adapters
+Make = Callable[[PruneSettings], CatTransformer]
 
 
 @pytest.mark.parametrize(("use", "kind", "engine"), TRIED)
 def test_a_use_is_what_the_table_says(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any]) -> None:
-    make = functools.partial(drop_in, use, kind, engine, export_tiny)
-    what = tried(use, kind, engine, make)
+    what = tried(use, kind, engine, drop_ins(use, kind, engine, export_tiny))
     if WRITE in os.environ:
         found[use.name, kind, engine] = what
     else:
         assert what == cell(use, kind, engine), f"docs/pipelines.md: set {WRITE}=1 and run this file to write it anew"
 
 
-def drop_in(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any], settings: PruneSettings) -> Any:
+def drop_ins(use: Use, kind: str, engine: str, export_tiny: Callable[..., Any]) -> Make:
+    """Makes drop-ins for a use, over one engine."""
     transformer = transformer_of(use, kind)
     if engine == "torch":
-        return CatTransformer(TorchStepEngine(transformer), settings)
+        of_torch = functools.cache(lambda: TorchStepEngine(transformer))  # which may refuse it
+        return lambda settings: CatTransformer(of_torch(), settings)
     directory, family = export_tiny(kind, takes_controlnet(use)).directory, family_of(transformer)
     if not hasattr(transformer, "peft_config"):
         key = f"{directory} {use.changes}"
         if key not in engines:
             engines[key] = OnnxRuntimeStepEngine(directory, family, torch.float32)
-        return CatTransformer(engines[key], settings)
-    made = CatTransformer(OnnxRuntimeStepEngine(directory, family, torch.float32), settings)
+        return functools.partial(CatTransformer, engines[key])
     weights = {name: each for name, each in transformer.state_dict().items() if "lora" in name}
-    made.load_lora_adapter({name.replace(".default", ""): each for name, each in weights.items()}, prefix=None)
-    return made
+
+    def with_adapter(settings: PruneSettings) -> CatTransformer:
+        made = CatTransformer(OnnxRuntimeStepEngine(directory, family, torch.float32), settings)
+        made.load_lora_adapter({name.replace(".default", ""): each for name, each in weights.items()}, prefix=None)
+        return made
+
+    return with_adapter
 
 
-def tried(use: Use, kind: str, engine: str, make: Callable[[PruneSettings], Any]) -> str:
+def tried(use: Use, kind: str, engine: str, make: Make) -> str:
     """Keeping every token it is the untouched pipeline; keeping fewer it prunes, and is not."""
     try:
         kept, latents = run(use, kind, make(SETTINGS.replace(keep_ratio=1.0)))
