@@ -43,18 +43,6 @@ ctypes.CDLL(None).printf(b"chatter of C")
 """
 
 
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform == "win32", reason="C's library has another name")
-def test_what_libraries_print_is_not_in_the_report(tmp_path: Path) -> None:
-    package(tmp_path, "tensorrt", CHATTER + "raise OSError('libnvinfer.so.11: cannot open shared object file')")
-    result = run("--json", python_path=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    machine = {finding["topic"]: finding for finding in json.loads(result.stdout)["machine"]}
-    assert machine["tensorrt"]["status"] == "problem"
-    assert "libnvinfer.so.11: cannot open shared object file" in machine["tensorrt"]["text"]
-    assert machine["tensorrt"]["remedy"] == "pip install 'cat-pruning[tensorrt]'"
-
-
 def test_a_torch_that_is_broken(tmp_path: Path) -> None:
     package(tmp_path, "torch", "raise OSError('libcudart.so.13: cannot open shared object file')")
     result = run(python_path=tmp_path)
@@ -65,16 +53,21 @@ def test_a_torch_that_is_broken(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="C's library has another name")
 @pytest.mark.parametrize("name", ["diffusers", "transformers"])
-def test_what_pipelines_are_made_of_is_broken(tmp_path: Path, name: str) -> None:
-    package(tmp_path, name, "raise RuntimeError('operator torchvision::nms does not exist')")
+def test_libraries_that_are_broken_and_what_they_print(tmp_path: Path, name: str) -> None:
+    """Those that pipelines are made of, and TensorRT; nothing that they print is in the report."""
+    package(tmp_path, name, CHATTER + "raise RuntimeError('operator torchvision::nms does not exist')")
+    package(tmp_path, "tensorrt", CHATTER + "raise OSError('libnvinfer.so.11: cannot open shared object file')")
     result = run("--json", python_path=tmp_path)
     assert (result.returncode, result.stderr) == (1, "")
     report = json.loads(result.stdout)
-    finding = next(finding for finding in report["machine"] if finding["topic"] == "diffusers")
-    assert finding["status"] == "problem"
-    assert "torchvision::nms does not exist" in finding["text"]
-    assert finding["remedy"] == "pip install --force-reinstall diffusers transformers"
+    machine = {finding["topic"]: finding for finding in report["machine"]}
+    assert machine["diffusers"]["status"] == machine["tensorrt"]["status"] == "problem"
+    assert "torchvision::nms does not exist" in machine["diffusers"]["text"]
+    assert machine["diffusers"]["remedy"] == "pip install --force-reinstall diffusers transformers"
+    assert "libnvinfer.so.11: cannot open shared object file" in machine["tensorrt"]["text"]
+    assert machine["tensorrt"]["remedy"] == "pip install 'cat-pruning[tensorrt]'"
     assert report["can_generate"] is False
 
 
