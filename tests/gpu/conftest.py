@@ -182,7 +182,7 @@ def onnx_bundle(stored_bundle: Callable[..., Path]) -> Path:
 def assert_agrees(
     make: Callable[..., CatTransformer], sample: Callable[..., Sampled], assert_same_image: Callable[..., None]
 ) -> Callable[..., None]:
-    """Asserts that an engine computes two images as the torch engine on the CPU does.
+    """Asserts that an engine computes two images as the torch engine on the CPU does; on the CPU itself one.
 
     On a GPU these libraries round what they multiply to ten bits (TF32) as long as nobody forbids it.
     """
@@ -190,7 +190,7 @@ def assert_agrees(
     def check(engine: StepEngine, size: tuple[int, int] = (16, 16)) -> None:
         rounding = 1e-2 if engine.device.type == "cuda" else 1e-3
         transformer, reference = CatTransformer(engine), make(torch.device("cpu"), captures=False, whole=True)
-        for seed in range(2):
+        for seed in range(2 if engine.device.type == "cuda" else 1):
             assert_same_image(sample(transformer, seed, size), sample(reference, seed, size), rounding=rounding)
 
     return check

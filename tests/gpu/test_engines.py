@@ -47,11 +47,12 @@ def assert_takes_adapters(make: Make, sample: Make, assert_same_image: Make) -> 
             if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "ff.net.2", "norm1.linear")):
                 weights[f"{name}.lora_A.weight"] = 0.1 * torch.randn(2, module.in_features, generator=generator)
                 weights[f"{name}.lora_B.weight"] = 0.1 * torch.randn(module.out_features, 2, generator=generator)
-        base = [sample(transformer, seed, (16, 16)) for seed in range(3)]  # the third one replays what is captured
+        seeds = range(3 if engine.device.type == "cuda" else 1)  # the third one replays what is captured
+        base = [sample(transformer, seed, (16, 16)) for seed in seeds]
         reference.load_lora_adapter(weights, prefix=None)  # into the module of all tests
         try:
             transformer.load_lora_adapter(weights, prefix=None)
-            for seed in range(3):
+            for seed in seeds:
                 mine = sample(transformer, seed, (16, 16))
                 assert_same_image(mine, sample(reference, seed, (16, 16)), rounding=rounding)
                 assert (mine.latents - base[seed].latents).abs().max() > 0.1 * base[seed].latents.std()
