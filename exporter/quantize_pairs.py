@@ -76,11 +76,11 @@ def _quantize(
     reached = np.maximum.reduce([ranges[str(value.name)] for value in weights])
     smoothing = None
     if quantization is Quantization.INT8_CALIBRATED:
-        factors = (1 / _smoothing(reached, weights)).astype(dtype.numpy())
-        smoothing = 1 / factors.astype(np.float32)  # as the step's dtype has it
+        inverse = (1 / _smoothing(reached, weights)).astype(dtype.numpy())
+        smoothing = 1 / inverse.astype(np.float32)  # what the graph divides by: rounded, in 16 bits
         reached = reached / smoothing
-        constant = _constant(graph, f"{weights[0].name}.smoothing", factors)
-        rows = _insert(graph, products[0], ir.node("Mul", [rows, constant]))
+        factors = _constant(graph, f"{weights[0].name}.smoothing", inverse)
+        rows = _insert(graph, products[0], ir.node("Mul", [rows, factors]))
     scale = _scale(float(reached.max()), quantization)
     # ONNX Runtime makes a product of integers only of one that has its rows' pair for itself, with its own constants.
     shared = _rows(graph, rows, products[0], scale, quantization) if dtype is not ir.DataType.FLOAT else None
