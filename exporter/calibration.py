@@ -19,7 +19,7 @@ from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.progress import Advance
 from cat_pruning.families.family import Family
-from cat_pruning.step_io import LATENTS, TIMESTEP
+from cat_pruning.step_io import LATENTS, SYMBOLIC, TIMESTEP, StepDims, is_residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,12 @@ class Calibration:
     Attributes:
         ranges: by the name of every linear layer that was called, the largest magnitude of each channel of its input,
             (D,) fp32.
-        inputs: of the last call, by the names of the step's inputs.
+        dims: of the last call as a full step, its rows repeated to those of the profile.
+        inputs: of that step, by their names; a ControlNet's residuals are zeros.
     """
 
     ranges: dict[str, Tensor]
+    dims: StepDims
     inputs: dict[str, Tensor]
 
 
@@ -48,7 +50,8 @@ def calibrate(
 ) -> Calibration:
     """Make an image of every prompt, as the pipeline does by its defaults, every step full, and watch the transformer.
 
-    On a GPU where there is one: the transformer is moved there and back. Synchronises with it.
+    Without guidance where the profile has none. On a GPU where there is one: the transformer is moved there and back.
+    Synchronises with it.
 
     Args:
         transformer: the module.
@@ -56,7 +59,7 @@ def calibrate(
         family: of the transformer.
         dtype: of the pipeline's other parts.
         prompts: one image each.
-        profile: the images' size, and the text's length.
+        profile: the images' size, the text's length, and whether there is guidance.
         advance: called after every image.
 
     Raises:
@@ -66,10 +69,13 @@ def calibrate(
     loaded = load_parts(directory, family.transformer_class, dtype.torch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with quiet_diffusers():
-        pipe = type(loaded)(**{**loaded.components, "transformer": transformer}).to(device)
+        pipe = type(loaded)(**{**loaded.components, "transformer": transformer})
     pipe.set_progress_bar_config(disable=True)
     arguments = family.pipeline_arguments(pipe, profile.text_length)
+    if family.batched_guidance and profile.batch == profile.prompts:
+        arguments["guidance_scale"] = 1.0
     try:
+        pipe.to(device)
         with watched(transformer) as largest, _called(transformer) as calls:
             for index, prompt in enumerate(prompts):
                 generator = torch.Generator().manual_seed(index)
@@ -90,12 +96,11 @@ def calibrate(
     finally:
         transformer.to("cpu")
     ranges = {name: values.cpu() for name, values in largest.items()}
-    inputs = {name: tensor.cpu() for name, tensor in _inputs(family, calls[-1]).items()}
     if name := next((name for name, values in ranges.items() if not values.isfinite().all()), None):
         raise EngineError(
             f"calibration: {name} is given values that are not finite in {dtype}", "give --dtype bf16 or fp32"
         )
-    return Calibration(ranges, inputs)
+    return Calibration(ranges, *full_step(family, calls[-1], profile.batch))
 
 
 @contextmanager
@@ -138,10 +143,34 @@ def _called(transformer: nn.Module) -> Iterator[list[dict[str, Any]]]:
         hook.remove()
 
 
-def _inputs(family: Family, call: dict[str, Any]) -> dict[str, Tensor]:
-    """The inputs of our step that a call amounts to."""
+def full_step(family: Family, call: dict[str, Any], batch: int) -> tuple[StepDims, dict[str, Tensor]]:
+    """The full step that a call of the transformer amounts to, on the CPU.
+
+    Args:
+        family: of the transformer; where its steps take residuals, those are zeros.
+        call: the arguments by name.
+        batch: the step's rows: each of the call's is repeated, the same number of times.
+
+    Returns:
+        Its dimensions, and those of its inputs that a call says, by name.
+    """
     flat = family.flatten_arguments(call)
     latents, own = flat[LATENTS], {name: flat[name] for name in family.argument_names()}
-    conditioning = family.conditioning(own, family.grid(latents, own))
-    inputs = {LATENTS: latents, TIMESTEP: flat[TIMESTEP], **conditioning}
-    return {name: tensor.to(family.input_dtype(name, latents.dtype)) for name, tensor in inputs.items()}
+    grid, references = family.grid(latents, own), family.num_references(own)
+    given = {LATENTS: latents, TIMESTEP: flat[TIMESTEP], **family.conditioning(own, grid)}
+    times = max(1, batch // len(latents))
+    dims = family.dims(
+        grid,
+        batch=times * len(latents),
+        text_length=family.argument_text_length(own),
+        num_kept=grid[0] * grid[1] + references,
+        num_references=references,
+    )
+    inputs = {}
+    for name, shape in family.step_shapes(SYMBOLIC).items():
+        if name in given:
+            tensor = given[name].to("cpu", family.input_dtype(name, latents.dtype))
+            inputs[name] = tensor.repeat_interleave(times, 0) if shape[0] == SYMBOLIC.batch else tensor
+        elif is_residual(name):
+            inputs[name] = torch.zeros(*dims.named(shape), dtype=latents.dtype)  # type: ignore[arg-type]  # numbers
+    return dims, inputs

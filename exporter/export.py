@@ -356,7 +356,7 @@ def _write_graphs(
     step = StepModule(transformer, family)
     with stage("Trace one step and write its graphs") as advance:
         graphs = export_step_graph(step, directory, advance, weights)
-    samples = verification.sample(step, directory, profile, stage)
+    samples = verification.sample(step, directory, profile, stage, for_plans=config.quantization is None)
     if config.quantization is not None:
         calibration = None
         if prompts:
@@ -366,8 +366,7 @@ def _write_graphs(
         with stage(f"Quantize the step to {config.quantization}"):
             ranges = calibration.ranges if calibration else None
             quantize_step(directory, config.quantization, ranges=ranges, unquantized=config.unquantized)
-        inputs = calibration.inputs if calibration else None
-        verification.check_quantized(step, directory, config.quantization, stage, inputs)
+        samples = verification.check_quantized(step, directory, config.quantization, stage, calibration)
     del step, transformer
     gc.collect()  # frees the module before a builder needs the memory: hooks make reference cycles
     return tuple(graph_spec(part, graph) for part, graph in graphs.items()), samples

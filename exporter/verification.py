@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from cat_pruning.bundle.profiles import step_dims
 from cat_pruning.bundle.schema import GraphSpec, PlanSpec, ProfileSpec
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
+from cat_pruning.exporter.calibration import Calibration
 from cat_pruning.exporter.progress import Stage
 from cat_pruning.exporter.verify import GRID, QUANTIZED_TOLERANCE, TEXT_LENGTH, Verify, verify_step_graph
 from cat_pruning.exporter.verify_plans import (
@@ -29,10 +28,14 @@ from cat_pruning.names import TITLES, Quantization
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Steps that torch has computed, to hold plans against; None where nothing is to be compared."""
+    """Steps that torch has computed, to hold plans against; None where nothing is to be compared.
+
+    quantization: of the plans' step, which torch computed without; their layers are not compared then.
+    """
 
     outputs: StepSample | None = None
     layers: StepSample | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +67,13 @@ class Verification:
             require("--verify of layers, and of plans that run here,", "debug")
         return cls(level=level, dtype=dtype, plans=runnable)
 
-    def sample(self, step: StepModule, directory: Path, profile: ProfileSpec, stage: Stage) -> Samples:
+    def sample(
+        self, step: StepModule, directory: Path, profile: ProfileSpec, stage: Stage, *, for_plans: bool = True
+    ) -> Samples:
         """Hold the graphs in `directory` against the module, and compute what the plans will be held against.
 
         profile: whose pruned step is sampled for the plans.
+        for_plans: false where the step will be quantized; then `check_quantized` samples it.
 
         Raises:
             EngineError: the graphs compute something else.
@@ -83,6 +89,8 @@ class Verification:
         if self.level and self.dtype is not DType.BF16:
             with stage("Compare ONNX Runtime with torch"):
                 verify_step_graph(step, directory, self.dtype)
+        if not for_plans:
+            return Samples()
         if self.plans:
             with stage(f"Compute a step of {profile.name} with torch"):
                 full, pruned = step_dims(profile, step.family.patch_size)
@@ -95,18 +103,23 @@ class Verification:
         directory: Path,
         quantization: Quantization,
         stage: Stage,
-        inputs: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Hold the graphs against the module again, now that the step is quantized.
+        calibration: Calibration | None = None,
+    ) -> Samples:
+        """Hold the graphs against the module again, now that the step is quantized, and sample for the plans again.
 
-        inputs: of a step that a calibration saw; random ones are beyond its scales.
+        calibration: whose step is computed; random inputs are beyond its scales.
 
         Raises:
             EngineError: they are off by more than the tolerance of the quantization.
         """
+        given = None if calibration is None else (calibration.dims, calibration.inputs)
         if self.level and self.dtype is not DType.BF16:
             with stage("Compare the quantized step with torch"):
-                verify_step_graph(step, directory, self.dtype, QUANTIZED_TOLERANCE[quantization], inputs)
+                verify_step_graph(step, directory, self.dtype, QUANTIZED_TOLERANCE[quantization], given)
+        if not self.plans or given is None:
+            return Samples()
+        with stage("Compute a step of the calibration with torch"):
+            return Samples(sample_outputs(step, *given), quantization=quantization)
 
     def check_plans(
         self,
@@ -129,4 +142,4 @@ class Verification:
                 verify_layers(directory, samples.layers, self.dtype, plans, graphs)
         if samples.outputs is not None:
             with stage(f"Compare the {title} plans with ONNX Runtime and torch"):
-                verify_plans(plans, directory, graphs, samples.outputs, self.dtype)
+                verify_plans(plans, directory, graphs, samples.outputs, self.dtype, samples.quantization)

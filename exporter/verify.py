@@ -19,7 +19,7 @@ from cat_pruning.errors import EngineError
 from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.families.interception import StepModule
 from cat_pruning.names import Quantization
-from cat_pruning.step_io import LATENTS, Part, StepDims
+from cat_pruning.step_io import Part, StepDims
 
 Array = NDArray[np.generic]
 
@@ -61,7 +61,7 @@ def verify_step_graph(
     directory: Path,
     dtype: DType,
     tolerance: float | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
+    given: tuple[StepDims, Mapping[str, Tensor]] | None = None,
 ) -> float:
     """Run a full and a pruned step at shapes that the files were not exported at; return the largest relative error.
 
@@ -72,7 +72,7 @@ def verify_step_graph(
         directory: of the graphs.
         dtype: of the export.
         tolerance: of the error; by default that of the dtype.
-        inputs: of one call of the model, by name, to run as a full step instead of random ones.
+        given: a step to run instead of random ones: its dimensions, and inputs by name; the others are random.
 
     Raises:
         EngineError: an output differs by more than the tolerance, or ONNX Runtime cannot run a file.
@@ -84,7 +84,9 @@ def verify_step_graph(
         except ORT_ERRORS as error:
             raise EngineError(f"--verify: ONNX Runtime cannot load {part.onnx}: {error}") from error
     worst = 0.0
-    for dims, values in _random_steps(step) if inputs is None else [_full_step(step, inputs)]:
+    for dims, values in (
+        _random_steps(step) if given is None else [(given[0], example_inputs(step, given[0]) | dict(given[1]))]
+    ):
         try:
             results = run_graphs(sessions, {name: tensor.numpy() for name, tensor in values.items()})
         except ORT_ERRORS as error:
@@ -109,14 +111,6 @@ def _random_steps(step: StepModule) -> Iterator[tuple[StepDims, dict[str, Tensor
         num_kept = int(kept * GRID[0] * GRID[1])
         dims = step.family.dims(GRID, batch=batch, text_length=TEXT_LENGTH, num_kept=num_kept)
         yield dims, example_inputs(step, dims, seed=batch)
-
-
-def _full_step(step: StepModule, inputs: Mapping[str, Tensor]) -> tuple[StepDims, dict[str, Tensor]]:
-    family, given = step.family, dict(inputs)
-    grid = family.grid(given[LATENTS], given)
-    length, batch = family.text_length(given), given[LATENTS].shape[0]
-    dims = family.dims(grid, batch=batch, text_length=length, num_kept=grid[0] * grid[1])
-    return dims, example_inputs(step, dims) | given
 
 
 def compare(

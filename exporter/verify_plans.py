@@ -29,9 +29,9 @@ from cat_pruning.engines.plan_choice import runs_on
 from cat_pruning.errors import EngineError
 from cat_pruning.exporter.layers import layer_outputs, marked_graphs, recorded
 from cat_pruning.exporter.step_graph import example_inputs, run_step
-from cat_pruning.exporter.verify import LAYERS_REMEDY, TOLERANCE, compare
+from cat_pruning.exporter.verify import LAYERS_REMEDY, QUANTIZED_TOLERANCE, TOLERANCE, compare
 from cat_pruning.families.interception import StepModule
-from cat_pruning.names import TITLES
+from cat_pruning.names import TITLES, Quantization
 from cat_pruning.step_io import Part, StepDims
 
 _TORCH, _ONNXRUNTIME = "torch", "ONNX Runtime"
@@ -61,9 +61,12 @@ def can_verify(plan: PlanSpec) -> bool:
     return architecture is not None and runs_on(plan, architecture)
 
 
-def sample_outputs(step: StepModule, dims: StepDims) -> StepSample:
-    """A step's results at `dims`, in torch on the module's device. Holds the caches twice."""
-    inputs = example_inputs(step, dims)
+def sample_outputs(step: StepModule, dims: StepDims, given: Mapping[str, Tensor] | None = None) -> StepSample:
+    """A step's results at `dims`, in torch on the module's device. Holds the caches twice.
+
+    given: inputs by name; the others are random.
+    """
+    inputs = example_inputs(step, dims) | dict(given or {})
     return _sample(step, dims, inputs, {part: {} for part in Part}, _ordered(run_step(step, inputs)), {})
 
 
@@ -107,18 +110,25 @@ def _ordered(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def verify_plans(
-    plans: Sequence[PlanSpec], directory: Path, graphs: Sequence[GraphSpec], sample: StepSample, dtype: DType
+    plans: Sequence[PlanSpec],
+    directory: Path,
+    graphs: Sequence[GraphSpec],
+    sample: StepSample,
+    dtype: DType,
+    quantization: Quantization | None = None,
 ) -> float:
     """Hold the plans of one flavour in `directory` against ONNX Runtime and torch; the largest relative error.
 
     Runs them on torch's current GPU, and waits for it.
 
+    quantization: of the step, which torch computed without: its error is added to the tolerance of the dtype.
+
     Raises:
-        EngineError: a result differs by more than the tolerance of the dtype, or something does not run.
+        EngineError: a result differs by more than the tolerance, or something does not run.
         ShapeError: the plans have no profile for the sample.
     """
     make = _plan_runners(plans, {str(plan.part): directory / plan.file for plan in plans}, graphs, sample)
-    return compare_graphs({part: directory / part.onnx for part in Part}, sample, dtype, make)
+    return compare_graphs({part: directory / part.onnx for part in Part}, sample, dtype, make, quantization)
 
 
 def verify_layers(
@@ -166,12 +176,16 @@ def _plan_runners(
 
 
 def compare_graphs(
-    graphs: Mapping[Part, Path], sample: StepSample, dtype: DType, make_plan_runner: MakeRunner | None = None
+    graphs: Mapping[Part, Path],
+    sample: StepSample,
+    dtype: DType,
+    make_plan_runner: MakeRunner | None = None,
+    quantization: Quantization | None = None,
 ) -> float:
     """Run the graphs, and the plans if there are any, on the sample; return the largest relative error.
 
     Raises:
-        EngineError: a result differs by more than the tolerance of the dtype, or something does not run.
+        EngineError: a result differs by more than the tolerance, or something does not run.
     """
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
@@ -185,11 +199,12 @@ def compare_graphs(
         inputs = {name: value for name, value in values.items() if name in names}
         try:
             with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # what it has to say is in our error
-                results, largest = _compare_part(part, inputs, runners, sample, dtype)
+                judge = _Judge(part, sample, dtype, quantization if part is Part.STEP else None)
+                results = _compare_part(part, inputs, runners, sample, judge)
         except (PolygraphyException, *ORT_ERRORS) as error:
             raise EngineError(f"--verify: {part.onnx} does not run: {' '.join(str(error).split())}") from error
         values |= results
-        worst = max(worst, largest)
+        worst = max(worst, judge.worst)
     return worst
 
 
@@ -200,9 +215,9 @@ def _onnxruntime_runner(graph: Path) -> Any:
 
 
 def _compare_part(
-    part: Part, inputs: Mapping[str, Tensor], runners: Sequence[Any], sample: StepSample, dtype: DType
-) -> tuple[dict[str, Tensor], float]:
-    """What the first runner computes, and the largest error among all."""
+    part: Part, inputs: Mapping[str, Tensor], runners: Sequence[Any], sample: StepSample, judge: _Judge
+) -> dict[str, Tensor]:
+    """What the first runner computes."""
     from polygraphy.comparator import Comparator, IterationResult, RunResults
 
     ran = Comparator.run(runners, data_loader=[dict(inputs)])
@@ -210,7 +225,6 @@ def _compare_part(
     if sample.expected[part]:
         everything.append((_TORCH, [IterationResult(dict(sample.expected[part]), runtime=0.0, runner_name=_TORCH)]))
     everything.extend(ran)
-    judge = _Judge(part, sample, dtype)
     names = [name for name, _ in everything]
     pairs = [(before, after) for after in range(len(names)) for before in range(after)]
     if pairs:
@@ -218,21 +232,27 @@ def _compare_part(
     if judge.error is not None:
         raise judge.error
     (first,) = ran[runners[0].name]
-    return dict(first.items()), judge.worst
+    return dict(first.items())
 
 
 class _Judge:
     """Polygraphy's comparison function: our measure and tolerances, and the first result that fails it, in words."""
 
-    def __init__(self, part: Part, sample: StepSample, dtype: DType) -> None:
+    def __init__(self, part: Part, sample: StepSample, dtype: DType, quantization: Quantization | None) -> None:
         self._part, self._dims, self._layers, self._dtype = part, sample.dims, sample.layers[part], dtype
+        self._tolerance, self._expected = TOLERANCE[dtype], f"rounding in {dtype}"
+        self._remedy = "" if self._layers else LAYERS_REMEDY
+        if quantization is not None:
+            self._tolerance += QUANTIZED_TOLERANCE[quantization]
+            self._expected += f" and the error of {quantization}"
+            self._remedy = "export it without quantization"
         self.worst = 0.0
         self.error: EngineError | None = None
 
     def __call__(self, expected: Any, results: Any) -> dict[str, bool]:
         """Whether each of the results that both have is right, by name."""
         both = {name: value for name, value in expected.items() if name in results}
-        error, divergence = compare(dict(results.items()), both, self._dtype)
+        error, divergence = compare(dict(results.items()), both, self._dtype, self._tolerance)
         self.worst = max(self.worst, error)
         if divergence is not None and self.error is None:
             layer = self._layers.get(divergence.name)
@@ -240,8 +260,7 @@ class _Judge:
             self.error = EngineError(
                 f"--verify: {self._part.onnx} with {self._dims.num_kept} of {self._dims.num_tokens} tokens: {what} is "
                 f"the first of its results in {results.runner_name} to be off {expected.runner_name}'s: by "
-                f"{divergence.error:.1e} of the largest value, where at most {TOLERANCE[self._dtype]:.0e} is rounding "
-                f"in {self._dtype}",
-                "" if self._layers else LAYERS_REMEDY,
+                f"{divergence.error:.1e} of the largest value, where at most {self._tolerance:.0e} is {self._expected}",
+                self._remedy,
             )
         return {name: divergence is None or name != divergence.name for name in both}

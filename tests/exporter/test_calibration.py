@@ -16,10 +16,12 @@ from cat_pruning.bundle.schema import ProfileSpec
 from cat_pruning.checkpoints.checkpoint import find_checkpoint, load_transformer
 from cat_pruning.dtype import DType
 from cat_pruning.errors import EngineError
-from cat_pruning.exporter.calibration import Calibration, calibrate, watched
+from cat_pruning.exporter.calibration import Calibration, calibrate, full_step, watched
 from cat_pruning.exporter.export import ExportConfig, export
+from cat_pruning.exporter.step_graph import example_inputs, run_step
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.families import family_of
+from cat_pruning.families.interception import StepModule
 from cat_pruning.models import miniatures
 from cat_pruning.names import Quantization, Target
 from cat_pruning.runtime.pipeline import load_pipeline
@@ -126,13 +128,13 @@ def test_what_cannot_be_done_is_said_at_once(
     assert not out.exists()
 
 
-def recorded(transformer: Any, directory: Path) -> Calibration:
+def recorded(transformer: Any, directory: Path, batch: int = 2) -> Calibration:
     profile = ProfileSpec(
         name="p",
         height=64,
         width=64,
         prompts=1,
-        batch=2,
+        batch=batch,
         latent_height=16,
         latent_width=16,
         num_tokens=64,
@@ -153,9 +155,47 @@ def test_a_model_that_overflows(weight: str) -> None:
         recorded(transformer, miniatures()["sd3-mini"])
 
 
+@pytest.mark.parametrize("kind", ["sd3.5", "pixart-alpha", "flux-dev"])
+def test_a_call_as_a_full_step(kind: str, make_tiny: Any, pipeline_call: Any) -> None:
+    """Of more rows: the first of a call, then the second. Without a ControlNet its residuals add nothing."""
+    transformer = make_tiny(kind)
+    call = pipeline_call(transformer, batch=2, grid=(4, 5))
+    family = call.family.with_residuals() if call.family.num_residuals else call.family
+    dims, given = full_step(family, call.arguments, 6)
+    step = StepModule(transformer, family)
+    noise = run_step(step, example_inputs(step, dims) | given)["noise_out"]
+    torch.testing.assert_close(noise, call.noise(transformer).repeat_interleave(3, 0))
+
+
 def test_a_pipeline_that_fails(make_tiny: Any) -> None:
     """The miniature's text encoders are too narrow for it."""
     transformer = make_tiny("sd3")
     with pytest.raises(EngineError, match=r"calibration: StableDiffusion3Pipeline failed \(.*the checkpoint must make"):
         recorded(transformer, miniatures()["sd3-mini"])
     assert not any(module._forward_pre_hooks for module in transformer.modules())
+
+
+def test_a_pipeline_that_a_gpu_does_not_hold(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def to(pipe: Any, device: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "to", to)
+    with pytest.raises(EngineError, match=r"calibration: StableDiffusion3Pipeline failed \(OutOfMemoryError: CUDA out"):
+        recorded(make_tiny("sd3"), miniatures()["sd3-mini"])
+
+
+@pytest.mark.parametrize(("batch", "scale"), [(1, 1.0), (2, None)])
+def test_guidance_is_the_profiles(
+    batch: int, scale: float | None, make_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the pipeline's default, or none."""
+    given = []
+
+    def call(pipe: Any, prompt: str, **arguments: Any) -> None:
+        given.append(arguments.get("guidance_scale"))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", call)
+    with pytest.raises(EngineError, match="enough"):
+        recorded(make_tiny("sd3"), miniatures()["sd3-mini"], batch)
+    assert given == [scale]

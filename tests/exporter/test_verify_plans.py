@@ -29,10 +29,11 @@ from cat_pruning.exporter.export import graph_spec
 from cat_pruning.exporter.layers import layer_outputs, marked_graphs
 from cat_pruning.exporter.plans import build_plans
 from cat_pruning.exporter.progress import logged_stage
+from cat_pruning.exporter.quantize import quantize_step
 from cat_pruning.exporter.verification import Verification
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.exporter.verify_plans import StepSample, sample_layers, sample_outputs
-from cat_pruning.names import Flavour
+from cat_pruning.names import Flavour, Quantization
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, output_name
 
@@ -180,6 +181,25 @@ def test_good_plans(
     assert ("noise" in sample.in_place) == (kind == "flux-dev")
     assert 0 < verify_plans.verify_plans(plans, directory, graphs, sample, DType.FP32) < 1e-4
     assert library.calls.count("execute_async_v3") == len(Part)
+
+
+@needs_polygraphy
+def test_plans_of_a_quantized_step(
+    export_tiny: Any, files: Any, library: TensorRTDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch computed without: what the quantization errs is no mistake of the plan's, and what is more is one."""
+    export = export_tiny("sd3")
+    directory, sample = files(export), sample_outputs(export.step, dims_of(export))
+    quantize_step(directory, Quantization.INT8)
+    plans, graphs = plans_of("tensorrt"), graphs_of(export)
+    write_plans(plans, directory, graphs, sample)
+    quantization = Quantization.INT8_CALIBRATED
+    assert 1e-3 < verify_plans.verify_plans(plans, directory, graphs, sample, DType.FP32, quantization) < 1e-1
+    monkeypatch.setitem(verify_plans.QUANTIZED_TOLERANCE, quantization, 9e-4)
+    with pytest.raises(
+        EngineError, match=r" where at most 1e-03 is rounding in fp32 and the error of int8-calibrated; "
+    ):
+        verify_plans.verify_plans(plans, directory, graphs, sample, DType.FP32, quantization)
 
 
 @needs_polygraphy
