@@ -17,18 +17,18 @@ from cat_pruning.exporter.export import ExportConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-Run = Callable[[str], str]
+Run = Callable[..., str]
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs one in a folder of its own, 10 steps an image, and returns what it printed."""
+    """Runs one in a folder of its own, with eight full steps and a pruned one, and returns what it printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CAT_EXAMPLE_STEPS", "10")
     # What an example registers is gone after the test.
     monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES])
 
-    def run(name: str) -> str:
+    def run(name: str, steps: int = 9) -> str:
+        monkeypatch.setenv("CAT_EXAMPLE_STEPS", str(steps))
         with quiet_diffusers():
             if name.endswith(".ipynb"):
                 _run_cells(EXAMPLES / name)
@@ -88,10 +88,10 @@ def test_policies(run: Run) -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' DPM-Solver, of numpy
 def test_schedulers(run: Run) -> None:
-    assert run("04_new_scheduler.py").split("\n")[:-1] == [
-        "        Euler: 10 calls, 10 steps: FFFFpppppp",
-        "         Heun: 19 calls, 10 steps: FFFFpppppp",
-        " DPM-Solver++: 10 calls, 10 steps: FFFFpppppp",
+    assert run("04_new_scheduler.py", steps=6).split("\n")[:-1] == [
+        "        Euler: 6 calls, 6 steps: FFFFpp",
+        "         Heun: 11 calls, 6 steps: FFFFpp",
+        " DPM-Solver++: 6 calls, 6 steps: FFFFpp",
     ]
 
 
@@ -105,7 +105,7 @@ def test_a_family(run: Run) -> None:
 
 @pytest.mark.long
 def test_the_notebook(run: Run) -> None:
-    printed = run("token_map.ipynb")
+    printed = run("token_map.ipynb", steps=10)
     assert "step  9: pruned  76 of 256 tokens" in printed
     assert Path("build/examples/token_map.png").stat().st_size > 10_000
 
