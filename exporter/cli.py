@@ -176,13 +176,15 @@ def _parser() -> Parser:
     )
     shape.add_argument(
         "--calibrate",
+        type=text,
         metavar="PROMPTS",
         help="make images of these prompts, and take the activations' scales from them, for plans: a file with one on "
-        "each line, or scenes:N; a handful is enough",
+        "each line, scenes:N or rich:N; a handful is enough",
     )
     shape.add_argument(
         "--unquantized",
         action="append",
+        type=text,
         metavar="PATTERN",
         help="layers that stay as they are, as 'transformer_blocks.0.*'; repeatable",
     )

@@ -48,7 +48,7 @@ from cat_pruning.exporter.memory import check_memory, held_bytes, part_bytes
 from cat_pruning.exporter.pipeline_files import add_pipeline, check_pipeline, copied_files
 from cat_pruning.exporter.plans import build_plans, wanted_plans, with_component_plans
 from cat_pruning.exporter.progress import Stage, logged_stage
-from cat_pruning.exporter.quantize import check_quantization, quantize_step, quantizer_bytes
+from cat_pruning.exporter.quantize import check_patterns, check_quantization, quantize_step, quantizer_bytes
 from cat_pruning.exporter.split import Graph
 from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verification import Samples, Verification
@@ -356,6 +356,7 @@ def _write_graphs(
     step = StepModule(transformer, family)
     with stage("Trace one step and write its graphs") as advance:
         graphs = export_step_graph(step, directory, advance, weights)
+    check_patterns(directory, config.unquantized)
     samples = verification.sample(step, directory, profile, stage, for_plans=config.quantization is None)
     if config.quantization is not None:
         calibration = None

@@ -105,7 +105,7 @@ def quantize_step(
         keep_ends: keep the patch embedding and the output projection as they are.
 
     Raises:
-        SettingsError: a pattern that no product has.
+        SettingsError: as `quantized_products`.
         EngineError: a product whose layer has no range.
         OSError: a file cannot be read or written.
     """
@@ -125,6 +125,16 @@ def quantize_step(
             file.replace(directory / file.name)
 
 
+def check_patterns(directory: Path, unquantized: Collection[str]) -> None:
+    """Check the patterns of layers that are to stay as they are against `step.onnx`, before images are made for it.
+
+    Raises:
+        SettingsError: as `quantized_products`.
+    """
+    if unquantized:
+        quantized_products(onnx.load(directory / Part.STEP.onnx, load_external_data=False).graph, unquantized)
+
+
 def quantized_products(
     graph: onnx.GraphProto, unquantized: Collection[str] = (), *, keep_ends: bool = True
 ) -> list[str]:
@@ -136,7 +146,7 @@ def quantized_products(
         keep_ends: without those that are the first or the last on a way from the latents to the noise.
 
     Raises:
-        SettingsError: a pattern that no product has.
+        SettingsError: a pattern that no product has, or patterns that all have.
     """
     weights = {tensor.name for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Conv") and node.input[1] in weights]
@@ -153,7 +163,15 @@ def quantized_products(
                 f"--unquantized {pattern}: no layer that would be quantized is called so",
                 f"layers are called as {example} is; * stands for any characters",
             )
-    return [node for node, layer in layers.items() if not any(fnmatch.fnmatchcase(layer, each) for each in unquantized)]
+    found = [
+        node for node, layer in layers.items() if not any(fnmatch.fnmatchcase(layer, each) for each in unquantized)
+    ]
+    if unquantized and not found:
+        raise SettingsError(
+            f"--unquantized {' '.join(unquantized)}: no layer is left to be quantized",
+            "leave out a pattern, or export without quantization",
+        )
+    return found
 
 
 def _first(graph: onnx.GraphProto, products: list[Any]) -> set[str]:

@@ -107,6 +107,8 @@ def test_adapters_are_refused(calibrated: Bundle) -> None:
         ("--unquantized proj_out", "--unquantized: nothing is quantized; "),
         ("--quantize int8 --calibrate scenes:0", "scenes:0: expected scenes:N with a whole number N from 1 to 5000"),
         ("--quantize int8 --calibrate nofile", "nofile cannot be read"),
+        ("--quantize int8 --calibrate \udcff", "argument --calibrate: '\\udcff': this is not UTF-8"),
+        ("--quantize int8 --unquantized \udcff*", "argument --unquantized: '\\udcff*': this is not UTF-8"),
         ("--weights-only int4 --calibrate scenes:2", "--weights-only int4 --calibrate: it quantizes no activations; "),
         ("--quantize fp8 --calibrate scenes:2 --dtype fp16", "values leave fp16's range; give --dtype bf16 for plans"),
         ("--quantize fp8 --calibrate scenes:2 --random-weights", "sd3 has no text encoders, and so makes no images "),
@@ -173,6 +175,16 @@ def test_a_pipeline_that_fails(make_tiny: Any) -> None:
     with pytest.raises(EngineError, match=r"calibration: StableDiffusion3Pipeline failed \(.*the checkpoint must make"):
         recorded(transformer, miniatures()["sd3-mini"])
     assert not any(module._forward_pre_hooks for module in transformer.modules())
+
+
+def test_a_wrong_pattern_is_told_before_images_are_made(
+    cat_export: CatExport, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("cat_pruning.exporter.export.calibrate")
+    arguments = ("--quantize", "fp8", "--calibrate", "scenes:1", "--unquantized", "norm", "--target", "onnx")
+    code, _, errors = cat_export("--model", tiny_checkpoint, *arguments, "--out", tmp_path / "bundle")
+    assert (code, len(errors)) == (2, 1)
+    assert "--unquantized norm: no layer that would be quantized is called so; layers are called as " in errors[0]
 
 
 def test_a_pipeline_that_a_gpu_does_not_hold(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,10 @@ def test_layers_that_stay_as_they_are(export_tiny: Any, tmp_path: Path) -> None:
     assert not any("transformer_blocks.0." in name or ".ff.net.2." in name for name in kept)
     with pytest.raises(SettingsError, match=r"--unquantized norm\*: no layer that would be quantized is called so; "):
         quantized_products(graph, ["norm*"])
+    with pytest.raises(
+        SettingsError, match=r"--unquantized \* \*\.ff\.\*: no layer is left to be quantized; leave out "
+    ):
+        quantized_products(graph, ["*", "*.ff.*"])
 
 
 def test_sixteen_bits_share_the_rows_pair(tmp_path: Path) -> None:

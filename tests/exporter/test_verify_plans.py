@@ -31,7 +31,7 @@ from cat_pruning.exporter.plans import build_plans
 from cat_pruning.exporter.progress import logged_stage
 from cat_pruning.exporter.quantize import quantize_step
 from cat_pruning.exporter.verification import Verification
-from cat_pruning.exporter.verify import Verify
+from cat_pruning.exporter.verify import QUANTIZED_TOLERANCE, Verify
 from cat_pruning.exporter.verify_plans import StepSample, sample_layers, sample_outputs
 from cat_pruning.names import Flavour, Quantization
 from cat_pruning.settings import PruneSettings
@@ -195,7 +195,7 @@ def test_plans_of_a_quantized_step(
     write_plans(plans, directory, graphs, sample)
     quantization = Quantization.INT8_CALIBRATED
     assert 1e-3 < verify_plans.verify_plans(plans, directory, graphs, sample, DType.FP32, quantization) < 1e-1
-    monkeypatch.setitem(verify_plans.QUANTIZED_TOLERANCE, quantization, 9e-4)
+    monkeypatch.setitem(QUANTIZED_TOLERANCE, quantization, 9e-4)
     with pytest.raises(
         EngineError, match=r" where at most 1e-03 is rounding in fp32 and the error of int8-calibrated; "
     ):
