@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def calibrate(
         arguments["guidance_scale"] = 1.0
     try:
         pipe.to(device)
-        with watched(transformer) as largest, _called(transformer) as calls:
+        with _evaluated(transformer), watched(transformer) as largest, _called(transformer) as calls:
             for index, prompt in enumerate(prompts):
                 generator = torch.Generator().manual_seed(index)
                 pipe(
@@ -104,22 +105,38 @@ def calibrate(
 
 
 @contextmanager
-def watched(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Meanwhile, what the inputs of a module's linear layers reach, by name and channel, in fp32."""
-    largest: dict[str, Tensor] = {}
+def _evaluated(transformer: nn.Module) -> Iterator[None]:
+    """Meanwhile, no part of a module is in training, where adapters drop some of what they are given."""
+    training = [module for module in transformer.modules() if module.training]
+    transformer.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+
+@contextmanager
+def watched(transformer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Meanwhile, what the inputs of a module's linear layers reach, by name and channel, in fp32.
+
+    Layers with the same weights, of which a graph has one name, have what all of them are given.
+    """
+    largest: dict[str, Tensor] = {}
+    named = [each for each in transformer.named_modules(remove_duplicate=False) if isinstance(each[1], nn.Linear)]
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, layer in named:
+        names[id(layer.weight)].append(name)
+
+    def watch(names: list[str]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             reached = inputs[0].abs().flatten(0, -2).amax(0).float()
-            largest[name] = torch.maximum(largest[name], reached) if name in largest else reached
+            for name in names:
+                largest[name] = torch.maximum(largest[name], reached) if name in largest else reached
 
         return look
 
-    hooks = [
-        layer.register_forward_pre_hook(watch(name))
-        for name, layer in transformer.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
+    hooks = [layer.register_forward_pre_hook(watch(names[id(layer.weight)])) for layer in {each for _, each in named}]
     try:
         yield largest
     finally:

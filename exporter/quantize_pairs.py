@@ -15,6 +15,7 @@ dtype, which is exact then. Scales are in the step's dtype, as TensorRT-RTX want
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -119,9 +120,10 @@ def _columns(graph: ir.Graph, product: ir.Node, smoothing: Floats | None, quanti
     read = functools.partial(_smoothed, tensor, smoothing)
     largest = np.maximum(np.abs(read()).max(axis=0), _SMALLEST)
     scales = (largest / _LARGEST[quantization]).astype(dtype.numpy())
-    graph.initializers.pop(name)
+    if graph.initializers.get(name) is weights:  # which other rows may be multiplied with too
+        graph.initializers.pop(name)
     rounded = functools.partial(_rounded, read, scales, eight_bits)
-    quantized = _initializer(graph, ir.LazyTensor(rounded, eight_bits, ir.Shape(tensor.shape.numpy()), name=name))
+    quantized = _initializer(graph, name, ir.LazyTensor(rounded, eight_bits, ir.Shape(tensor.shape.numpy())))
     scale = _constant(graph, f"{name}.scale", scales)
     zero = _constant(graph, f"{name}.zero", np.zeros(scales.shape, eight_bits.numpy()))
     return _insert(graph, product, ir.node("DequantizeLinear", [quantized, scale, zero], {"axis": 1}))
@@ -146,10 +148,14 @@ def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
 
 
 def _constant(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
-    return _initializer(graph, ir.tensor(values, name=name))
+    return _initializer(graph, name, ir.tensor(values))
 
 
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A tensor under a name; under a new one where that is taken, as of weights that two products have."""
+    taken = graph.initializers
+    numbered = (f"{name}.{number}" for number in itertools.count(1))
+    tensor.name = next(each for each in itertools.chain([name], numbered) if each not in taken)
     shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
     value = ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor)
     graph.register_initializer(value)

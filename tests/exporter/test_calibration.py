@@ -66,6 +66,16 @@ def test_the_layers_are_watched_and_left_as_they_were() -> None:
     assert largest["0"].tolist() == [3.0, 4.0, 0.5]
 
 
+def test_layers_of_the_same_weights_have_what_all_are_given() -> None:
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    second.weight = first.weight
+    module = torch.nn.ModuleList([first, second, first])
+    with watched(module) as largest:
+        first(torch.tensor([[1.0, 2.0]]))
+        second(torch.tensor([[-3.0, 0.0]]))
+    assert {name: reached.tolist() for name, reached in largest.items()} == {key: [3.0, 2.0] for key in "012"}
+
+
 @pytest.mark.long
 def test_an_export(calibrated: Bundle) -> None:
     manifest = calibrated.manifest
@@ -200,14 +210,19 @@ def test_a_pipeline_that_a_gpu_does_not_hold(make_tiny: Any, monkeypatch: pytest
 def test_guidance_is_the_profiles(
     batch: int, scale: float | None, make_tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the pipeline's default, or none."""
-    given = []
+    """By the pipeline's default, or none; and a module that a user is training is not, meanwhile."""
+    given, training, transformer = [], [], make_tiny("sd3").train()
+    transformer.transformer_blocks[0].eval()
 
     def call(pipe: Any, prompt: str, **arguments: Any) -> None:
         given.append(arguments.get("guidance_scale"))
+        training.extend(module.training for module in pipe.transformer.modules())
         raise RuntimeError("enough")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", call)
     with pytest.raises(EngineError, match="enough"):
-        recorded(make_tiny("sd3"), miniatures()["sd3-mini"], batch)
+        recorded(transformer, miniatures()["sd3-mini"], batch)
     assert given == [scale]
+    assert not any(training)
+    assert transformer.training
+    assert not any(module.training for module in transformer.transformer_blocks[0].modules())

@@ -117,6 +117,28 @@ def test_rows_and_weights_are_smoothed_by_the_same_numbers(tmp_path: Path) -> No
         assert 0.3 < error.max() < 0.51
 
 
+@pytest.mark.parametrize("quantization", CALIBRATED)
+def test_two_products_of_the_same_weights(quantization: Quantization, tmp_path: Path) -> None:
+    """Of other rows, as of a layer that two blocks have: each has weights and scales of its own."""
+    weights = np.random.default_rng(0).normal(size=(INPUTS, INPUTS)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [each, "shared.weight.T"], [f"{each}_out"], each) for each in "xy"],
+        "step",
+        [helper.make_tensor_value_info(each, TensorProto.FLOAT, ["rows", INPUTS]) for each in "xy"],
+        [helper.make_tensor_value_info(f"{each}_out", TensorProto.FLOAT, ["rows", INPUTS]) for each in "xy"],
+        [numpy_helper.from_array(weights, "shared.weight.T")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), tmp_path / STEP)
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / STEP
+    write_pairs(tmp_path / STEP, out, "xy", {"shared.weight.T": np.full(INPUTS, 3, np.float32)}, quantization)
+    rows = np.random.default_rng(1).uniform(-3, 3, (ROWS, INPUTS)).astype(np.float32)
+    results = onnxruntime.InferenceSession(out).run(None, {"x": rows, "y": -rows})
+    for result, given in zip(results, (rows, -rows), strict=True):
+        expected = given @ weights
+        assert 1e-3 < np.abs(result - expected).max() / np.abs(expected).max() < 5e-2
+
+
 def test_a_channel_that_nothing_reaches(tmp_path: Path) -> None:
     """Neither in the images nor in the weights: no scale is zero, and no result is NaN."""
     for quantization in CALIBRATED:
