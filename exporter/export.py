@@ -189,9 +189,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     )
     check_memory(
         checkpoint.num_parameters * config.dtype.num_bytes,
-        held_bytes=held_bytes(checkpoint, config.dtype, verify=config.verify is not None)
-        + quantizer_bytes(config.quantization, checkpoint.num_parameters * config.dtype.num_bytes)
-        + _image_bytes(config, checkpoint),
+        held_bytes=_held_bytes(config, checkpoint),
         builds_plans=bool(plans),
     )
     needed = _needed_bytes(config, checkpoint, plans, parts)
@@ -316,12 +314,13 @@ def _geometry(checkpoint: Checkpoint, text_length: int | None) -> Geometry:
     )
 
 
-def _image_bytes(config: ExportConfig, checkpoint: Checkpoint) -> int:
-    """The weights that images are made with to calibrate by: all, and those of the pipeline's other parts."""
-    if config.calibration is None:
-        return 0
-    others = sum(path.stat().st_size for path in copied_files(checkpoint))
-    return checkpoint.num_parameters * config.dtype.num_bytes + others
+def _held_bytes(config: ExportConfig, checkpoint: Checkpoint) -> int:
+    """What is held of the transformer's weights; to calibrate, all, once, and those of the pipeline's other parts."""
+    weights = checkpoint.num_parameters * config.dtype.num_bytes
+    held = held_bytes(checkpoint, config.dtype, verify=config.verify is not None)
+    if config.calibration is not None:
+        held = max(held, weights) + sum(path.stat().st_size for path in copied_files(checkpoint))
+    return held + quantizer_bytes(config.quantization, weights)
 
 
 def _needed_bytes(

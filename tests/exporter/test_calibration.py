@@ -197,6 +197,30 @@ def test_a_wrong_pattern_is_told_before_images_are_made(
     assert "--unquantized norm: no layer that would be quantized is called so; layers are called as " in errors[0]
 
 
+@pytest.mark.parametrize("options", [(), ("--verify",)])
+def test_the_weights_are_held_once(
+    options: tuple[str, ...],
+    cat_export: CatExport,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For images and for --verify, which else reads what it writes; and the other parts' weights with them."""
+    asked = []
+
+    def check(weights: int, *, held_bytes: int, builds_plans: bool) -> None:
+        asked.append(held_bytes)
+        raise EngineError("enough")
+
+    monkeypatch.setattr("cat_pruning.exporter.export.check_memory", check)
+    arguments = ("--quantize", "int8", "--calibrate", "scenes:1", "--target", "onnx", *options)
+    assert cat_export("--model", tiny_checkpoint, *arguments, "--out", tmp_path / "bundle")[0] == 2
+    others = sum(path.stat().st_size for path in tiny_checkpoint.rglob("*") if path.is_file())
+    transformer = sum(path.stat().st_size for path in tiny_checkpoint.glob("transformer/*.safetensors"))
+    weights = 4 * find_checkpoint(str(tiny_checkpoint)).num_parameters
+    assert weights < asked[0] <= weights + others - transformer
+
+
 def test_a_pipeline_that_a_gpu_does_not_hold(make_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def to(pipe: Any, device: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
