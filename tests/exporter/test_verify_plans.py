@@ -25,17 +25,18 @@ from cat_pruning.engines.builder.build import build_plan, can_build
 from cat_pruning.errors import EngineError, InstallationError
 from cat_pruning.exporter import plans as plans_module
 from cat_pruning.exporter import verification, verify_plans
+from cat_pruning.exporter.calibration import Calibration
 from cat_pruning.exporter.export import graph_spec
 from cat_pruning.exporter.layers import layer_outputs, marked_graphs
 from cat_pruning.exporter.plans import build_plans
 from cat_pruning.exporter.progress import logged_stage
 from cat_pruning.exporter.quantize import quantize_step
-from cat_pruning.exporter.verification import Verification
+from cat_pruning.exporter.verification import Samples, Verification
 from cat_pruning.exporter.verify import QUANTIZED_TOLERANCE, Verify
 from cat_pruning.exporter.verify_plans import StepSample, sample_layers, sample_outputs
 from cat_pruning.names import Flavour, Quantization
 from cat_pruning.settings import PruneSettings
-from cat_pruning.step_io import Part, output_name
+from cat_pruning.step_io import LATENTS, Part, output_name
 
 needs_polygraphy = pytest.mark.skipif(
     importlib.util.find_spec("polygraphy") is None, reason="Polygraphy is not installed; install '.[debug]'"
@@ -55,6 +56,10 @@ def files(tmp_path: Path) -> Callable[[Any], Path]:
 
 def dims_of(export: Any, num_kept: int = 21) -> Any:
     return export.step.family.dims((7, 10), batch=1, text_length=9, num_kept=num_kept)
+
+
+_GEOMETRY = Geometry(pixels_per_latent=8, patch_size=2, latent_channels=4, max_latent_size=None, text_length=7)
+PROFILE = profile_spec(80, 64, 1, geometry=_GEOMETRY, settings=PruneSettings(num_clusters=4), guidance=True)
 
 
 def damage(directory: Path, part: Part, weight: str) -> None:
@@ -200,6 +205,27 @@ def test_plans_of_a_quantized_step(
         EngineError, match=r" where at most 1e-03 is rounding in fp32 and the error of int8-calibrated; "
     ):
         verify_plans.verify_plans(plans, directory, graphs, sample, DType.FP32, quantization)
+
+
+@needs_polygraphy
+def test_a_calibrated_step_is_sampled_where_its_scales_are(
+    export_tiny: Any, files: Any, library: TensorRTDouble
+) -> None:
+    """And not for the plans before it is quantized."""
+    export, plans = export_tiny("sd3"), plans_of("tensorrt")
+    directory, graphs = files(export), graphs_of(export)
+    verifying = Verification(level=Verify.OUTPUTS, dtype=DType.BF16, plans=tuple(plans))
+    assert verifying.sample(export.step, directory, PROFILE, logged_stage, for_plans=False) == Samples()
+    dims = dims_of(export, num_kept=70)
+    seen = {LATENTS: torch.full([int(dim) for dim in export.step.family.step_shapes(dims)[LATENTS]], 0.25)}
+    calibration = Calibration(ranges={}, dims=dims, inputs=seen)
+    samples = verifying.check_quantized(export.step, directory, Quantization.FP8, logged_stage, calibration)
+    assert samples.quantization is Quantization.FP8
+    assert samples.outputs is not None
+    assert samples.outputs.inputs[LATENTS] is seen[LATENTS]
+    quantize_step(directory, Quantization.INT8)
+    write_plans(plans, directory, graphs, samples.outputs)
+    verifying.check_plans(plans, samples, directory, graphs, logged_stage)
 
 
 @needs_polygraphy
@@ -354,10 +380,8 @@ def test_every_comparison_of_an_export(
         titles.append(title)
         return logged_stage(title)
 
-    geometry = Geometry(pixels_per_latent=8, patch_size=2, latent_channels=4, max_latent_size=None, text_length=7)
-    profile = profile_spec(80, 64, 1, geometry=geometry, settings=PruneSettings(num_clusters=4), guidance=True)
     verifying = Verification.of(Verify.LAYERS, DType.FP32, plans)
-    samples = verifying.sample(export.step, directory, profile, stage)
+    samples = verifying.sample(export.step, directory, PROFILE, stage)
     assert samples.outputs is not None
     assert (samples.outputs.dims.batch, samples.outputs.dims.num_kept, samples.outputs.dims.num_tokens) == (2, 6, 20)
     write_plans(plans, directory, graphs, samples.outputs)
