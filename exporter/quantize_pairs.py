@@ -78,7 +78,7 @@ def _quantize(
     smoothing = None
     if quantization is Quantization.INT8_CALIBRATED:
         inverse = (1 / _smoothing(reached, weights)).astype(dtype.numpy())
-        smoothing = 1 / inverse.astype(np.float32)  # what the graph divides by: rounded, in 16 bits
+        smoothing = np.reciprocal(inverse.astype(np.float32))  # what the graph divides by: rounded, in 16 bits
         reached = reached / smoothing
         factors = _constant(graph, f"{weights[0].name}.smoothing", inverse)
         rows = _insert(graph, products[0], ir.node("Mul", [rows, factors]))

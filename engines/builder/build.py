@@ -99,7 +99,7 @@ def plan_specs(
         if fp8 and int(architecture.removeprefix("sm")) < _FIRST_WITH_FP8:
             raise EngineError(
                 f"{target}: this GPU is {architecture}, and products of fp8 take sm{_FIRST_WITH_FP8} or later",
-                "give --quantize int8, or build on such a GPU",
+                "export with --quantize int8, give another --target, or build on such a GPU",
             )
         architectures, built_for = (architecture,), architecture
     folder = f"plans/{flavour}-{version}-{built_for}"
