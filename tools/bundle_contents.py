@@ -78,6 +78,8 @@ class Contents:
     transformer_class: str
     dtype: str
     quantization: str | None
+    calibration: str | None
+    unquantized: tuple[str, ...]
     guidance: bool
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -109,6 +111,8 @@ def contents_of(bundle: Bundle) -> Contents:
         transformer_class=manifest.transformer_class,
         dtype=str(manifest.dtype),
         quantization=str(manifest.quantization) if manifest.quantization else None,
+        calibration=manifest.calibration,
+        unquantized=manifest.unquantized,
         guidance=manifest.guidance,
         source=manifest.source.model_dump(mode="json"),
         settings=manifest.settings.to_dict(),

@@ -29,8 +29,7 @@ def print_contents(screen: Console, contents: Contents) -> None:
     say(f"{contents.path}  {file_size(contents.size)}", to=screen, style="bold")
     say("signed" if contents.signed else "not signed", to=screen)
     source = " at ".join(filter(None, (contents.source["location"], contents.source["revision"])))
-    dtype = contents.dtype + (f", its step in {contents.quantization}" if contents.quantization else "")
-    say(f"{contents.transformer_class} in {dtype}, exported from {source}", to=screen)
+    say(f"{contents.transformer_class} in {_precision(contents)}, exported from {source}", to=screen)
     say(f"plans are for {', '.join(contents.profiles)}, {contents.text_length} text tokens", to=screen)
     if contents.pipeline and contents.pipeline["kind"] == "hub":
         say(f"the pipeline's other parts are {contents.pipeline['hub_id']}'s on the hub", to=screen)
@@ -60,6 +59,17 @@ def print_contents(screen: Console, contents: Contents) -> None:
             for each in contents.schedules
         ]
         screen.print(_table(("schedule", "full steps", "speedup", "size"), schedules))
+
+
+def _precision(contents: Contents) -> str:
+    """The dtype, and how the step was quantized."""
+    words = [contents.dtype]
+    if contents.quantization:
+        by = f" by {contents.calibration}" if contents.calibration is not None else ""
+        words.append(f"its step in {contents.quantization}{by}")
+    if contents.unquantized:
+        words.append(f"but for {' '.join(contents.unquantized)}")
+    return ", ".join(words)
 
 
 def print_differences(screen: Console, first: Bundle, second: Bundle, found: Iterable[Difference]) -> None:

@@ -27,6 +27,7 @@ from cat_pruning.names import Quantization, Target
 from cat_pruning.runtime.pipeline import load_pipeline
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part
+from cat_pruning.tools import bundle_cli
 from cat_pruning.tools.generate import GenerateConfig, generate, never_pruned
 
 CatExport = Callable[..., tuple[int, str, list[str]]]
@@ -88,6 +89,13 @@ def test_an_export(calibrated: Bundle) -> None:
     blocks = [name.split(".")[1:3] for name in plain if "transformer_blocks" in name]
     assert {block for _, block in blocks} == {"5"}
     assert len(plain) == len(blocks) + 1  # the output projection
+
+
+@pytest.mark.long
+def test_it_is_shown(calibrated: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bundle_cli.main(["inspect", str(calibrated.path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " in fp32, its step in int8-calibrated by scenes:1, but for transformer_blocks.5.*, exported from " in shown
 
 
 @pytest.mark.long

@@ -202,7 +202,7 @@ def test_plans_of_fp8_are_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch)
     for architecture, expected in (("sm80", False), ("sm86", False), ("sm89", True), ("sm120", True), ("sm121", True)):
         assert runs_on(spec, architecture) is expected
     installed(monkeypatch, architecture="sm86")
-    with pytest.raises(EngineError, match="this GPU is sm86, and products of fp8 take sm89 or later; give --quantize"):
+    with pytest.raises(EngineError, match="this GPU is sm86, and products of fp8 take sm89 or later; export with --"):
         plan_specs("tensorrt", fp8=True)
     installed(monkeypatch, architecture="sm90")
     assert {each.architectures for each in plan_specs("tensorrt", fp8=True)} == {("sm90",)}
