@@ -93,7 +93,7 @@ class Manifest(Spec):
     transformer_config: Annotated[dict[str, Any], AfterValidator(_as_json)]
     dtype: DType
     quantization: Quantization | None = None  # of step.onnx; what is not quantized is in `dtype`
-    calibration: str | None = None  # the prompts of the images that its scales were found on, as the command had them
+    calibration: str | None = None  # the prompts of the images that its scales were found on: scenes:N, or a file
     unquantized: Annotated[tuple[str, ...], Strict(False)] = ()  # patterns of layers that stayed in `dtype`
     guidance: bool
     settings: _Settings

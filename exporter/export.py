@@ -54,7 +54,7 @@ from cat_pruning.exporter.step_graph import export_step_graph
 from cat_pruning.exporter.verification import Samples, Verification
 from cat_pruning.exporter.verify import Verify
 from cat_pruning.families.interception import StepModule
-from cat_pruning.models.prompts import tuning_prompts
+from cat_pruning.models.prompts import located, tuning_prompts
 from cat_pruning.names import FLAVOURS, Quantization, Target
 from cat_pruning.settings import PruneSettings
 from cat_pruning.step_io import Part, StepDims
@@ -223,7 +223,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
                     transformer_config=dict(checkpoint.family.config),
                     dtype=config.dtype,
                     quantization=config.quantization,
-                    calibration=config.calibration,
+                    calibration=None if config.calibration is None else located(config.calibration),
                     unquantized=config.unquantized,
                     guidance=guidance,
                     settings=config.settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,11 @@ def tuning_prompts(source: str) -> list[Prompt]:
                     captions[scene.caption] = scene
             return [Prompt(text=caption, scene=scene) for caption, scene in captions.items()]
     return load_prompts(source)
+
+
+def located(source: str) -> str:
+    """A source of prompts as a bundle records it: a file by its whole path, as the model's and an adapter's are."""
+    return source if source.startswith((SCENES, RICH)) else os.path.realpath(source)
 
 
 def unseen_scenes(count: int, rng: np.random.Generator) -> list[Scene]:

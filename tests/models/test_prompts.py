@@ -7,7 +7,7 @@ import pytest
 
 from cat_pruning.errors import SettingsError
 from cat_pruning.models import prompts, rich_scenes
-from cat_pruning.models.prompts import MAX_SCENES, Prompt, load_prompts, parse_caption, unseen_scenes
+from cat_pruning.models.prompts import MAX_SCENES, Prompt, load_prompts, located, parse_caption, unseen_scenes
 from cat_pruning.models.scenes import (
     COLORS,
     PAIRS,
@@ -226,3 +226,10 @@ def test_a_caption_is_read_back():
 )
 def test_what_is_no_caption_has_no_scene(text):
     assert parse_caption(text) is None
+
+
+def test_a_file_is_recorded_by_its_whole_path(tmp_path, monkeypatch):
+    """Because the command that a bundle tells is run from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    assert located("prompts.txt") == str(tmp_path.resolve() / "prompts.txt")
+    assert [located(source) for source in ("scenes:8", "rich:2")] == ["scenes:8", "rich:2"]
