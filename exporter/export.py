@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 PIPELINE = "pipeline"
 DATA_LOADER = "data_loader.py"
+MOST_CALIBRATION_PROMPTS = 256
 _SLACK_BYTES = 64 << 20  # graphs, manifest, what a file system needs itself
 _VERSIONED = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "cat-pruning")
 
@@ -155,7 +156,7 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
     plans = wanted_plans(
         config.targets, plugin=config.plugin, refittable=config.refittable, quantization=config.quantization
     )
-    prompts = [each.text for each in tuning_prompts(config.calibration)] if config.calibration is not None else []
+    prompts = _calibration_prompts(config)
     verification = Verification.of(config.verify, config.dtype, plans)
     checkpoint = find_checkpoint(
         config.model, revision=config.revision, random_weights=config.random_weights, loras=config.loras
@@ -244,6 +245,19 @@ def export(config: ExportConfig, stage: Stage = logged_stage, transformer: nn.Mo
             "; ".join(filter(None, (failure.remedy, "to build it anew, give --force"))),
         ) from failure
     return bundle
+
+
+def _calibration_prompts(config: ExportConfig) -> list[str]:
+    if config.calibration is None:
+        return []
+    prompts = [each.text for each in tuning_prompts(config.calibration)]
+    if len(prompts) > MOST_CALIBRATION_PROMPTS:
+        raise SettingsError(
+            f"--calibrate {config.calibration}: {len(prompts)} prompts, of each of which an image would be made; "
+            f"expected at most {MOST_CALIBRATION_PROMPTS}",
+            "a handful is enough",
+        )
+    return prompts
 
 
 def _with_weights_of(checkpoint: Checkpoint, transformer: Any, config: ExportConfig) -> Checkpoint:

@@ -125,6 +125,7 @@ def test_adapters_are_refused(calibrated: Bundle) -> None:
         ("--unquantized proj_out", "--unquantized: nothing is quantized; "),
         ("--quantize int8 --calibrate scenes:0", "scenes:0: expected scenes:N with a whole number N from 1 to 5000"),
         ("--quantize int8 --calibrate nofile", "nofile cannot be read"),
+        ("--quantize fp8 --calibrate scenes:257", "257 prompts, of each of which an image would be made; expected at "),
         ("--quantize int8 --calibrate \udcff", "argument --calibrate: '\\udcff': this is not UTF-8"),
         ("--quantize int8 --unquantized \udcff*", "argument --unquantized: '\\udcff*': this is not UTF-8"),
         ("--weights-only int4 --calibrate scenes:2", "--weights-only int4 --calibrate: it quantizes no activations; "),
