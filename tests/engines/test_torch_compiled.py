@@ -64,6 +64,19 @@ def three_steps(
     return [*outputs, *session._caches]
 
 
+def in_one_session(engine: TorchStepEngine) -> Callable[[], Tensor]:
+    """The noise of an image's first step, computed whenever it is called, always in the same session."""
+    session, inputs = engine.session(), inputs_of(engine, seed=0, batch=2)
+    dims = engine.family.dims(GRID, batch=2, text_length=7, num_kept=0)
+    every = torch.arange(GRID[0] * GRID[1], dtype=torch.int32).repeat(2, 1)
+
+    def full_step() -> Tensor:
+        session.begin(dims, inputs, TIMESTEPS)
+        return session.step(inputs["hidden_states"], TIMESTEPS[0], every)
+
+    return full_step
+
+
 def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -142,10 +155,7 @@ def test_adapters_that_are_scaled_and_fused_between_images(make_tiny: Any) -> No
     config = peft.LoraConfig(r=2, target_modules=["to_q", "ff.net.0.proj"], init_lora_weights=False)
     transformer.add_adapter(config)
     fast = TorchStepEngine(transformer, compiled=True)
-    session, inputs = fast.session(), inputs_of(fast, seed=0, batch=2)
-    dims = fast.family.dims(GRID, batch=2, text_length=7, num_kept=0)
-    every = torch.arange(GRID[0] * GRID[1], dtype=torch.int32).repeat(2, 1)
-    noises = []
+    full_step, noises = in_one_session(fast), []
     for change in (
         lambda: None,
         lambda: transformer.set_adapters("default", 0.5),
@@ -153,8 +163,7 @@ def test_adapters_that_are_scaled_and_fused_between_images(make_tiny: Any) -> No
         transformer.unfuse_lora,
     ):
         change()
-        session.begin(dims, inputs, TIMESTEPS)
-        noises.append(session.step(inputs["hidden_states"], TIMESTEPS[0], every))
+        noises.append(full_step())
         torch.testing.assert_close(noises[-1], three_steps(TorchStepEngine(transformer, compiled=False))[0])
     assert not torch.allclose(noises[0], noises[1])
     torch.testing.assert_close(noises[1], noises[2])
@@ -177,10 +186,7 @@ def test_weights_that_torchao_quantizes_between_images(make_tiny: Any, quantizat
     """In one session, which sees it though no module is another; float8 products take a GPU, see tests/gpu."""
     transformer = make_tiny("sd3", num_layers=1)
     fast = TorchStepEngine(transformer, compiled=True)
-    session, inputs = fast.session(), inputs_of(fast, seed=0, batch=2)
-    dims = fast.family.dims(GRID, batch=2, text_length=7, num_kept=0)
-    every = torch.arange(GRID[0] * GRID[1], dtype=torch.int32).repeat(2, 1)
-    noises = []
+    full_step, noises = in_one_session(fast), []
     for change in (
         lambda: None,
         lambda: quantization.quantize_(
@@ -188,8 +194,7 @@ def test_weights_that_torchao_quantizes_between_images(make_tiny: Any, quantizat
         ),
     ):
         change()
-        session.begin(dims, inputs, TIMESTEPS)
-        noises.append(session.step(inputs["hidden_states"], TIMESTEPS[0], every))
+        noises.append(full_step())
     expected = three_steps(TorchStepEngine(transformer, compiled=False))
     assert 1e-5 < distance(noises[1], noises[0]) < 0.1
     # Another rounding may take an activation to the next of its eight-bit values.
