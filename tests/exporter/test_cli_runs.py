@@ -226,7 +226,7 @@ def failing_builder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     specs = tuple(spec.model_copy(update={"part": part, "file": f"plans/rtx/{part}.plan"}) for part in Part)
     monkeypatch.setattr("cat_pruning.exporter.plans.build_plan", build_plan)
-    monkeypatch.setattr("cat_pruning.exporter.plans.plan_specs", lambda flavour, token_ops, refittable: specs)
+    monkeypatch.setattr("cat_pruning.exporter.plans.plan_specs", lambda *given, **options: specs)
     return asked
 
 
