@@ -374,7 +374,7 @@ def _write_graphs(
     if config.quantization is not None:
         calibration = None
         if prompts:
-            with stage(f"Make {len(prompts)} images to calibrate by") as advance:
+            with stage(f"Make images to calibrate by; prompts: {len(prompts)}") as advance:
                 pipeline = pipeline_of(source.model_copy(update={"in_memory": False}))
                 calibration = calibrate(transformer, pipeline, family, config.dtype, prompts, profile, advance)
         with stage(f"Quantize the step to {config.quantization}"):
