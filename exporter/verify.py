@@ -27,11 +27,11 @@ Array = NDArray[np.generic]
 # is off its own fp32 by 3e-3 in fp16 and 2e-2 in bf16.
 TOLERANCE: Final = {DType.FP32: 1e-4, DType.FP16: 3e-2, DType.BF16: 1e-1}
 # Likewise. Tiny random transformers of every family are off by 3e-2 (int8), 2e-2 and 2e-1 (weights only) at most, all
-# in their caches. Calibrated ones are compared on a step of the images that their scales are of: sd3-mini in fp8 is off
-# by 3e-1 there, in single values of the noise.
+# in their caches. Calibrated ones are compared on a step of the images that their scales are of: sd3-mini is off there
+# by up to 1e-1 in int8, with a random adapter in it, and by 3e-1 in fp8, in single values.
 QUANTIZED_TOLERANCE: Final = {
     Quantization.INT8: 1e-1,
-    Quantization.INT8_CALIBRATED: 1e-1,
+    Quantization.INT8_CALIBRATED: 3e-1,
     Quantization.FP8: 5e-1,
     Quantization.WEIGHTS_INT8: 1e-1,
     Quantization.WEIGHTS_INT4: 5e-1,
