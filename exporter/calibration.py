@@ -17,7 +17,8 @@ from cat_pruning.bundle.schema import ProfileSpec
 from cat_pruning.checkpoints.library_logs import first_line, quiet_diffusers
 from cat_pruning.checkpoints.parts import load_parts
 from cat_pruning.dtype import DType
-from cat_pruning.errors import EngineError
+from cat_pruning.engines.step_engine import enough_memory
+from cat_pruning.errors import CatError, EngineError
 from cat_pruning.exporter.progress import Advance
 from cat_pruning.families.family import Family
 from cat_pruning.step_io import LATENTS, SYMBOLIC, TIMESTEP, StepDims, is_residual
@@ -76,8 +77,13 @@ def calibrate(
     if family.batched_guidance and profile.batch == profile.prompts:
         arguments["guidance_scale"] = 1.0
     try:
-        pipe.to(device)
-        with _evaluated(transformer), watched(transformer) as largest, _called(transformer) as calls:
+        with (
+            enough_memory(device, "images to calibrate by", "free memory on it, or hide it: CUDA_VISIBLE_DEVICES="),
+            _evaluated(transformer),
+            watched(transformer) as largest,
+            _called(transformer) as calls,
+        ):
+            pipe.to(device)
             for index, prompt in enumerate(prompts):
                 generator = torch.Generator().manual_seed(index)
                 pipe(
@@ -89,7 +95,9 @@ def calibrate(
                     **arguments,
                 )
                 advance(index + 1, len(prompts))
-    except Exception as error:
+    except CatError:
+        raise
+    except Exception as error:  # the pipeline's code is not ours, and raises what it likes
         raise EngineError(
             f"calibration: {type(pipe).__name__} failed ({type(error).__name__}: {first_line(error)})",
             "the checkpoint must make images in diffusers, with every prompt of --calibrate",
